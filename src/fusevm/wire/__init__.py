@@ -1,0 +1,1 @@
+"""How things are said: bodies, routes, frames, errors. Pure encoding and decoding over the model's types."""

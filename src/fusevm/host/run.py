@@ -1,0 +1,307 @@
+"""The one door to subprocesses of the host daemon.
+
+Every external program is started here, from an argv list, with a deadline, in its own process group. Whatever happens
+to the caller (timeout, cancellation), the whole group is killed and reaped before the call returns. Failures carry a
+command line that can be pasted into a shell.
+
+Programs get a small environment (`INHERITED`): the daemon's own settings hold tokens that no tool needs to see.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import shlex
+import signal
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from fusevm.model.errors import CommandFailed, Timeout, Unavailable
+
+#: Debian and Ubuntu packages of the programs that are run through here, for the message when one is missing.
+PACKAGES = {
+    "apt-cache": "apt",
+    "apt-get": "apt",
+    "debugfs": "e2fsprogs",
+    "depmod": "kmod",
+    "dpkg-deb": "dpkg",
+    "ip": "iproute2",
+    "lz4": "lz4",
+    "mke2fs": "e2fsprogs",
+    "mmdebstrap": "mmdebstrap",
+    "newuidmap": "uidmap",
+    "nft": "nftables",
+    "qemu-img": "qemu-utils",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "setpriv": "util-linux",
+    "tar": "tar",
+    "unshare": "util-linux",
+    "xz": "xz-utils",
+    "zstd": "zstd",
+}
+
+#: Variables that reach a program when the caller names none; the rest of the daemon's environment stays private.
+INHERITED = frozenset(
+    """HOME USER LOGNAME TMPDIR TZ SOURCE_DATE_EPOCH APT_CONFIG XDG_CACHE_HOME XDG_RUNTIME_DIR
+    SSL_CERT_FILE SSL_CERT_DIR CURL_CA_BUNDLE http_proxy https_proxy ftp_proxy no_proxy
+    HTTP_PROXY HTTPS_PROXY FTP_PROXY NO_PROXY""".split()
+)
+
+#: Searched besides the caller's PATH: system tools live in sbin, which a user's PATH leaves out.
+SYSTEM_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
+
+#: More output than this is a fault of the program (the readers here parse listings, not streams).
+MAX_OUTPUT_BYTES = 64 * 1024 * 1024
+
+#: How much of each stream `run_streaming` keeps for its result and for error messages.
+TAIL_BYTES = 64 * 1024
+
+_CHUNK_BYTES = 64 * 1024
+_MAX_LINE_BYTES = 16 * 1024
+_REAP_TIMEOUT_S = 10.0
+
+
+class ToolMissing(Unavailable):
+    """A program that the host daemon needs is not installed."""
+
+    reason = "tool_missing"
+    retryable = False
+    template = "The program {program} is not installed; install it with `apt-get install {package}` or run `make setup`"
+    program: str
+    package: str
+
+
+class Completed(msgspec.Struct, frozen=True, kw_only=True):
+    """A program that has ended."""
+
+    argv: tuple[str, ...]
+    stdout: bytes
+    stderr: bytes
+    #: Exit status; negative is the signal that killed it.
+    returncode: int
+
+    @property
+    def text(self) -> str:
+        """Return standard output as text; bytes that are not UTF-8 are replaced."""
+        return self.stdout.decode(errors="replace")
+
+
+async def run(  # noqa: PLR0913
+    argv: Sequence[str | Path],
+    *,
+    timeout_s: float,
+    stdin: bytes | None = None,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    check: bool = True,
+    pass_fds: Sequence[int] = (),
+) -> Completed:
+    """Run a program to its end and return its output.
+
+    `env` is laid over the inherited variables. Without `stdin` it reads /dev/null. With `check`, a status other than
+    0 raises CommandFailed; ToolMissing when there is no such program, Timeout at the deadline. Cancel-safe: the process
+    group is dead when this returns or raises.
+    """
+    out, err = _Collector(MAX_OUTPUT_BYTES), _Collector(MAX_OUTPUT_BYTES)
+    return await _run(argv, out, err, timeout_s, stdin, cwd, env, check, pass_fds)
+
+
+async def run_streaming(  # noqa: PLR0913
+    argv: Sequence[str | Path],
+    *,
+    on_line: Callable[[str], None],
+    timeout_s: float,
+    stdin: bytes | None = None,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    check: bool = True,
+    pass_fds: Sequence[int] = (),
+) -> Completed:
+    """Run a program and hand each line of both its streams to `on_line` as it comes.
+
+    A carriage return ends a line, too (progress bars). The result keeps the last `TAIL_BYTES` of each stream. An
+    exception of `on_line` ends the program and is raised. The rest is as for `run`.
+    """
+    out, err = _LineSink(on_line), _LineSink(on_line)
+    return await _run(argv, out, err, timeout_s, stdin, cwd, env, check, pass_fds)
+
+
+def command_line(argv: Sequence[str], cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
+    """Render what a person pastes into a shell to do the same."""
+    parts = [f"{name}={shlex.quote(value)}" for name, value in (env or {}).items()]
+    line = " ".join([*parts, shlex.join(argv)])
+    return f"cd {shlex.quote(str(cwd))} && {line}" if cwd is not None else line
+
+
+def program_environment(overrides: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Build the environment a program gets: the inherited few, a full PATH, C.UTF-8, then the overrides."""
+    env = {name: value for name, value in os.environ.items() if name in INHERITED}
+    own_path = [part for part in os.environ.get("PATH", "").split(":") if part]
+    env["PATH"] = ":".join(dict.fromkeys([*own_path, *SYSTEM_PATH]))
+    env["LC_ALL"] = "C.UTF-8"
+    env.update(overrides or {})
+    return env
+
+
+class _Collector:
+    """Keeps everything, up to a limit."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._data = bytearray()
+
+    def feed(self, chunk: bytes) -> None:
+        self._data += chunk
+        if len(self._data) > self._limit_bytes:
+            raise ValueError(f"the program wrote more than {self._limit_bytes} bytes")
+
+    def tail(self) -> bytes:
+        return bytes(self._data[-TAIL_BYTES:])
+
+    def close(self) -> bytes:
+        return bytes(self._data)
+
+
+class _LineSink:
+    """Cuts a stream into lines for a callback and keeps its tail."""
+
+    def __init__(self, on_line: Callable[[str], None]) -> None:
+        self._on_line = on_line
+        self._partial = bytearray()
+        self._tail = bytearray()
+
+    def feed(self, chunk: bytes) -> None:
+        self._tail += chunk
+        del self._tail[:-TAIL_BYTES]
+        self._partial += chunk.replace(b"\r", b"\n")
+        *lines, rest = self._partial.split(b"\n")
+        self._partial = bytearray(rest)
+        for line in lines:
+            self._emit(line)
+        if len(self._partial) > _MAX_LINE_BYTES:
+            self._emit(self._partial)
+            self._partial = bytearray()
+
+    def tail(self) -> bytes:
+        return bytes(self._tail)
+
+    def close(self) -> bytes:
+        self._emit(self._partial)
+        self._partial = bytearray()
+        return bytes(self._tail)
+
+    def _emit(self, line: bytes | bytearray) -> None:
+        if line:
+            self._on_line(line.decode(errors="replace"))
+
+
+_Sink = _Collector | _LineSink
+
+
+async def _run(  # noqa: PLR0913
+    argv: Sequence[str | Path],
+    out: _Sink,
+    err: _Sink,
+    timeout_s: float,
+    stdin: bytes | None,
+    cwd: Path | None,
+    env: Mapping[str, str] | None,
+    check: bool,
+    pass_fds: Sequence[int],
+) -> Completed:
+    words = tuple(str(word) for word in argv)
+    line = command_line(words, cwd, env)
+    process = await _start(words, stdin is not None, cwd, env, pass_fds)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await _converse(process, stdin, out, err)
+            await process.wait()
+    except TimeoutError as e:
+        await _end(process)
+        error = Timeout(what=f"`{line}`", limit_s=math.ceil(timeout_s))
+        error.add_note(f"last words on stderr: {_tail(err.tail())}")
+        raise error from e
+    except BaseException as e:
+        await _end(process, blame=e)
+        raise
+    done = Completed(argv=words, stdout=out.close(), stderr=err.close(), returncode=process.returncode or 0)
+    if check and done.returncode != 0:
+        said = _tail(done.stderr) or _tail(done.stdout) or "(it said nothing)"
+        raise CommandFailed(command=line, exit_status=done.returncode, stderr=said)
+    return done
+
+
+async def _start(
+    words: tuple[str, ...], has_stdin: bool, cwd: Path | None, env: Mapping[str, str] | None, pass_fds: Sequence[int]
+) -> Process:
+    if cwd is not None and not await asyncio.to_thread(cwd.is_dir):
+        raise NotADirectoryError(f"{cwd}: the working directory of {words[0]} does not exist")
+    program_env = program_environment(env)
+    # The search for the program uses the PATH it will get, not the caller's.
+    program = next(_candidates(words[0], program_env["PATH"]), None)
+    if program is None:
+        raise ToolMissing(program=words[0], package=PACKAGES.get(words[0], words[0]))
+    return await asyncio.create_subprocess_exec(
+        *words,
+        executable=program,
+        stdin=PIPE if has_stdin else DEVNULL,
+        stdout=PIPE,
+        stderr=PIPE,
+        cwd=cwd,
+        env=program_env,
+        pass_fds=tuple(pass_fds),
+        start_new_session=True,
+    )
+
+
+def _candidates(program: str, path: str) -> Iterator[str]:
+    folders = [""] if "/" in program else path.split(":")
+    for folder in folders:
+        name = os.path.join(folder, program)  # noqa: PTH118 - "" keeps the name as given
+        if os.access(name, os.X_OK) and os.path.isfile(name):  # noqa: PTH113
+            yield name
+
+
+async def _converse(process: Process, stdin: bytes | None, out: _Sink, err: _Sink) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_pump(process.stdout, out))
+        group.create_task(_pump(process.stderr, err))
+        if stdin is not None:
+            group.create_task(_write(process.stdin, stdin))
+
+
+async def _pump(stream: asyncio.StreamReader | None, sink: _Sink) -> None:
+    assert stream is not None
+    while chunk := await stream.read(_CHUNK_BYTES):
+        sink.feed(chunk)
+
+
+async def _write(stream: asyncio.StreamWriter | None, data: bytes) -> None:
+    assert stream is not None
+    # A program may end without reading all of its input; its status says whether that was right.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        stream.write(data)
+        await stream.drain()
+    stream.close()
+
+
+async def _end(process: Process, blame: BaseException | None = None) -> None:
+    """Kill the process group and reap its leader, also when the caller is cancelled once more."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    reaping = asyncio.ensure_future(process.wait())
+    try:
+        await asyncio.shield(asyncio.wait_for(reaping, _REAP_TIMEOUT_S))
+    except TimeoutError:
+        if blame is not None:
+            blame.add_note(f"pid {process.pid} did not end after SIGKILL within {_REAP_TIMEOUT_S:.0f} s")
+
+
+def _tail(data: bytes, lines: int = 20) -> str:
+    text = data[-8192:].decode(errors="replace").strip()
+    return "\n".join(text.splitlines()[-lines:])

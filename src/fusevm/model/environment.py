@@ -1,0 +1,258 @@
+"""An environment: its specification, its states and the table of allowed transitions, its record, and the actions and
+events that move it. `core.lifecycle.step` decides; this module only says what exists."""
+
+from enum import StrEnum
+
+import msgspec
+
+
+class State(StrEnum):
+    """Where an environment is. `destroyed` and `failed` are terminal."""
+
+    PROVISIONING = "provisioning"
+    RUNNING = "running"
+    PAUSED = "paused"
+    DRAINING = "draining"
+    DESTROYING = "destroying"
+    DESTROYED = "destroyed"
+    FAILED = "failed"
+
+
+class Desired(StrEnum):
+    """What the user wants. Changes at once; the observed state follows."""
+
+    RUNNING = "running"
+    DRAINED = "drained"
+    DESTROYED = "destroyed"
+
+
+#: The only transitions the store accepts. `failed` directly: the host is lost and nobody is there to confirm.
+ALLOWED: dict[State, frozenset[State]] = {
+    State.PROVISIONING: frozenset({State.RUNNING, State.DESTROYING, State.FAILED}),
+    State.RUNNING: frozenset({State.PAUSED, State.DRAINING, State.DESTROYING, State.FAILED}),
+    State.PAUSED: frozenset({State.RUNNING, State.DESTROYING, State.FAILED}),
+    State.DRAINING: frozenset({State.DESTROYING, State.FAILED}),
+    State.DESTROYING: frozenset({State.DESTROYED, State.FAILED}),
+    State.DESTROYED: frozenset(),
+    State.FAILED: frozenset(),
+}
+TERMINAL = frozenset(state for state, following in ALLOWED.items() if not following)
+
+
+class Network(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Network policy of an environment. Other machines, the host, link-local and private ranges are always denied."""
+
+    #: May the machine open connections to the Internet?
+    internet: bool = True
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked for, with all defaults filled in (`core.spec.complete`)."""
+
+    #: Virtual CPUs, 1..32.
+    cpus: int
+    #: Memory in MiB, >= 128 (the contract's name says MB).
+    ram_mb: int
+    #: Writable disk in GiB, >= 1.
+    storage_gb: int
+    #: Name or digest of the image.
+    image: str
+    region: str = ""
+    arch: str = ""
+    labels: dict[str, str] = {}
+    #: Exact pin; empty: any host.
+    host_id: str = ""
+    #: Seconds from creation to the end; -1: unlimited.
+    max_runtime_seconds: int = 7200
+    #: Seconds without activity to the end; 0: never.
+    idle_timeout_seconds: int = 0
+    network: Network = Network()
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Milliseconds spent per phase of a create, as measured by whoever did the work."""
+
+    schedule_ms: float = 0.0
+    #: Host: reservations, disk, network, process start.
+    prepare_ms: float = 0.0
+    #: Process start to the first byte of the guest agent.
+    boot_ms: float = 0.0
+    #: First byte to a configured agent.
+    agent_ms: float = 0.0
+    #: Whole call at the host.
+    host_ms: float = 0.0
+
+
+class ActionHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """What all actions carry."""
+
+    #: Order of actions of one environment; an outcome with another number than the pending one changes nothing.
+    seq: int
+    #: Why: the id of the request, tick or observation behind it.
+    cause: str
+    #: How often it was tried before.
+    attempt: int = 0
+    #: Do not start before (backoff). Milliseconds since the epoch.
+    not_before_ms: int = 0
+
+
+class BootMachine(ActionHeader, frozen=True, kw_only=True, tag="boot_machine"):
+    """Make the machine and wait until its agent answers. Idempotent by (uid, incarnation)."""
+
+    host_id: str
+    machine_id: str
+    incarnation: int
+    #: When to give up. Milliseconds since the epoch.
+    deadline_ms: int
+
+
+class DestroyMachine(ActionHeader, frozen=True, kw_only=True, tag="destroy_machine"):
+    """Destroy the machine and leave a tombstone. Idempotent; also right when it was never made."""
+
+    host_id: str
+    machine_id: str
+    incarnation: int
+
+
+Action = BootMachine | DestroyMachine
+
+
+class Ending(msgspec.Struct, frozen=True, kw_only=True):
+    """How it will end, decided when the end begins."""
+
+    #: `destroyed` or `failed`.
+    state: State
+    #: Stable snake_case: `deleted`, `boot_failed`, `max_runtime`, `idle`, `linger`, `machine_exited`,
+    #: `machine_missing`, `host_lost`.
+    reason: str
+    #: A sentence for people.
+    message: str = ""
+
+
+class Environment(msgspec.Struct, frozen=True, kw_only=True):
+    """The durable record of one environment. Changed only by `core.lifecycle`."""
+
+    #: Key everywhere: time-ordered, never reused.
+    uid: str
+    task_id: str
+    tenant: str = ""
+    spec: Spec
+    state: State
+    desired: Desired
+    #: Set by placement.
+    host_id: str
+    machine_id: str
+    #: 1 for the first machine; grows with every new machine.
+    incarnation: int
+    #: Number of the newest action ever given.
+    action_seq: int
+    #: The one action under way, or None.
+    pending: Action | None = None
+    ending: Ending | None = None
+    #: Last problem, for people; empty when all is well.
+    error: str = ""
+    timings: Timings = Timings()
+    #: Compare-and-swap counter of the row; +1 with every change.
+    revision: int = 0
+    #: Number of the newest event; gapless.
+    event_seq: int = 0
+    #: All times in milliseconds since the epoch.
+    created_at_ms: int
+    updated_at_ms: int
+    running_at_ms: int | None = None
+    draining_at_ms: int | None = None
+    ended_at_ms: int | None = None
+    last_activity_ms: int
+
+    @property
+    def id(self) -> str:
+        """The public id."""
+        return "fuse-" + self.task_id
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.state in TERMINAL
+
+
+# -- events: what `step` is fed with -------------------------------------------------------------------------------
+
+
+class EventHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """What all events carry."""
+
+    #: Id of the request, action or observation that led to it.
+    cause: str
+
+
+class BootSucceeded(EventHeader, frozen=True, kw_only=True, tag="boot_succeeded"):
+    seq: int
+    timings: Timings = Timings()
+
+
+class BootRefused(EventHeader, frozen=True, kw_only=True, tag="boot_refused"):
+    """The host answered that the machine will not come up."""
+
+    seq: int
+    reason: str
+    message: str
+
+
+class DestroyConfirmed(EventHeader, frozen=True, kw_only=True, tag="destroy_confirmed"):
+    seq: int
+
+
+class OutcomeUnknown(EventHeader, frozen=True, kw_only=True, tag="outcome_unknown"):
+    """The host did not answer, or failed in a way that a repetition may cure."""
+
+    seq: int
+    message: str
+
+
+class DestroyRequested(EventHeader, frozen=True, kw_only=True, tag="destroy_requested"):
+    pass
+
+
+class DrainRequested(EventHeader, frozen=True, kw_only=True, tag="drain_requested"):
+    pass
+
+
+class MachineExited(EventHeader, frozen=True, kw_only=True, tag="machine_exited"):
+    """The host saw the VMM end, or lists the machine as failed or stopped."""
+
+    machine_id: str
+    message: str
+
+
+class MachineMissing(EventHeader, frozen=True, kw_only=True, tag="machine_missing"):
+    """The host answers and does not know the machine (two strikes already counted)."""
+
+    machine_id: str
+
+
+class HostLost(EventHeader, frozen=True, kw_only=True, tag="host_lost"):
+    """The host was silent for so long that its machines are given up and fenced."""
+
+    host_id: str
+
+
+class ActivitySeen(EventHeader, frozen=True, kw_only=True, tag="activity_seen"):
+    """Somebody used the machine."""
+
+
+class Tick(EventHeader, frozen=True, kw_only=True, tag="tick"):
+    """Look at the deadlines."""
+
+
+Event = (
+    BootSucceeded
+    | BootRefused
+    | DestroyConfirmed
+    | OutcomeUnknown
+    | DestroyRequested
+    | DrainRequested
+    | MachineExited
+    | MachineMissing
+    | HostLost
+    | ActivitySeen
+    | Tick
+)

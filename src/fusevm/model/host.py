@@ -1,0 +1,66 @@
+"""A host: a server that runs the host daemon, as the control plane sees it."""
+
+from enum import StrEnum
+
+import msgspec
+
+
+class HostState(StrEnum):
+    """What the operator wants of the host."""
+
+    ACTIVE = "active"
+    CORDONED = "cordoned"
+    DRAINING = "draining"
+
+
+class HostHealth(StrEnum):
+    """What we observe of the host. `lost`: silent for so long that its machines were given up."""
+
+    OK = "ok"
+    UNREACHABLE = "unreachable"
+    LOST = "lost"
+
+
+class Resources(msgspec.Struct, frozen=True, kw_only=True):
+    """Amounts: a host's capacity, what is reserved of it, or what a machine needs."""
+
+    cpus: int = 0
+    #: MiB.
+    ram_mb: int = 0
+    #: GiB.
+    storage_gb: int = 0
+    #: Machines.
+    vm_count: int = 0
+
+    def plus(self, other: "Resources") -> "Resources":
+        """Sum of both."""
+        return Resources(
+            cpus=self.cpus + other.cpus,
+            ram_mb=self.ram_mb + other.ram_mb,
+            storage_gb=self.storage_gb + other.storage_gb,
+            vm_count=self.vm_count + other.vm_count,
+        )
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True):
+    """The durable record of one host."""
+
+    id: str
+    #: Base URL of the host daemon.
+    url: str
+    region: str = ""
+    arch: str = "amd64"
+    labels: dict[str, str] = {}
+    #: Driver and version as the daemon reports them, for people.
+    driver: str = ""
+    version: str = ""
+    images: tuple[str, ...] = ()
+    state: HostState = HostState.ACTIVE
+    health: HostHealth = HostHealth.OK
+    capacity: Resources
+    #: Sum of the placements; derived, kept by the store in the same transaction.
+    allocated: Resources = Resources()
+    last_seen_ms: int = 0
+    created_at_ms: int
+    updated_at_ms: int
+    revision: int = 0

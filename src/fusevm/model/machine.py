@@ -1,0 +1,103 @@
+"""A machine: one microVM on one host, as the host daemon sees it."""
+
+from enum import StrEnum
+
+import msgspec
+
+from fusevm.model.environment import Network, Timings
+
+
+class Phase(StrEnum):
+    """Where a machine is in its life."""
+
+    CREATING = "creating"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    DELETING = "deleting"
+
+
+#: The only transitions the journal accepts. A deleted machine has no record but a tombstone.
+ALLOWED: dict[Phase, frozenset[Phase]] = {
+    Phase.CREATING: frozenset({Phase.RUNNING, Phase.FAILED, Phase.DELETING}),
+    Phase.RUNNING: frozenset({Phase.PAUSED, Phase.STOPPED, Phase.FAILED, Phase.DELETING}),
+    Phase.PAUSED: frozenset({Phase.RUNNING, Phase.STOPPED, Phase.FAILED, Phase.DELETING}),
+    Phase.STOPPED: frozenset({Phase.CREATING, Phase.DELETING}),
+    Phase.FAILED: frozenset({Phase.STOPPED, Phase.DELETING}),
+    Phase.DELETING: frozenset(),
+}
+
+
+class Fence(msgspec.Struct, frozen=True, kw_only=True):
+    """Who gives an order. Every call that changes a machine carries one; the host refuses what is out of date."""
+
+    #: Id of the cluster (control-plane database).
+    cluster: str
+    #: Environment.
+    uid: str
+    incarnation: int
+    action_seq: int
+
+
+class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a machine is made of."""
+
+    #: Name or digest; the record keeps the digest.
+    image: str
+    cpus: int = 1
+    memory_mib: int = 512
+    #: Size of the private writable disk.
+    disk_bytes: int = 4 << 30
+    hostname: str = ""
+    #: Environment of every command.
+    env: dict[str, str] = {}
+    network: Network = Network()
+
+
+class Isolation(StrEnum):
+    """How a machine is separated from the rest of the host."""
+
+    #: Own network namespace, tap, uid and gid, cgroup.
+    NAMESPACE = "namespace"
+    #: Daemon without root: QEMU user network, the daemon's own uid, no cgroup.
+    USER_NETWORK = "user-network"
+
+
+class VmmProcess(msgspec.Struct, frozen=True, kw_only=True):
+    """Identity of a VMM process: a bare pid may be reused, pid and start time together are not."""
+
+    pid: int
+    #: Field 22 of /proc/<pid>/stat: clock ticks since boot (proc(5)).
+    start_ticks: int
+    #: /proc/sys/kernel/random/boot_id of the host; after a reboot no pid means anything.
+    boot_id: str
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """The durable record of one machine on its host."""
+
+    id: str
+    fence: Fence
+    spec: MachineSpec
+    phase: Phase
+    image_digest: str = ""
+    kernel_digest: str = ""
+    driver: str = ""
+    isolation: Isolation = Isolation.NAMESPACE
+    #: Reserved numbers; -1: none. Network slot and user id of the VMM.
+    slot: int = -1
+    uid: int = -1
+    #: Address by which the host reaches the guest's namespace; empty without one.
+    address: str = ""
+    vmm: VmmProcess | None = None
+    #: Per-boot secret that the right guest repeats; 32 hex digits.
+    nonce: str = ""
+    #: How often it was started.
+    generation: int = 0
+    timings: Timings = Timings()
+    #: Why it failed or stopped, for people.
+    error: str = ""
+    created_at_ms: int
+    started_at_ms: int | None = None
+    updated_at_ms: int

@@ -1,0 +1,166 @@
+"""Bodies of the guest agent's API (docs/guest-protocol.md), shared by host daemon, control plane, SDK and CLI."""
+
+from typing import Literal
+
+import msgspec
+
+PROTOCOL_MAJOR = 1
+UPGRADE = "fuse-frames/1"
+MAX_OUTPUT_BYTES = 16 << 20
+
+
+class ExecRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A command to run. Exactly one of `cmd` and `shell`."""
+
+    cmd: list[str] = []
+    #: Text for `sh -lc`.
+    shell: str = ""
+    env: dict[str, str] = {}
+    cwd: str = ""
+    #: Name, uid, or uid:gid; empty: the image's user, else root.
+    user: str = ""
+    stdin_b64: str | None = None
+    #: Milliseconds; 0: the receiver's default.
+    timeout_ms: int = 0
+    tty: bool = False
+    rows: int = 24
+    cols: int = 80
+    #: Cap of each captured stream, in bytes.
+    max_output_bytes: int = 0
+    #: Background processes only: keep a pipe open as standard input.
+    stdin: bool = False
+
+
+class Exit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a command ended. `exit_code` of a signalled one is 128 + number, of a timed-out one 124."""
+
+    exit_code: int = msgspec.field(default=0)
+    signal: str = ""
+    timed_out: bool = False
+    duration_ms: int = 0
+
+
+class StreamFlags(msgspec.Struct, frozen=True, kw_only=True):
+    stdout: bool = False
+    stderr: bool = False
+
+
+class StreamTotals(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes written by the command, captured or not."""
+
+    stdout: int = 0
+    stderr: int = 0
+
+
+class ExecResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of the agent's one-shot exec."""
+
+    exit_code: int
+    stdout_b64: str = ""
+    stderr_b64: str = ""
+    signal: str = ""
+    timed_out: bool = False
+    duration_ms: int = 0
+    truncated: StreamFlags = StreamFlags()
+    total: StreamTotals = StreamTotals()
+
+
+class Span(msgspec.Struct, frozen=True, kw_only=True):
+    """Absolute offsets of the retained output: oldest byte, and one past the newest."""
+
+    start: int = 0
+    end: int = 0
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True):
+    stdout: Span = Span()
+    stderr: Span = Span()
+
+
+class Process(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A background process."""
+
+    pid: int
+    cmd: list[str] = []
+    state: Literal["running", "exited"] = msgspec.field(default="running")
+    started_at_unix_ms: int = 0
+    exit: Exit | None = None
+    output: Output = Output()
+
+
+class ProcessList(msgspec.Struct, frozen=True, kw_only=True):
+    processes: list[Process] = []
+
+
+class BootPhase(msgspec.Struct, frozen=True, kw_only=True):
+    phase: str
+    #: Milliseconds since the guest kernel started.
+    at_ms: int
+
+
+class AgentHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """Who the agent is and how its boot went."""
+
+    ok: bool = True
+    protocol: str = ""
+    version: str = ""
+    nonce: str = ""
+    boot_id: str = ""
+    uptime_ms: int = 0
+    time_unix_ns: int = 0
+    hostname: str = ""
+    boot: list[BootPhase] = []
+    processes: int = 0
+
+
+class ImageConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an image says about commands that run in it."""
+
+    env: dict[str, str] = {}
+    workdir: str = ""
+    user: str = ""
+
+
+class Configure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the agent learns after boot. Idempotent."""
+
+    generation: int = 0
+    time_unix_ns: int = 0
+    hostname: str = ""
+    env: dict[str, str] = {}
+    image: ImageConfig | None = None
+    entropy_b64: str = ""
+    nameservers: list[str] = []
+    hosts: dict[str, str] = {}
+
+
+class FileWritten(msgspec.Struct, frozen=True, kw_only=True):
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One file, directory, link or special file."""
+
+    path: str
+    name: str
+    type: Literal["file", "directory", "symlink", "other"]
+    size_bytes: int = msgspec.field(default=0)
+    #: Octal text, such as 0644.
+    mode: str = ""
+    uid: int = 0
+    gid: int = 0
+    mtime_ms: int = 0
+    target: str = ""
+
+
+class FileList(msgspec.Struct, frozen=True, kw_only=True):
+    entries: list[FileEntry] = []
+
+
+class Extracted(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer to an archive upload."""
+
+    entries: int
+    bytes: int

@@ -1,0 +1,147 @@
+"""Bodies and headers of the machine API, spoken by the control plane to the host daemon.
+
+Every order carries its fence in four headers (`fence_headers`). Errors are flat (`wire.errors`). Paths below
+`/machines/{id}/guest/` are relayed to the guest agent unchanged (docs/guest-protocol.md); a WebSocket at
+`/machines/{id}/guest/exec` carries exec frames.
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from fusevm.model.environment import Timings
+from fusevm.model.errors import BadField
+from fusevm.model.host import Resources
+from fusevm.model.machine import Fence, Isolation, MachineSpec, Phase
+
+CLUSTER_HEADER = "fuse-cluster"
+UID_HEADER = "fuse-uid"
+INCARNATION_HEADER = "fuse-incarnation"
+ACTION_SEQ_HEADER = "fuse-action-seq"
+
+
+def fence_headers(fence: Fence) -> dict[str, str]:
+    """The four headers of an order."""
+    return {
+        CLUSTER_HEADER: fence.cluster,
+        UID_HEADER: fence.uid,
+        INCARNATION_HEADER: str(fence.incarnation),
+        ACTION_SEQ_HEADER: str(fence.action_seq),
+    }
+
+
+def parse_fence(headers: Mapping[str, str]) -> Fence | None:
+    """The fence of an order, or None when none of its headers is there. Raises BadField for a partial or bad one."""
+    names = (CLUSTER_HEADER, UID_HEADER, INCARNATION_HEADER, ACTION_SEQ_HEADER)
+    values = [headers.get(name) for name in names]
+    if all(value is None for value in values):
+        return None
+    cluster, uid, incarnation, action_seq = values
+    if not cluster or not uid or not (incarnation or "").isdecimal() or not (action_seq or "").isdecimal():
+        raise BadField(field="fence", problem=f"the headers {', '.join(names)} belong together")
+    return Fence(cluster=cluster, uid=uid, incarnation=int(incarnation or 0), action_seq=int(action_seq or 0))
+
+
+class CreateMachine(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of `POST /machines`. Synchronous: the answer comes when the guest agent is configured."""
+
+    machine_id: str
+    spec: MachineSpec
+    #: How long the caller is willing to wait for the agent.
+    boot_timeout_ms: int = 60_000
+
+
+class MachineBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A machine as the API shows it."""
+
+    id: str
+    cluster: str = ""
+    uid: str = ""
+    incarnation: int = 0
+    phase: Phase
+    spec: MachineSpec
+    image_digest: str = ""
+    driver: str = ""
+    isolation: Isolation = Isolation.NAMESPACE
+    address: str = ""
+    generation: int = 0
+    timings: Timings = Timings()
+    error: str = ""
+    #: RFC 3339.
+    created_at: str
+    started_at: str = ""
+
+
+class MachineAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    machine: MachineBody
+
+
+class MachineList(msgspec.Struct, frozen=True, kw_only=True):
+    machines: list[MachineBody] = []
+    #: Fences of deleted machines that are still kept.
+    tombstones: int = 0
+
+
+class ImageBody(msgspec.Struct, frozen=True, kw_only=True):
+    """An image as the API shows it."""
+
+    digest: str
+    names: list[str] = []
+    size_bytes: int = 0
+    created_at: str = ""
+
+
+class ImageList(msgspec.Struct, frozen=True, kw_only=True):
+    images: list[ImageBody] = []
+
+
+class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /info`: what this host is and can take."""
+
+    version: str
+    #: Changes with every start of the daemon.
+    epoch: str
+    cluster: str = ""
+    arch: str = "amd64"
+    driver: str = ""
+    #: Why this driver, for people.
+    driver_reason: str = ""
+    isolation: Isolation = Isolation.NAMESPACE
+    capacity: Resources
+    reserved: Resources = Resources()
+    images: list[str] = []
+    agent_version: str = ""
+    kernel: str = ""
+
+
+class MachineEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line (JSON) of `GET /events`: a machine changed its phase. The first line of a stream is `hello`."""
+
+    kind: str
+    epoch: str = ""
+    machine_id: str = ""
+    uid: str = ""
+    incarnation: int = 0
+    phase: str = ""
+    error: str = ""
+    at_ms: int = 0
+
+
+class HostExec(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of the contract's `POST /machines/{id}/exec`."""
+
+    command: list[str]
+    cwd: str = ""
+    env: dict[str, str] = {}
+    #: Default 30 s, cap 300 s.
+    timeout_ms: int = 30_000
+    user: str = ""
+
+
+class HostExecAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Strings are lossy UTF-8, as the contract has them."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+    duration_ms: int
