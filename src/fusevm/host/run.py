@@ -55,7 +55,7 @@ INHERITED = frozenset(
 #: Searched besides the caller's PATH: system tools live in sbin, which a user's PATH leaves out.
 SYSTEM_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
 
-#: More output than this is a fault of the program (the readers here parse listings, not streams).
+#: Default limit of a stream: more is a fault of the program (callers parse listings).
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024
 
 #: How much of each stream `run_streaming` keeps for its result and for error messages.
@@ -100,6 +100,7 @@ async def run(  # noqa: PLR0913
     env: Mapping[str, str] | None = None,
     check: bool = True,
     pass_fds: Sequence[int] = (),
+    max_output_bytes: int = MAX_OUTPUT_BYTES,
 ) -> Completed:
     """Run a program to its end and return its output.
 
@@ -107,7 +108,7 @@ async def run(  # noqa: PLR0913
     0 raises CommandFailed; ToolMissing when there is no such program, Timeout at the deadline. Cancel-safe: the process
     group is dead when this returns or raises.
     """
-    out, err = _Collector(MAX_OUTPUT_BYTES), _Collector(MAX_OUTPUT_BYTES)
+    out, err = _Collector(max_output_bytes), _Collector(max_output_bytes)
     return await _run(argv, out, err, timeout_s, stdin, cwd, env, check, pass_fds)
 
 

@@ -1,0 +1,3 @@
+module fused
+
+go 1.27

@@ -1,0 +1,144 @@
+"""Make the read-only ext4 file of an image from a folder or a tar, with or without root.
+
+The same tree gives the same bytes: fixed UUID, hash seed and times, no journal (nothing is ever written). Without
+root, files are unpacked in a user namespace that maps only the caller; the few files with other owners get them back
+by debugfs(8).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tarfile
+from pathlib import Path
+
+import msgspec
+
+from fusevm.host.images.progress import Progress, ProgressEvent
+from fusevm.host.images.workspace import ensure_free
+from fusevm.host.run import run
+from fusevm.model.errors import CommandFailed
+
+#: Every time stamp that is not the content's own: 2023-11-14T22:13:20Z.
+EPOCH_S = 1_700_000_000
+_UUID = "f05e0000-0000-4000-8000-000000000001"
+_BLOCK_BYTES = 4096
+_INODE_BYTES = 256
+_FIRST_INODE = 11
+_ROOT_INODE = 2
+_MAKE_TIMEOUT_S = 1800
+_GROWTH_ATTEMPTS = 4
+
+
+class Extent(msgspec.Struct, frozen=True, kw_only=True):
+    """How much a tree holds."""
+
+    #: Inodes needed: files (hard links once), folders, links.
+    inodes: int
+    #: Whole blocks of all files, and one per folder.
+    bytes: int
+
+
+async def unpack_tar(tar: Path, tree: Path, progress: Progress) -> None:
+    """Unpack a root file system into an empty folder: owners (as root), modes, hard links, extended attributes.
+
+    Device nodes below /dev are left out; the guest mounts its own.
+    """
+    progress(ProgressEvent(step="Unpacking the root file system", total_bytes=tar.stat().st_size))
+    options = ["--extract", "--preserve-permissions", "--numeric-owner", "--delay-directory-restore"]
+    options += [f"--file={tar}", f"--directory={tree}", "--exclude=./dev/*", "--exclude=dev/*"]
+    if os.geteuid() == 0:
+        words = ["tar", *options, "--same-owner", "--xattrs", "--xattrs-include=*"]
+    else:
+        words = [*_in_user_namespace(), "tar", *options, "--no-same-owner"]
+    await run(words, timeout_s=_MAKE_TIMEOUT_S)
+
+
+async def make_ext4(tree: Path, target: Path, progress: Progress, owners: dict[str, tuple[int, int]]) -> int:
+    """Write the ext4 file of a tree, just large enough, and return its size.
+
+    `owners` are (uid, gid) by path for files that the tree could not be given to (`tar_owners`). Files of the caller
+    become root's when the caller is not root.
+    """
+    progress(ProgressEvent(step="Measuring the root file system"))
+    extent = await asyncio.to_thread(measure, tree)
+    size = estimate_bytes(extent)
+    await asyncio.to_thread(ensure_free, target.parent, size)
+    for attempt in range(_GROWTH_ATTEMPTS):
+        progress(ProgressEvent(step="Writing the ext4 image", total_bytes=size))
+        try:
+            await _mke2fs(tree, target, size, extent.inodes)
+            break
+        except CommandFailed as e:
+            await asyncio.to_thread(target.unlink, missing_ok=True)
+            if attempt == _GROWTH_ATTEMPTS - 1 or "Could not allocate" not in e.stderr:
+                raise
+            size = _whole_blocks(size * 5 // 4)
+    await _settle(target, extent.inodes, owners)
+    progress(ProgressEvent(step="Writing the ext4 image", done_bytes=size, total_bytes=size))
+    return size
+
+
+def measure(tree: Path) -> Extent:
+    """Measure a tree without following links."""
+    seen: set[tuple[int, int]] = set()
+    total = _BLOCK_BYTES
+    for folder, subfolders, files in os.walk(tree):
+        for name in (*subfolders, *files):
+            stats = os.lstat(os.path.join(folder, name))  # noqa: PTH118 - ten thousand Path objects cost a second
+            key = (stats.st_dev, stats.st_ino)
+            if key not in seen:
+                seen.add(key)
+                total += _whole_blocks(stats.st_size)
+    return Extent(inodes=len(seen) + 1, bytes=total)
+
+
+def estimate_bytes(extent: Extent) -> int:
+    """Estimate the size of a file system: content, inode table, 1 % for maps and extents, 2 MiB."""
+    inode_table = (extent.inodes + _FIRST_INODE + 64) * _INODE_BYTES
+    return _whole_blocks(extent.bytes + inode_table + extent.bytes // 100 + (2 << 20))
+
+
+def tar_owners(tar: Path) -> dict[str, tuple[int, int]]:
+    """Return the owner of each entry of a tar that does not belong to root, by absolute path."""
+    owners = {}
+    with tarfile.open(tar) as archive:
+        for entry in archive:
+            if (entry.uid, entry.gid) != (0, 0):
+                owners["/" + entry.name.removeprefix("./").strip("/")] = (entry.uid, entry.gid)
+    return owners
+
+
+async def _mke2fs(tree: Path, target: Path, size: int, inodes: int) -> None:
+    features = "^has_journal,^resize_inode"
+    extended = f"hash_seed={_UUID},root_owner=0:0,nodiscard,lazy_itable_init=0"
+    words = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", str(_BLOCK_BYTES), "-m", "0", "-I", str(_INODE_BYTES)]
+    words += ["-O", features, "-N", str(inodes + _FIRST_INODE + 16), "-U", _UUID, "-E", extended, "-L", "fuse-image"]
+    words += ["-d", str(tree), str(target), str(size // 1024)]
+    if os.geteuid() != 0:
+        words = [*_in_user_namespace(), *words]
+    await run(words, timeout_s=_MAKE_TIMEOUT_S, env={"E2FSPROGS_FAKE_TIME": str(EPOCH_S)})
+
+
+async def _settle(target: Path, inodes: int, owners: dict[str, tuple[int, int]]) -> None:
+    """Set what mke2fs took from the building machine: change and access times, and owners it could not know."""
+    lines = [
+        f"sif <{number}> {field} @{EPOCH_S}"
+        for number in (_ROOT_INODE, *range(_FIRST_INODE, _FIRST_INODE + inodes))
+        for field in ("ctime", "atime", "crtime")
+    ]
+    if os.geteuid() != 0:
+        for path, (uid, gid) in owners.items():
+            quoted = f'"{path}"'
+            lines += [f"sif {quoted} uid {uid}", f"sif {quoted} gid {gid}"]
+    script = "\n".join(lines).encode() + b"\n"
+    env = {"E2FSPROGS_FAKE_TIME": str(EPOCH_S)}
+    await run(["debugfs", "-w", "-f", "-", target], stdin=script, timeout_s=_MAKE_TIMEOUT_S, env=env)
+
+
+def _in_user_namespace() -> list[str]:
+    return ["unshare", "--map-root-user", "--"]
+
+
+def _whole_blocks(size: int) -> int:
+    return -(-size // _BLOCK_BYTES) * _BLOCK_BYTES

@@ -1,0 +1,235 @@
+"""The images of a host: read-only root file systems addressed by digest, with names.
+
+`<data>/images/sha256-<digest>/{rootfs.ext4,image.json}` are never changed once they are there. Names live in
+`names.json`. Builders add images by `publish`; who uses an image keeps it from being removed (the caller's business).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from fusevm.host.images.names import Names
+from fusevm.host.images.workspace import brief_lock, publish_folder, write_durably
+from fusevm.model.errors import BadField, ImageCorrupt, ImageNotFound
+
+#: Offset and value of the ext4 superblock's magic number, little-endian (ext4(5); kernel, ext4 disk layout).
+_EXT4_MAGIC_OFFSET = 1024 + 0x38
+_EXT4_MAGIC = b"\x53\xef"
+_HASH_CHUNK_BYTES = 4 << 20
+_DIGEST = re.compile(r"(?:sha256[:-])?([0-9a-f]{64})")
+#: Shape of a name: `debian-12`, `team/tool:1.2`.
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(?:/[a-z0-9][a-z0-9._-]{0,62}){0,3}(?::[A-Za-z0-9._-]{1,63})?")
+
+
+class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How commands run in a machine of this image, unless the caller says otherwise."""
+
+    env: dict[str, str] = {}
+    workdir: str = "/"
+    user: str = "root"
+    #: What the image would run by itself; kept for display and `fuse run`, never started as init.
+    entrypoint: tuple[str, ...] = ()
+
+
+class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What `image.json` says."""
+
+    #: `sha256:` and 64 hex digits: of rootfs.ext4 and the config.
+    digest: str
+    #: sha256 of rootfs.ext4, 64 hex digits.
+    rootfs_sha256: str
+    size_bytes: int
+    config: ImageConfig = ImageConfig()
+    #: Hash of what it was built from; the same inputs are not built again.
+    inputs: str = ""
+    #: Where it came from, for people.
+    source: str = ""
+    architecture: str = "amd64"
+    created_at_ms: int
+
+
+class Image(msgspec.Struct, frozen=True, kw_only=True):
+    """An image of the store."""
+
+    record: ImageRecord
+    names: tuple[str, ...]
+    directory: Path
+
+    @property
+    def digest(self) -> str:
+        """`sha256:` and 64 hex digits."""
+        return self.record.digest
+
+    @property
+    def config(self) -> ImageConfig:
+        """How commands run in it."""
+        return self.record.config
+
+    @property
+    def rootfs(self) -> Path:
+        """The read-only ext4 file."""
+        return self.directory / "rootfs.ext4"
+
+    @property
+    def label(self) -> str:
+        """A name if it has one, else the short digest."""
+        return self.names[0] if self.names else self.digest[:19]
+
+
+class ImageStore:
+    """The images below a data directory. Safe to use from several processes."""
+
+    def __init__(self, data: Path) -> None:
+        self.root = data / "images"
+        self._names = Names(self.root)
+
+    async def resolve(self, name: str) -> Image:
+        """Return the image of a name or a digest (all 64 digits). ImageNotFound; ImageCorrupt by a cheap check."""
+        return await asyncio.to_thread(self._resolve, name)
+
+    async def find(self, name: str) -> Image | None:
+        """Return the image of a name or digest, or None when there is none or it is damaged."""
+        try:
+            return await self.resolve(name)
+        except (ImageNotFound, ImageCorrupt):
+            return None
+
+    async def list(self) -> list[Image]:
+        """Return all usable images, newest first."""
+        return await asyncio.to_thread(self._list)
+
+    async def remove(self, name: str, *, used: Callable[[str], bool] = lambda _digest: False) -> bool:
+        """Remove a name, and the image itself when no other name is left and `used(digest)` is false.
+
+        A digest removes all names. Returns whether the image's files are gone.
+        """
+        return await asyncio.to_thread(self._remove, name, used)
+
+    async def verify(self, image: Image, on_bytes: Callable[[int], None] = lambda _done: None) -> None:
+        """Read the whole root file system and compare its sha256; raise ImageCorrupt when it differs."""
+        sha256 = await asyncio.to_thread(file_sha256, image.rootfs, on_bytes)
+        if sha256 != image.record.rootfs_sha256:
+            raise ImageCorrupt(image=image.label, path=str(image.rootfs), problem="its sha256 is not the recorded one")
+
+    async def publish(self, folder: Path, name: str, record: ImageRecord) -> Image:
+        """Move a finished `rootfs.ext4` in `folder` (same file system) into the store under its digest and a name."""
+        parse_name(name)
+        return await asyncio.to_thread(self._publish, folder, name, record)
+
+    def _resolve(self, name: str) -> Image:
+        names = self._names.load()
+        found = _DIGEST.fullmatch(names.get(name, name))
+        if not found:
+            raise ImageNotFound(image=name)
+        return self._load(found.group(1), names, asked=name)
+
+    def _load(self, hex_digest: str, names: dict[str, str], asked: str) -> Image:
+        folder = self.root / f"sha256-{hex_digest}"
+        own = tuple(sorted(name for name, digest in names.items() if digest == f"sha256:{hex_digest}"))
+        path = folder / "image.json"
+        if not own and not folder.is_dir():
+            raise ImageNotFound(image=asked)
+        try:
+            record = msgspec.json.decode(path.read_bytes(), type=ImageRecord)
+        except (OSError, msgspec.DecodeError) as e:
+            raise ImageCorrupt(image=asked, path=str(path), problem=_reason(e)) from e
+        image = Image(record=record, names=own, directory=folder)
+        _check_rootfs(image.rootfs, record.size_bytes, label=own[0] if own else asked)
+        return image
+
+    def _list(self) -> list[Image]:
+        names = self._names.load()
+        images = []
+        for folder in self.root.glob("sha256-*"):
+            with contextlib.suppress(ImageCorrupt, ImageNotFound):
+                images.append(self._load(folder.name.removeprefix("sha256-"), names, asked=folder.name))
+        return sorted(images, key=lambda image: -image.record.created_at_ms)
+
+    def _remove(self, name: str, used: Callable[[str], bool]) -> bool:
+        names = self._names.load()
+        found = _DIGEST.fullmatch(names.get(name, name))
+        folder = self.root / f"sha256-{found.group(1)}" if found else None
+        if found is None or folder is None or (name not in names and not folder.is_dir()):
+            raise ImageNotFound(image=name)
+        digest = f"sha256:{found.group(1)}"
+        self._names.remove(lambda key, value: key == name or (name not in names and value == digest))
+        if digest in self._names.load().values() or used(digest):
+            return False
+        with brief_lock(self.root):
+            # Renamed first, so that a half-removed image is never found.
+            doomed = self.root / f".build-removed-{found.group(1)[:12]}-{time.time_ns()}"
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        return True
+
+    def _publish(self, folder: Path, name: str, record: ImageRecord) -> Image:
+        write_durably(folder / "image.json", msgspec.json.format(msgspec.json.encode(record)))
+        (folder / "rootfs.ext4").chmod(0o444)
+        hex_digest = record.digest.removeprefix("sha256:")
+        publish_folder(folder, self.root / f"sha256-{hex_digest}")
+        self._names.set(name, record.digest)
+        return self._resolve(name)
+
+
+def parse_name(text: str) -> str:
+    """Return an image name unchanged, or raise BadField."""
+    if not NAME.fullmatch(text) or _DIGEST.fullmatch(text):
+        raise BadField(
+            field="image", problem=f"{text[:80]!r} is no image name: use a-z, 0-9, '.', '_', '-', like debian-12"
+        )
+    return text
+
+
+def make_record(  # noqa: PLR0913
+    *, rootfs_sha256: str, size_bytes: int, config: ImageConfig, inputs: str, source: str, created_at_ms: int
+) -> ImageRecord:
+    """Build the record of an image; its digest covers content and config."""
+    canonical = msgspec.json.encode([rootfs_sha256, config], order="deterministic")
+    return ImageRecord(
+        digest=f"sha256:{hashlib.sha256(canonical).hexdigest()}",
+        rootfs_sha256=rootfs_sha256,
+        size_bytes=size_bytes,
+        config=config,
+        inputs=inputs,
+        source=source,
+        created_at_ms=created_at_ms,
+    )
+
+
+def file_sha256(path: Path, on_bytes: Callable[[int], None] = lambda _done: None) -> str:
+    """Return the sha256 of a file as hex; `on_bytes` hears how many bytes are done."""
+    state, done = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            state.update(chunk)
+            done += len(chunk)
+            on_bytes(done)
+    return state.hexdigest()
+
+
+def _check_rootfs(path: Path, size_bytes: int, label: str) -> None:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(_EXT4_MAGIC_OFFSET)
+            magic = file.read(2)
+    except OSError as e:
+        raise ImageCorrupt(image=label, path=str(path), problem=_reason(e)) from e
+    if size != size_bytes:
+        raise ImageCorrupt(image=label, path=str(path), problem=f"it has {size} bytes instead of {size_bytes}")
+    if magic != _EXT4_MAGIC:
+        raise ImageCorrupt(image=label, path=str(path), problem="it is no ext4 file system")
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

@@ -1,0 +1,115 @@
+"""The vocabulary of nftables rule sets as JSON (libnftables-json(5)).
+
+Commands on a table, the few expressions and statements our rules are made of, and the document that carries them.
+
+Must not: know what the rules are for (`tables`, `foreign`) or apply them (`firewall`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+import msgspec
+
+Json: TypeAlias = "None | bool | int | str | Sequence[Json] | Mapping[str, Json]"
+
+#: Priorities of base chains (linux/netfilter_ipv4.h); `BEFORE_FILTER` comes ahead of other programs' filters.
+RAW, BEFORE_FILTER, FILTER, SRCNAT = -300, -10, 0, 100
+
+
+def render_document(commands: Iterable[Json]) -> bytes:
+    """Make one transaction: `nft -j -f -` applies all of it or nothing."""
+    return msgspec.json.encode({"nftables": list(commands)})
+
+
+ACCEPT: Json = {"accept": None}
+DROP: Json = {"drop": None}
+COUNT: Json = {"counter": None}
+#: An answer at once beats a timeout: the guest's program sees EHOSTUNREACH.
+REJECT: Json = {"reject": {"type": "icmpx", "expr": "admin-prohibited"}}
+
+
+class Table:
+    """Commands on one table."""
+
+    def __init__(self, family: str, name: str) -> None:
+        self._family = family
+        self._name = name
+
+    def replace(self) -> list[Json]:
+        """Start anew: `delete` fails on a missing table, `add` does not mind an existing one."""
+        table: Json = {"table": {"family": self._family, "name": self._name}}
+        return [{"add": table}, {"delete": table}, {"add": table}]
+
+    def set(self, name: str, kind: str | list[str], flags: Sequence[str] = (), elem: Sequence[Json] = ()) -> Json:
+        body: dict[str, Json] = {**self._within(), "name": name, "type": kind}
+        if flags:
+            body["flags"] = flags
+        if elem:
+            body["elem"] = elem
+        return {"add": {"set": body}}
+
+    def map(self, name: str, kind: str, target: str) -> Json:
+        return {"add": {"map": {**self._within(), "name": name, "type": kind, "map": target}}}
+
+    def chain(
+        self,
+        name: str,
+        hook: str = "",
+        priority: int = 0,
+        *,
+        kind: str = "filter",
+        policy: str = "accept",
+        device: str = "",
+    ) -> Json:
+        body: dict[str, Json] = {**self._within(), "name": name}
+        if hook:
+            body |= {"type": kind, "hook": hook, "prio": priority, "policy": policy}
+        if device:
+            body["dev"] = device
+        return {"add": {"chain": body}}
+
+    def rule(self, chain: str, *expressions: Json) -> Json:
+        return {"add": {"rule": {**self._within(), "chain": chain, "expr": list(expressions)}}}
+
+    def add_elements(self, name: str, elements: Sequence[Json]) -> Json:
+        return {"add": {"element": {**self._within(), "name": name, "elem": elements}}}
+
+    def delete_elements(self, name: str, elements: Sequence[Json]) -> Json:
+        return {"delete": {"element": {**self._within(), "name": name, "elem": elements}}}
+
+    def _within(self) -> dict[str, Json]:
+        return {"family": self._family, "table": self._name}
+
+
+def equals(left: Json, right: Json) -> Json:
+    return {"match": {"op": "==", "left": left, "right": right}}
+
+
+def differs(left: Json, right: Json) -> Json:
+    return {"match": {"op": "!=", "left": left, "right": right}}
+
+
+def has_state(*states: str) -> Json:
+    right: Json = states[0] if len(states) == 1 else list(states)
+    return {"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": right}}
+
+
+def is_tcp_or_udp() -> Json:
+    return equals(meta("l4proto"), {"set": ["tcp", "udp"]})
+
+
+def meta(key: str) -> Json:
+    return {"meta": {"key": key}}
+
+
+def payload(protocol: str, field: str) -> Json:
+    return {"payload": {"protocol": protocol, "field": field}}
+
+
+def limit(rate: int, burst: int) -> Json:
+    return {"limit": {"rate": rate, "per": "second", "burst": burst}}
+
+
+def prefix(cidr: str) -> Json:
+    address, _, length = cidr.partition("/")
+    return {"prefix": {"addr": address, "len": int(length)}}

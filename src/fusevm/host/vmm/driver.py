@@ -1,0 +1,100 @@
+"""What the host daemon needs from a virtual machine monitor. Two implementations: `qemu`, and `firecracker`.
+
+A driver knows processes, devices and the guest channel. It knows nothing of journals, tasks or the API.
+"""
+
+from pathlib import Path
+from typing import Literal, Protocol
+
+import msgspec
+
+from fusevm.model.machine import VmmProcess
+from fusevm.wire.streams import ByteStream
+
+
+class Nic(msgspec.Struct, frozen=True, kw_only=True):
+    """The machine's network device."""
+
+    #: Open tap descriptor that the VMM inherits; None with `user_network`.
+    tap_fd: int | None = None
+    mac: str = ""
+    #: Value of QEMU's `-netdev user,...` when the daemon has no root; empty with a tap.
+    user_network: str = ""
+    #: Network namespace that the VMM process enters; None: the daemon's.
+    netns: Path | None = None
+
+
+class Confinement(msgspec.Struct, frozen=True, kw_only=True):
+    """How the VMM process is fenced in. All empty for a daemon without root."""
+
+    uid: int | None = None
+    gid: int | None = None
+    #: Existing cgroup directories (one per v1 controller, or one v2 leaf) that the process joins before it execs.
+    cgroups: tuple[Path, ...] = ()
+
+
+class BootPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a driver needs to start one machine. All files exist and are readable by the confined uid."""
+
+    machine_id: str
+    cpus: int
+    memory_mib: int
+    kernel: Path
+    initramfs: Path
+    #: `fuse.*` parameters for the agent; the driver adds what kernel and VMM need.
+    command_line: str
+    #: Shared read-only root file system (ext4).
+    image: Path | None = None
+    #: Private writable disk (ext4).
+    overlay: Path | None = None
+    overlay_format: Literal["raw", "qcow2"] = "qcow2"
+    #: Private directory of the machine for sockets and logs; its path is short (108-byte socket limit).
+    run_dir: Path
+    #: Where console and VMM output go, bounded by `console_bytes` (rotated, newest kept).
+    console_log: Path
+    console_bytes: int = 4 << 20
+    nic: Nic | None = None
+    confinement: Confinement = Confinement()
+
+
+class Vmm(Protocol):
+    """A running (or just ended) VMM process."""
+
+    @property
+    def process(self) -> VmmProcess:
+        """Identity that survives a restart of the daemon."""
+        ...
+
+    async def open_stream(self) -> ByteStream:
+        """A new stream to the guest agent; waits for the guest to serve. Raises ConnectionError when the VMM has gone."""
+        ...
+
+    async def wait_exit(self) -> str:
+        """Return why the process ended once it has (from QMP or the log, else `unknown`). Any number of callers."""
+        ...
+
+    async def kill(self) -> None:
+        """SIGKILL, and return when the process is gone. Idempotent."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of it without ending it: the daemon stops, the machine runs on."""
+        ...
+
+
+class Driver(Protocol):
+    """Starts and finds VMM processes."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def boot(self, plan: BootPlan) -> Vmm:
+        """Start the process and connect the channel; returns before the guest is up.
+
+        The VMM is in a session of its own and outlives the daemon. Raises VmmMissing, BootFailed, PathTooLong; then nothing is left.
+        """
+        ...
+
+    async def adopt(self, plan: BootPlan, process: VmmProcess) -> Vmm | None:
+        """Take over a process that an earlier daemon started; None when exactly that process no longer lives."""
+        ...
