@@ -13,6 +13,9 @@ const firstRing = 4096
 func (r *ring) len() int { return r.size }
 
 func (r *ring) write(p []byte) {
+	if len(p) == 0 {
+		return
+	}
 	if r.size+len(p) > len(r.buf) {
 		r.grow(r.size + len(p))
 	}

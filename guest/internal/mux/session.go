@@ -181,9 +181,8 @@ func (s *Session) refuse(id uint32) {
 // dropAll forgets every stream and all queued output: an epoch has ended.
 func (s *Session) dropAll() {
 	for _, stream := range s.streams {
-		stream.fail(ErrReset)
+		stream.drop()
 	}
-	clear(s.streams)
 	s.lastID = 0
 	s.hello, s.resets, s.ready, s.backlog = nil, nil, nil, nil
 }

@@ -40,6 +40,7 @@ type Stream struct {
 	closeSent bool
 	abort     bool // RESET has to be sent
 	queued    bool // is in session.ready
+	detached  bool // is no longer in the table: must not send anything
 }
 
 func newStream(s *Session, id uint32) *Stream {
@@ -70,8 +71,7 @@ func (st *Stream) handle(f Frame) {
 		st.readOK.Broadcast()
 		st.forgetIfDone()
 	case Reset:
-		delete(st.session.streams, st.id)
-		st.fail(ErrReset)
+		st.drop()
 	}
 }
 
@@ -84,7 +84,7 @@ func (st *Stream) receive(payload []byte) {
 	}
 	st.window -= len(payload)
 	st.received.write(payload)
-	st.readOK.Signal()
+	st.readOK.Broadcast()
 }
 
 // sendReset makes the stream unusable now and tells the peer in its turn.
@@ -108,9 +108,22 @@ func (st *Stream) fail(err error) {
 	st.reset(err)
 }
 
+// drop ends the stream without a word to the peer: it knows.
+func (st *Stream) drop() {
+	st.detach()
+	st.fail(ErrReset)
+}
+
+// detach takes the stream out of the table. Its id may be reused in the next
+// epoch, so from here on it must stay silent.
+func (st *Stream) detach() {
+	delete(st.session.streams, st.id)
+	st.detached = true
+}
+
 // queue puts the stream at the end of the writer's turns.
 func (st *Stream) queue() {
-	if st.queued || !st.hasWork() {
+	if st.queued || st.detached || !st.hasWork() {
 		return
 	}
 	st.queued = true
@@ -122,14 +135,17 @@ func (st *Stream) hasWork() bool {
 	return st.abort || st.owesWindow() || (len(st.out) > 0 && st.credit > 0) || st.owesClose()
 }
 
-func (st *Stream) owesWindow() bool { return st.owed >= returnAfter && !st.peerDone && !st.closed }
+func (st *Stream) owesWindow() bool {
+	return st.owed >= returnAfter && st.err == nil && !st.peerDone && !st.closed
+}
 
-func (st *Stream) owesClose() bool { return st.noMore && !st.closeSent && len(st.out) == 0 }
+func (st *Stream) owesClose() bool {
+	return st.noMore && !st.closeSent && st.err == nil && len(st.out) == 0
+}
 
 func (st *Stream) forgetIfDone() {
-	if st.closeSent && st.peerDone && st.err == nil {
-		delete(st.session.streams, st.id)
-		st.queued = true // never again in turn
+	if st.closeSent && st.peerDone {
+		st.detach()
 	}
 }
 
@@ -172,18 +188,20 @@ func (st *Stream) Write(p []byte) (int, error) {
 	}
 	st.out = p
 	st.queue()
-	for len(st.out) > 0 {
+	var err error
+	for len(st.out) > 0 && err == nil {
 		st.writeOK.Wait()
-		if err := st.writeError(); err != nil && len(st.out) > 0 {
-			rest := len(st.out)
-			st.out = nil
-			return len(p) - rest, err
-		}
-		if st.err != nil {
-			return 0, st.err
-		}
+		err = st.writeError()
 	}
-	return len(p), st.err
+	rest := st.out
+	st.out = nil
+	switch {
+	case rest == nil: // taken away by Close or by a reset
+		return 0, err
+	case len(rest) == 0:
+		return len(p), nil
+	}
+	return len(p) - len(rest), err
 }
 
 func (st *Stream) writeError() error {
@@ -218,8 +236,8 @@ func (st *Stream) Close() error {
 	if st.closed {
 		return net.ErrClosed
 	}
-	st.closed, st.noMore = true, true
 	st.out = nil
+	st.closed, st.noMore = true, true
 	st.readBy.stop()
 	st.writeBy.stop()
 	st.readOK.Broadcast()

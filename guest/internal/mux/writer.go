@@ -21,6 +21,9 @@ func (s *Session) writeLoop() {
 		if batch == nil {
 			return
 		}
+		if len(batch) == 0 { // the streams in turn were dropped meanwhile
+			continue
+		}
 		sealAll(batch)
 		if _, err := s.port.Write(batch); err != nil {
 			s.fail(err)
@@ -77,7 +80,7 @@ func (s *Session) takeTurns(batch []byte) []byte {
 // take appends one turn of a stream: credit, one DATA frame of at most room
 // bytes, and the end.
 func (st *Stream) take(batch []byte, room int) []byte {
-	if st.owesWindow() && !st.abort {
+	if st.owesWindow() {
 		batch = appendHeader(batch, Window, st.id, 4)
 		batch = binary.BigEndian.AppendUint32(batch, uint32(st.owed))
 		st.window += st.owed
@@ -92,17 +95,15 @@ func (st *Stream) take(batch []byte, room int) []byte {
 			st.writeOK.Broadcast()
 		}
 	}
-	if st.owesClose() && st.err == nil {
+	if st.owesClose() {
 		batch = appendHeader(batch, Close, st.id, 0)
 		st.closeSent = true
 		st.forgetIfDone()
 	}
 	if st.abort {
 		batch = appendHeader(batch, Reset, st.id, 0)
-		delete(st.session.streams, st.id)
-		st.fail(ErrReset)
 		st.abort = false
-		st.noMore, st.closeSent = true, true
+		st.drop()
 	}
 	return batch
 }

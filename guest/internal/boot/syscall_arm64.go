@@ -1,0 +1,4 @@
+package boot
+
+// The syscall package lacks the number on this architecture.
+const sysFinitModule = 273
