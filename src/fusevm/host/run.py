@@ -15,9 +15,10 @@ import math
 import os
 import shlex
 import signal
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import msgspec
 
@@ -46,11 +47,11 @@ PACKAGES = {
 }
 
 #: Variables that reach a program when the caller names none; the rest of the daemon's environment stays private.
-INHERITED = frozenset(
-    """HOME USER LOGNAME TMPDIR TZ SOURCE_DATE_EPOCH APT_CONFIG XDG_CACHE_HOME XDG_RUNTIME_DIR
-    SSL_CERT_FILE SSL_CERT_DIR CURL_CA_BUNDLE http_proxy https_proxy ftp_proxy no_proxy
-    HTTP_PROXY HTTPS_PROXY FTP_PROXY NO_PROXY""".split()
-)
+INHERITED = frozenset({
+    *("HOME", "USER", "LOGNAME", "TMPDIR", "TZ", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR", "APT_CONFIG"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "CURL_CA_BUNDLE", "http_proxy", "https_proxy", "ftp_proxy", "no_proxy"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY"),
+})  # fmt: skip
 
 #: Searched besides the caller's PATH: system tools live in sbin, which a user's PATH leaves out.
 SYSTEM_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
@@ -61,7 +62,6 @@ MAX_OUTPUT_BYTES = 64 * 1024 * 1024
 #: How much of each stream `run_streaming` keeps for its result and for error messages.
 TAIL_BYTES = 64 * 1024
 
-_CHUNK_BYTES = 64 * 1024
 _MAX_LINE_BYTES = 16 * 1024
 _REAP_TIMEOUT_S = 10.0
 
@@ -91,7 +91,7 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True):
         return self.stdout.decode(errors="replace")
 
 
-async def run(  # noqa: PLR0913
+async def run(
     argv: Sequence[str | Path],
     *,
     timeout_s: float,
@@ -112,7 +112,7 @@ async def run(  # noqa: PLR0913
     return await _run(argv, out, err, timeout_s, stdin, cwd, env, check, pass_fds)
 
 
-async def run_streaming(  # noqa: PLR0913
+async def run_streaming(
     argv: Sequence[str | Path],
     *,
     on_line: Callable[[str], None],
@@ -149,6 +149,10 @@ def program_environment(overrides: Mapping[str, str] | None = None) -> dict[str,
     return env
 
 
+class _TooMuchOutput(Exception):
+    """A program went over the limit of its output."""
+
+
 class _Collector:
     """Keeps everything, up to a limit."""
 
@@ -159,7 +163,7 @@ class _Collector:
     def feed(self, chunk: bytes) -> None:
         self._data += chunk
         if len(self._data) > self._limit_bytes:
-            raise ValueError(f"the program wrote more than {self._limit_bytes} bytes")
+            raise _TooMuchOutput(f"it wrote more than {self._limit_bytes} bytes and was killed")
 
     def tail(self) -> bytes:
         return bytes(self._data[-TAIL_BYTES:])
@@ -204,7 +208,29 @@ class _LineSink:
 _Sink = _Collector | _LineSink
 
 
-async def _run(  # noqa: PLR0913
+class _Conversation(asyncio.SubprocessProtocol):
+    """Feeds the output of a program to its sinks; `over` when it has ended and its output is complete."""
+
+    def __init__(self, out: _Sink, err: _Sink) -> None:
+        self._sinks = {1: out, 2: err}
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.closed = asyncio.Event()
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        try:
+            self._sinks[fd].feed(data)
+        except Exception as e:  # noqa: BLE001 - raised to who waits for `over`
+            if not self.over.done():
+                self.over.set_exception(e)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self.closed.set()
+        if not self.over.done():
+            self.over.set_result(None)
+
+
+async def _run(
     argv: Sequence[str | Path],
     out: _Sink,
     err: _Sink,
@@ -217,20 +243,25 @@ async def _run(  # noqa: PLR0913
 ) -> Completed:
     words = tuple(str(word) for word in argv)
     line = command_line(words, cwd, env)
-    process = await _start(words, stdin is not None, cwd, env, pass_fds)
+    transport, talk = await _start(words, out, err, stdin is not None, cwd, env, pass_fds)
     try:
         async with asyncio.timeout(timeout_s):
-            await _converse(process, stdin, out, err)
-            await process.wait()
+            _send(transport, stdin)
+            await talk.over
     except TimeoutError as e:
-        await _end(process)
+        await _end(transport, talk, blame=e)
         error = Timeout(what=f"`{line}`", limit_s=math.ceil(timeout_s))
         error.add_note(f"last words on stderr: {_tail(err.tail())}")
         raise error from e
+    except _TooMuchOutput as e:
+        await _end(transport, talk, blame=e)
+        raise CommandFailed(command=line, exit_status=-signal.SIGKILL, stderr=str(e)) from e
     except BaseException as e:
-        await _end(process, blame=e)
+        await _end(transport, talk, blame=e)
         raise
-    done = Completed(argv=words, stdout=out.close(), stderr=err.close(), returncode=process.returncode or 0)
+    finally:
+        transport.close()
+    done = Completed(argv=words, stdout=out.close(), stderr=err.close(), returncode=transport.get_returncode() or 0)
     if check and done.returncode != 0:
         said = _tail(done.stderr) or _tail(done.stdout) or "(it said nothing)"
         raise CommandFailed(command=line, exit_status=done.returncode, stderr=said)
@@ -238,8 +269,14 @@ async def _run(  # noqa: PLR0913
 
 
 async def _start(
-    words: tuple[str, ...], has_stdin: bool, cwd: Path | None, env: Mapping[str, str] | None, pass_fds: Sequence[int]
-) -> Process:
+    words: tuple[str, ...],
+    out: _Sink,
+    err: _Sink,
+    has_stdin: bool,
+    cwd: Path | None,
+    env: Mapping[str, str] | None,
+    pass_fds: Sequence[int],
+) -> tuple[asyncio.SubprocessTransport, _Conversation]:
     if cwd is not None and not await asyncio.to_thread(cwd.is_dir):
         raise NotADirectoryError(f"{cwd}: the working directory of {words[0]} does not exist")
     program_env = program_environment(env)
@@ -247,9 +284,10 @@ async def _start(
     program = next(_candidates(words[0], program_env["PATH"]), None)
     if program is None:
         raise ToolMissing(program=words[0], package=PACKAGES.get(words[0], words[0]))
-    return await asyncio.create_subprocess_exec(
-        *words,
-        executable=program,
+    return await asyncio.get_running_loop().subprocess_exec(
+        lambda: _Conversation(out, err),
+        program,
+        *words[1:],
         stdin=PIPE if has_stdin else DEVNULL,
         stdout=PIPE,
         stderr=PIPE,
@@ -268,39 +306,27 @@ def _candidates(program: str, path: str) -> Iterator[str]:
             yield name
 
 
-async def _converse(process: Process, stdin: bytes | None, out: _Sink, err: _Sink) -> None:
-    async with asyncio.TaskGroup() as group:
-        group.create_task(_pump(process.stdout, out))
-        group.create_task(_pump(process.stderr, err))
-        if stdin is not None:
-            group.create_task(_write(process.stdin, stdin))
+def _send(transport: asyncio.SubprocessTransport, stdin: bytes | None) -> None:
+    """Queue all input. A program may end without reading it; its status says whether that was right."""
+    if stdin is None:
+        return
+    # uvloop's transports do not derive from asyncio's, and refuse calls once the other end is closed.
+    pipe = cast("asyncio.WriteTransport", transport.get_pipe_transport(0))
+    if not pipe.is_closing():
+        pipe.write(stdin)
+    if not pipe.is_closing():
+        pipe.write_eof()
 
 
-async def _pump(stream: asyncio.StreamReader | None, sink: _Sink) -> None:
-    assert stream is not None
-    while chunk := await stream.read(_CHUNK_BYTES):
-        sink.feed(chunk)
-
-
-async def _write(stream: asyncio.StreamWriter | None, data: bytes) -> None:
-    assert stream is not None
-    # A program may end without reading all of its input; its status says whether that was right.
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        stream.write(data)
-        await stream.drain()
-    stream.close()
-
-
-async def _end(process: Process, blame: BaseException | None = None) -> None:
-    """Kill the process group and reap its leader, also when the caller is cancelled once more."""
+async def _end(transport: asyncio.SubprocessTransport, talk: _Conversation, blame: BaseException) -> None:
+    """Kill the process group and reap its leader; also when the caller is cancelled once more."""
+    pid = transport.get_pid()
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    reaping = asyncio.ensure_future(process.wait())
+        os.killpg(pid, signal.SIGKILL)
     try:
-        await asyncio.shield(asyncio.wait_for(reaping, _REAP_TIMEOUT_S))
+        await asyncio.shield(asyncio.wait_for(talk.closed.wait(), _REAP_TIMEOUT_S))
     except TimeoutError:
-        if blame is not None:
-            blame.add_note(f"pid {process.pid} did not end after SIGKILL within {_REAP_TIMEOUT_S:.0f} s")
+        blame.add_note(f"pid {pid} did not end within {_REAP_TIMEOUT_S:.0f} s after SIGKILL")
 
 
 def _tail(data: bytes, lines: int = 20) -> str:

@@ -6,6 +6,7 @@ fetched into the working folder, so that nothing of the machine changes.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 
@@ -84,7 +85,7 @@ class Apt:
         total = await self.size_bytes(package)
         async with watched_bytes(progress, step, lambda: folder_bytes(folder), total):
             await run(["apt-get", *self._options, "download", package], cwd=folder, timeout_s=_DOWNLOAD_TIMEOUT_S)
-        files = sorted(folder.glob("*.deb"))
+        files = await asyncio.to_thread(lambda: sorted(folder.glob("*.deb")))
         if len(files) != 1:
             raise CommandFailed(
                 command=f"apt-get download {package}", exit_status=0, stderr=f"it left {len(files)} package files"

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import shutil
 import time
 from pathlib import Path
 
 import msgspec
 
-from fusevm.host.images.ext4 import make_ext4, measure, tar_owners, unpack_tar
+from fusevm.host.images.ext4 import make_ext4, tar_owners, unpack_tar
 from fusevm.host.images.progress import Progress, ProgressEvent, ignore_progress
 from fusevm.host.images.store import Image, ImageConfig, ImageStore, file_sha256, make_record, parse_name
-from fusevm.host.images.workspace import ensure_free, exclusive, workspace
+from fusevm.host.images.workspace import exclusive, workspace
 
 #: Part of every inputs hash: images of another way of building are built anew.
 BUILDER_VERSION = 1
 
 
-async def build_from_tree(  # noqa: PLR0913
+async def build_from_tree(
     store: ImageStore,
     name: str,
     content: Path,
@@ -34,7 +35,16 @@ async def build_from_tree(  # noqa: PLR0913
         return await finish(store, name, content, folder, config, source or str(content), inputs, progress)
 
 
-async def finish(  # noqa: PLR0913
+async def build_minimal(store: ImageStore, binary: Path, name: str = "minimal") -> Image:
+    """Make an image that holds one static program, /bin/<its name>, and the folders a machine mounts things on."""
+    async with exclusive(store.root, lock_name(name)), workspace(store.root) as folder:
+        tree = folder / "minimal"
+        await asyncio.to_thread(_fill_minimal, tree, binary)
+        config = ImageConfig(entrypoint=(f"/bin/{binary.name}",))
+        return await finish(store, name, tree, folder, config, f"the program {binary.name}", "", ignore_progress)
+
+
+async def finish(
     store: ImageStore,
     name: str,
     content: Path,
@@ -45,20 +55,14 @@ async def finish(  # noqa: PLR0913
     progress: Progress,
 ) -> Image:
     """Turn content into a published image, within a workspace and a lock that the caller holds."""
-    owners: dict[str, tuple[int, int]] = {}
-    tree = content
-    if content.is_file():
-        tree = folder / "tree"
-        await asyncio.to_thread(tree.mkdir)
-        await asyncio.to_thread(ensure_free, folder, 2 * content.stat().st_size)
-        await unpack_tar(content, tree, progress)
-        owners = await asyncio.to_thread(tar_owners, content)
+    rootfs = folder / "image" / "rootfs.ext4"
+    await asyncio.to_thread(rootfs.parent.mkdir, 0o755)
+    if await asyncio.to_thread(content.is_dir):
+        size = await make_ext4(content, rootfs, progress, owners={})
     else:
-        await asyncio.to_thread(lambda: ensure_free(folder, measure(content).bytes))
-    result = folder / "image"
-    await asyncio.to_thread(result.mkdir, 0o755)
-    rootfs = result / "rootfs.ext4"
-    size = await make_ext4(tree, rootfs, progress, owners)
+        owners = await asyncio.to_thread(tar_owners, content)
+        await unpack_tar(content, folder / "tree", progress)
+        size = await make_ext4(folder / "tree", rootfs, progress, owners)
     step = "Computing the digest"
     sha256 = await asyncio.to_thread(
         file_sha256, rootfs, lambda done: progress(ProgressEvent(step=step, done_bytes=done, total_bytes=size))
@@ -71,7 +75,7 @@ async def finish(  # noqa: PLR0913
         source=source,
         created_at_ms=time.time_ns() // 1_000_000,
     )
-    image = await store.publish(result, name, record)
+    image = await store.publish(rootfs.parent, name, record)
     progress(ProgressEvent(step="Image ready", done_bytes=size, total_bytes=size, detail=f"{name} {image.digest}"))
     return image
 
@@ -79,6 +83,16 @@ async def finish(  # noqa: PLR0913
 def inputs_hash(*parts: object) -> str:
     """Return the hash of what an image is built from (any JSON), with the version of the builder."""
     return hashlib.sha256(msgspec.json.encode([BUILDER_VERSION, *parts], order="deterministic")).hexdigest()
+
+
+def _fill_minimal(tree: Path, binary: Path) -> None:
+    for path in ("bin", "dev", "etc", "proc", "root", "run", "sys", "tmp"):
+        (tree / path).mkdir(parents=True)
+    (tree / "tmp").chmod(0o1777)
+    (tree / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
+    (tree / "etc" / "group").write_text("root:x:0:\n")
+    shutil.copyfile(binary, tree / "bin" / binary.name)
+    (tree / "bin" / binary.name).chmod(0o755)
 
 
 def lock_name(name: str) -> str:

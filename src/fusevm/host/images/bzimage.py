@@ -34,7 +34,7 @@ _DECOMPRESS_TIMEOUT_S = 60
 
 
 class NotAKernel(ValueError):
-    """The bytes are no kernel that can be used; the text says why. Translated to KernelCorrupt by who knows the path."""
+    """The bytes are no usable kernel; the text says why. Who knows the path translates it to KernelCorrupt."""
 
 
 async def extract_elf(data: bytes) -> bytes:
@@ -86,9 +86,13 @@ async def decompress_file(data: bytes, suffix: str) -> bytes:
 
 async def _decompress_body(body: bytes) -> bytes:
     if body.startswith(b"\x28\xb5\x2f\xfd"):
-        return (await run(["zstd", "-dcq"], stdin=body, timeout_s=_DECOMPRESS_TIMEOUT_S, max_output_bytes=1 << 30)).stdout
+        return (
+            await run(["zstd", "-dcq"], stdin=body, timeout_s=_DECOMPRESS_TIMEOUT_S, max_output_bytes=1 << 30)
+        ).stdout
     if body.startswith((b"\x02\x21\x4c\x18", b"\x04\x22\x4d\x18")):
-        return (await run(["lz4", "-dcq"], stdin=body, timeout_s=_DECOMPRESS_TIMEOUT_S, max_output_bytes=1 << 30)).stdout
+        return (
+            await run(["lz4", "-dcq"], stdin=body, timeout_s=_DECOMPRESS_TIMEOUT_S, max_output_bytes=1 << 30)
+        ).stdout
     if body.startswith((b"\xfd7zXZ\x00", b"\x5d\x00\x00")):
         return await asyncio.to_thread(lzma.decompress, body)
     if body.startswith(b"\x1f\x8b"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import pwd
+import shutil
 import time
 from pathlib import Path
 
@@ -14,12 +17,14 @@ from fusevm.host.images.build import finish, inputs_hash, lock_name
 from fusevm.host.images.ext4 import EPOCH_S
 from fusevm.host.images.progress import Progress, ProgressEvent, ignore_progress, watched_bytes
 from fusevm.host.images.store import Image, ImageConfig, ImageStore
-from fusevm.host.images.workspace import ensure_free, exclusive, workspace
-from fusevm.host.run import run_streaming
-from fusevm.model.errors import ImageNotFound
+from fusevm.host.images.workspace import exclusive, workspace
+from fusevm.host.run import ToolMissing, program_environment, run, run_streaming
+from fusevm.model.errors import BadSetting, ImageNotFound
 
 _BUILD_TIMEOUT_S = 3600
+_PROBE_TIMEOUT_S = 30
 _NEEDED_BYTES = 2 << 30
+_POCKETS = ("", "-updates", "-security")
 _OS_RELEASE = Path("/etc/os-release")
 
 
@@ -79,8 +84,8 @@ async def build_debian(
         if image is not None and image.record.inputs == inputs and not force:
             progress(ProgressEvent(step="Image ready", detail=up_to_date_text(image, time.time())))
             return Built(image=image, is_new=False)
-        async with workspace(store.root) as folder:
-            await asyncio.to_thread(ensure_free, store.root, _NEEDED_BYTES)
+        await asyncio.to_thread(_check_rootless)
+        async with workspace(store.root, _NEEDED_BYTES) as folder:
             tar = await debootstrap(recipe, folder, progress)
             source = f"mmdebstrap {recipe.suite}"
             image = await finish(store, name, tar, folder, recipe.config, source, inputs, progress)
@@ -106,7 +111,7 @@ async def debootstrap(recipe: Recipe, folder: Path, progress: Progress) -> Path:
 
     env = {"SOURCE_DATE_EPOCH": str(EPOCH_S), "TMPDIR": str(scratch)}
     async with watched_bytes(progress, f"Installing Debian {recipe.suite}", downloaded, None):
-        await run_streaming(dying_with_parent(words), on_line=say, timeout_s=_BUILD_TIMEOUT_S, env=env)
+        await run_streaming(await dying_with_parent(words), on_line=say, timeout_s=_BUILD_TIMEOUT_S, env=env)
     return tar
 
 
@@ -130,23 +135,24 @@ def mirror_lines(sources: list[Source], host_codename: str, suite: str) -> list[
     Entries of the machine's release (bookworm, bookworm-updates, bookworm-security) are taken for the same pockets of
     the wanted suite. Pure.
     """
-    lines = []
-    for source in sources:
-        pocket = source.release.removeprefix(host_codename) if host_codename else source.release
-        if host_codename and source.release.startswith(host_codename) and source.component == "main":
-            if pocket in {"", "-updates", "-security"}:
-                lines.append(msgspec.structs.replace(source, release=suite + pocket).line())
-    return lines
+    pockets = {f"{host_codename}{pocket}": f"{suite}{pocket}" for pocket in _POCKETS} if host_codename else {}
+    return [
+        msgspec.structs.replace(source, release=pockets[source.release]).line()
+        for source in sources
+        if source.release in pockets and source.component == "main"
+    ]
 
 
-def dying_with_parent(words: list[str]) -> list[str]:
+async def dying_with_parent(words: list[str]) -> list[str]:
     """Wrap a command so that it, and all it starts, ends when this process is killed.
 
-    As root also in a mount namespace of its own, so that no mount of a killed build stays behind.
+    As root also in a mount namespace of its own, so that no mount of a killed build stays behind; where that is not
+    allowed (a container, a plain chroot) only the command itself ends.
     """
     wrapped = ["setpriv", "--pdeathsig", "KILL", "--"]
-    if os.geteuid() == 0:
-        wrapped += ["unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc", "--"]
+    apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc", "--"]
+    if os.geteuid() == 0 and (await run([*apart, "true"], timeout_s=_PROBE_TIMEOUT_S, check=False)).returncode == 0:
+        wrapped += apart
     return [*wrapped, *words]
 
 
@@ -155,6 +161,24 @@ def up_to_date_text(image: Image, now_s: float) -> str:
     days = int(now_s - image.record.created_at_ms / 1000) // 86400
     age = "today" if days == 0 else f"{days} day{'s' if days > 1 else ''} ago"
     return f"{image.label} is up to date (built {age}); --force builds it again with the packages of today"
+
+
+def _check_rootless() -> None:
+    """Raise unless this user may own the many users of a Debian system, by subordinate ids or as root."""
+    if os.geteuid() == 0:
+        return
+    if shutil.which("newuidmap", path=program_environment()["PATH"]) is None:
+        raise ToolMissing(program="newuidmap", package="uidmap")
+    me = [str(os.geteuid())]
+    with contextlib.suppress(KeyError):  # a user without a name
+        me.append(pwd.getpwuid(os.geteuid()).pw_name)
+    for table in (Path("/etc/subuid"), Path("/etc/subgid")):
+        lines = table.read_text().splitlines() if table.exists() else []
+        if not any(line.partition(":")[0] in me for line in lines):
+            remedy = f"usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {me[-1]}"
+            raise BadSetting(
+                setting=str(table), problem=f"no line for {me[-1]}; as root run `{remedy}`, or build as root"
+            )
 
 
 def _host_codename() -> str:

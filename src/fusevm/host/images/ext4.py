@@ -40,11 +40,14 @@ class Extent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def unpack_tar(tar: Path, tree: Path, progress: Progress) -> None:
-    """Unpack a root file system into an empty folder: owners (as root), modes, hard links, extended attributes.
+    """Unpack a root file system into a new folder: owners (as root), modes, hard links, extended attributes.
 
     Device nodes below /dev are left out; the guest mounts its own.
     """
-    progress(ProgressEvent(step="Unpacking the root file system", total_bytes=tar.stat().st_size))
+    total = (await asyncio.to_thread(tar.stat)).st_size
+    progress(ProgressEvent(step="Unpacking the root file system", total_bytes=total))
+    await asyncio.to_thread(ensure_free, tree.parent, 2 * total)
+    await asyncio.to_thread(tree.mkdir)
     options = ["--extract", "--preserve-permissions", "--numeric-owner", "--delay-directory-restore"]
     options += [f"--file={tar}", f"--directory={tree}", "--exclude=./dev/*", "--exclude=dev/*"]
     if os.geteuid() == 0:
@@ -114,15 +117,16 @@ async def _mke2fs(tree: Path, target: Path, size: int, inodes: int) -> None:
     extended = f"hash_seed={_UUID},root_owner=0:0,nodiscard,lazy_itable_init=0"
     words = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", str(_BLOCK_BYTES), "-m", "0", "-I", str(_INODE_BYTES)]
     words += ["-O", features, "-N", str(inodes + _FIRST_INODE + 16), "-U", _UUID, "-E", extended, "-L", "fuse-image"]
-    words += ["-d", str(tree), str(target), str(size // 1024)]
+    words += ["-d", str(tree), str(target), f"{size // 1024}k"]
     if os.geteuid() != 0:
         words = [*_in_user_namespace(), *words]
     await run(words, timeout_s=_MAKE_TIMEOUT_S, env={"E2FSPROGS_FAKE_TIME": str(EPOCH_S)})
 
 
 async def _settle(target: Path, inodes: int, owners: dict[str, tuple[int, int]]) -> None:
-    """Set what mke2fs took from the building machine: change and access times, and owners it could not know."""
-    lines = [
+    """Set what mke2fs took from the building: change and access times, the write counter, owners it could not know."""
+    lines = ["ssv kbytes_written 0"]
+    lines += [
         f"sif <{number}> {field} @{EPOCH_S}"
         for number in (_ROOT_INODE, *range(_FIRST_INODE, _FIRST_INODE + inodes))
         for field in ("ctime", "atime", "crtime")

@@ -7,6 +7,7 @@ machine needs, unpacked, in load order. Does not boot anything.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import time
 from pathlib import Path
@@ -15,10 +16,17 @@ import msgspec
 
 from fusevm.host.images.apt import Apt
 from fusevm.host.images.bzimage import NotAKernel, check_elf, decompress_file, extract_elf, kernel_version
-from fusevm.host.images.modules import MissingModules, load_order, module_name, parse_builtin, parse_dependencies
+from fusevm.host.images.modules import (
+    MissingModules,
+    load_order,
+    module_name,
+    parse_builtin,
+    parse_dependencies,
+    without_signature,
+)
 from fusevm.host.images.names import Names
 from fusevm.host.images.progress import Progress, ProgressEvent, ignore_progress
-from fusevm.host.images.workspace import ensure_free, exclusive, publish_folder, workspace, write_durably
+from fusevm.host.images.workspace import exclusive, publish_folder, workspace, write_durably
 from fusevm.host.run import run
 from fusevm.model.errors import CommandFailed, KernelCorrupt
 
@@ -107,9 +115,9 @@ class KernelStore:
         async with exclusive(self._root, DEFAULT):
             names = await asyncio.to_thread(self._names.load)
             if DEFAULT in names and not force:
-                return await self.resolve(DEFAULT)
-            async with workspace(self._root) as folder:
-                await asyncio.to_thread(ensure_free, self._root, _NEEDED_BYTES)
+                with contextlib.suppress(KernelCorrupt):  # a damaged one is fetched again
+                    return await self.resolve(DEFAULT)
+            async with workspace(self._root, _NEEDED_BYTES) as folder:
                 parts = await fetch_debian(folder, progress)
                 kernel = await self._save(folder, parts)
             await asyncio.to_thread(self._names.set, DEFAULT, kernel.digest)
@@ -122,7 +130,7 @@ class KernelStore:
         digest = names.get(name, name).removeprefix("sha256:")
         return await asyncio.to_thread(self._load, self._root / digest[:12])
 
-    async def list(self) -> list[Kernel]:
+    async def load_all(self) -> list[Kernel]:
         """Return all kernels, newest first; damaged ones are left out."""
         folders = [path.parent for path in await asyncio.to_thread(lambda: sorted(self._root.glob("*/kernel.json")))]
         kernels = []
@@ -135,11 +143,14 @@ class KernelStore:
 
     async def verify(self, kernel: Kernel) -> None:
         """Read every file and compare its sha256; raise KernelCorrupt for the first that differs."""
-        expected = [(kernel.vmlinux, kernel.record.vmlinux_sha256)]
-        expected += zip(kernel.modules, (module.sha256 for module in kernel.record.modules), strict=True)
-        for path, sha256 in expected:
-            if await asyncio.to_thread(_file_sha256, path) != sha256:
-                raise KernelCorrupt(path=str(path), problem="its sha256 is not the recorded one")
+        await asyncio.to_thread(_verify, kernel)
+
+    def _is_whole(self, folder: Path) -> bool:
+        try:
+            _verify(self._load(folder))
+        except (KernelCorrupt, OSError):
+            return False
+        return True
 
     def _load(self, folder: Path) -> Kernel:
         path = folder / "kernel.json"
@@ -163,42 +174,37 @@ class KernelStore:
         key = "sha256:" + await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
         names = await asyncio.to_thread(self._names.load)
         if key in names:
-            return await self.resolve(key)
+            with contextlib.suppress(KernelCorrupt):  # a damaged one is stored again
+                return await self.resolve(key)
         try:
             elf = await extract_elf(data)
         except NotAKernel as e:
             raise KernelCorrupt(path=str(path), problem=str(e)) from e
-        async with workspace(self._root) as folder:
-            kernel = await self._save(folder, _Parts(elf=elf, source=str(path.absolute())))
+        async with workspace(self._root, 2 * len(elf)) as folder:
+            kernel = await self._save(folder, _Parts(elf=elf, source=str(path)))
         await asyncio.to_thread(self._names.set, key, kernel.digest)
         return kernel
 
     async def _save(self, folder: Path, parts: _Parts) -> Kernel:
         record = await asyncio.to_thread(_write_parts, folder / "kernel", parts, time.time_ns() // 1_000_000)
         target = self._root / record.digest[:12]
-        await asyncio.to_thread(publish_folder, folder / "kernel", target)
+        await asyncio.to_thread(publish_folder, folder / "kernel", target, self._is_whole)
         return await asyncio.to_thread(self._load, target)
 
 
 async def fetch_debian(folder: Path, progress: Progress) -> _Parts:
     """Download the cloud kernel from the machine's mirrors into `folder` and take it apart."""
     apt = Apt(folder)
-    packages = await _find_packages(apt)
-    try:
-        if not packages:
-            raise CommandFailed(command="apt-cache depends", exit_status=0, stderr="the package lists know no kernel")
-        files = await _download(apt, packages, folder / "first", progress)
-    except CommandFailed:
-        # Lists are missing, or so old that their files have left the mirror.
+    files: list[Path] = []
+    with contextlib.suppress(CommandFailed):
+        # The machine's lists may be missing, or so old that what they name has left the mirror.
+        files = await _download(apt, await _find_packages(apt), folder / "first", progress)
+    if not files:
         await apt.update_privately(progress)
-        packages = await _find_packages(apt)
-        if not packages:
-            raise CommandFailed(
-                command=f"apt-cache depends {META_PACKAGES[0]}",
-                exit_status=100,
-                stderr=f"no mirror of this machine has any of {', '.join(META_PACKAGES)}; name a kernel with --kernel",
-            ) from None
-        files = await _download(apt, packages, folder / "second", progress)
+        files = await _download(apt, await _find_packages(apt), folder / "second", progress)
+    if not files:
+        said = f"no mirror of this machine has any of {', '.join(META_PACKAGES)}; name a kernel with --kernel"
+        raise CommandFailed(command=f"apt-cache depends {META_PACKAGES[0]}", exit_status=0, stderr=said)
     tree = folder / "tree"
     progress(ProgressEvent(step="Unpacking the kernel"))
     for file in files:
@@ -250,7 +256,7 @@ async def _collect_modules(tree: Path, release: str) -> list[tuple[str, bytes]]:
     collected = []
     for file in load_order(dependencies, builtin):
         data = await decompress_file(await asyncio.to_thread((base / file).read_bytes), Path(file).suffix)
-        collected.append((f"{module_name(file)}.ko", data))
+        collected.append((f"{module_name(file)}.ko", without_signature(data)))
     return collected
 
 
@@ -287,6 +293,14 @@ def _check_file(path: Path, size_bytes: int) -> None:
         raise KernelCorrupt(path=str(path), problem=f"it has {size} bytes instead of {size_bytes}")
     if magic != b"\x7fELF":
         raise KernelCorrupt(path=str(path), problem="it is no ELF file")
+
+
+def _verify(kernel: Kernel) -> None:
+    expected = [(kernel.vmlinux, kernel.record.vmlinux_sha256)]
+    expected += zip(kernel.modules, (module.sha256 for module in kernel.record.modules), strict=True)
+    for path, sha256 in expected:
+        if _file_sha256(path) != sha256:
+            raise KernelCorrupt(path=str(path), problem="its sha256 is not the recorded one")
 
 
 def _file_sha256(path: Path) -> str:

@@ -10,15 +10,13 @@ import asyncio
 import contextlib
 import hashlib
 import re
-import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from fusevm.host.images.names import Names
-from fusevm.host.images.workspace import brief_lock, publish_folder, write_durably
+from fusevm.host.images.workspace import brief_lock, discard_folder, publish_folder, write_durably
 from fusevm.model.errors import BadField, ImageCorrupt, ImageNotFound
 
 #: Offset and value of the ext4 superblock's magic number, little-endian (ext4(5); kernel, ext4 disk layout).
@@ -103,7 +101,7 @@ class ImageStore:
         except (ImageNotFound, ImageCorrupt):
             return None
 
-    async def list(self) -> list[Image]:
+    async def load_all(self) -> list[Image]:
         """Return all usable images, newest first."""
         return await asyncio.to_thread(self._list)
 
@@ -164,19 +162,15 @@ class ImageStore:
         self._names.remove(lambda key, value: key == name or (name not in names and value == digest))
         if digest in self._names.load().values() or used(digest):
             return False
-        with brief_lock(self.root):
-            # Renamed first, so that a half-removed image is never found.
-            doomed = self.root / f".build-removed-{found.group(1)[:12]}-{time.time_ns()}"
-            with contextlib.suppress(FileNotFoundError):
-                folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        with brief_lock(self.root), contextlib.suppress(FileNotFoundError):
+            discard_folder(folder)
         return True
 
     def _publish(self, folder: Path, name: str, record: ImageRecord) -> Image:
         write_durably(folder / "image.json", msgspec.json.format(msgspec.json.encode(record)))
         (folder / "rootfs.ext4").chmod(0o444)
         hex_digest = record.digest.removeprefix("sha256:")
-        publish_folder(folder, self.root / f"sha256-{hex_digest}")
+        publish_folder(folder, self.root / f"sha256-{hex_digest}", lambda there: _is_whole(there, record))
         self._names.set(name, record.digest)
         return self._resolve(name)
 
@@ -190,7 +184,7 @@ def parse_name(text: str) -> str:
     return text
 
 
-def make_record(  # noqa: PLR0913
+def make_record(
     *, rootfs_sha256: str, size_bytes: int, config: ImageConfig, inputs: str, source: str, created_at_ms: int
 ) -> ImageRecord:
     """Build the record of an image; its digest covers content and config."""
@@ -215,6 +209,14 @@ def file_sha256(path: Path, on_bytes: Callable[[int], None] = lambda _done: None
             done += len(chunk)
             on_bytes(done)
     return state.hexdigest()
+
+
+def _is_whole(folder: Path, record: ImageRecord) -> bool:
+    try:
+        found = msgspec.json.decode((folder / "image.json").read_bytes(), type=ImageRecord)
+        return found.digest == record.digest and file_sha256(folder / "rootfs.ext4") == record.rootfs_sha256
+    except (OSError, msgspec.DecodeError):
+        return False
 
 
 def _check_rootfs(path: Path, size_bytes: int, label: str) -> None:

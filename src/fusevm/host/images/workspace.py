@@ -9,31 +9,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from fusevm.host.run import run
-from fusevm.model.errors import NoSpace
+from fusevm.model.errors import CommandFailed, NoSpace
 
 PREFIX = ".build-"
 _LOCK_POLL_S = 0.1
 
 
 @asynccontextmanager
-async def workspace(root: Path) -> AsyncIterator[Path]:
+async def workspace(root: Path, needed_bytes: int = 64 << 20) -> AsyncIterator[Path]:
     """Make an empty working folder below `root`, and remove it at the end, with all that is in it.
 
-    Sweeps the folders of killed builds first.
+    Sweeps the folders of killed builds first. Raises NoSpace when there is less than `needed_bytes` left, or when the
+    disk fills up meanwhile, for us or for a program.
     """
     folder, fd = await asyncio.to_thread(_make, root)
     try:
         await _sweep(root)
+        await asyncio.to_thread(ensure_free, folder, needed_bytes)
         yield folder
+    except (OSError, CommandFailed) as e:
+        if not _says_no_space(e):
+            raise
+        raise NoSpace(path=str(root), needed=needed_bytes, free=_free_bytes(root)) from e
     finally:
         os.close(fd)
         await _remove_tree(folder)
@@ -41,10 +48,10 @@ async def workspace(root: Path) -> AsyncIterator[Path]:
 
 @asynccontextmanager
 async def exclusive(root: Path, name: str) -> AsyncIterator[None]:
-    """Hold the lock `name` below `root`, among processes and tasks; waits for its holder. Freed by the kernel on death."""
+    """Hold the lock `name` below `root` among processes and tasks, waiting for its holder; death frees it."""
     fd = await asyncio.to_thread(_open_lock, root / f".lock-{name}")
     try:
-        while not _try_lock(fd):
+        while not _try_lock(fd):  # noqa: ASYNC110 - another process holds it: there is no event to wait for
             await asyncio.sleep(_LOCK_POLL_S)
         yield
     finally:
@@ -64,10 +71,14 @@ def brief_lock(root: Path) -> Iterator[None]:
 
 def ensure_free(folder: Path, needed_bytes: int) -> None:
     """Raise NoSpace unless the file system of `folder` has `needed_bytes` left for us."""
-    stats = os.statvfs(folder)
-    free = stats.f_bavail * stats.f_frsize
+    free = _free_bytes(folder)
     if free < needed_bytes:
         raise NoSpace(path=str(folder), needed=needed_bytes, free=free)
+
+
+def _free_bytes(folder: Path) -> int:
+    stats = os.statvfs(folder)
+    return stats.f_bavail * stats.f_frsize
 
 
 def write_durably(path: Path, data: bytes, mode: int = 0o444) -> None:
@@ -86,8 +97,11 @@ def write_durably(path: Path, data: bytes, mode: int = 0o444) -> None:
     sync_folder(path.parent)
 
 
-def publish_folder(source: Path, target: Path) -> None:
-    """Rename a finished folder into its place, durably. An equal one that is there already wins."""
+def publish_folder(source: Path, target: Path, is_whole: Callable[[Path], bool]) -> None:
+    """Rename a finished folder into its place, durably.
+
+    One that is there already stays if `is_whole` says so (machines may be using it), and is replaced if not.
+    """
     for path in source.rglob("*"):
         if path.is_file():
             fd = os.open(path, os.O_RDONLY)
@@ -96,12 +110,20 @@ def publish_folder(source: Path, target: Path) -> None:
             finally:
                 os.close(fd)
     sync_folder(source)
-    try:
+    with brief_lock(target.parent):
+        if target.is_dir():
+            if is_whole(target):
+                return
+            discard_folder(target)
         source.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
     sync_folder(target.parent)
+
+
+def discard_folder(target: Path) -> None:
+    """Remove a published folder: renamed first, so that nobody finds half of it. The caller holds the brief lock."""
+    doomed = target.with_name(f"{PREFIX}removed-{secrets.token_hex(6)}")
+    target.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -111,6 +133,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _says_no_space(error: OSError | CommandFailed) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in {errno.ENOSPC, errno.EDQUOT}
+    return os.strerror(errno.ENOSPC) in error.stderr or os.strerror(errno.EDQUOT) in error.stderr
 
 
 def _open_lock(path: Path) -> int:
@@ -154,7 +182,7 @@ def _abandoned(root: Path) -> list[Path]:
 
 async def _remove_tree(folder: Path) -> None:
     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-    if not folder.exists() or os.geteuid() == 0:
+    if os.geteuid() == 0 or not await asyncio.to_thread(folder.exists):
         return
     # Without root, a Debian build leaves files of subordinate uids, which only its own user namespace can remove.
     await run(["mmdebstrap", "--unshare-helper", "rm", "-rf", folder], timeout_s=120, check=False)

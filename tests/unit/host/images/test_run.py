@@ -1,0 +1,143 @@
+"""The door to subprocesses: output, failure messages, and that nothing outlives the call."""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from fusevm.host.run import ToolMissing, command_line, program_environment, run, run_streaming
+from fusevm.model.errors import CommandFailed, Timeout
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+async def gone(pid: int) -> bool:
+    """Wait until a killed process has left, which the kernel does in its own time."""
+    for _ in range(200):
+        if not is_running(pid):
+            return True
+        await asyncio.sleep(0.01)
+    return False
+
+
+async def test_output_and_input():
+    done = await run(["sh", "-c", "cat; echo err >&2"], stdin=b"hello", timeout_s=10)
+    assert (done.stdout, done.stderr, done.returncode) == (b"hello", b"err\n", 0)
+
+
+async def test_without_input_it_reads_nothing():
+    assert (await run(["cat"], timeout_s=10)).stdout == b""
+
+
+async def test_a_megabyte_of_input_that_nobody_reads_is_no_failure():
+    assert (await run(["true"], stdin=bytes(1 << 20), timeout_s=10)).returncode == 0
+
+
+async def test_a_failure_carries_a_command_line_to_paste_the_status_and_the_last_words(tmp_path):
+    with pytest.raises(CommandFailed) as caught:
+        await run(["sh", "-c", "echo no such luck >&2; exit 3"], timeout_s=10, cwd=tmp_path, env={"A": "b c"})
+    assert caught.value.command == f"cd {tmp_path} && A='b c' sh -c 'echo no such luck >&2; exit 3'"
+    assert caught.value.exit_status == 3
+    assert caught.value.stderr == "no such luck"
+
+
+async def test_an_unchecked_failure_is_a_result():
+    assert (await run(["sh", "-c", "exit 3"], timeout_s=10, check=False)).returncode == 3
+
+
+async def test_a_missing_program_is_named_with_its_package():
+    with pytest.raises(ToolMissing, match="apt-get install nftables"):
+        await run(["nft"], timeout_s=10, env={"PATH": "/nowhere"})
+
+
+async def test_a_program_that_takes_too_long_is_killed_with_its_children(tmp_path):
+    pidfile = tmp_path / "pid"
+    begin = time.monotonic()
+    with pytest.raises(Timeout, match="sleep 60"):
+        await run(["sh", "-c", f"sleep 60 & echo $! >{pidfile}; wait"], timeout_s=0.5)
+    assert time.monotonic() - begin < 30
+    assert await gone(int(pidfile.read_text()))
+
+
+async def test_a_cancelled_call_leaves_no_process(tmp_path):
+    pidfile = tmp_path / "pid"
+    task = asyncio.create_task(
+        run(["sh", "-c", f"echo $$ >{pidfile}.new; mv {pidfile}.new {pidfile}; sleep 60"], timeout_s=60)
+    )
+    while not pidfile.exists():
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not Path(f"/proc/{pidfile.read_text().strip()}").exists()
+
+
+async def test_lines_come_one_by_one_and_a_carriage_return_ends_one():
+    lines = []
+    done = await run_streaming(["printf", r"one\ntwo 1%%\rtwo 2%%\rlast"], on_line=lines.append, timeout_s=10)
+    assert lines == ["one", "two 1%", "two 2%", "last"]
+    assert done.stdout == b"one\ntwo 1%\rtwo 2%\rlast"
+
+
+async def test_an_exception_of_the_callback_ends_the_program_and_is_raised():
+    def refuse(line: str) -> None:
+        raise KeyError(line)
+
+    begin = time.monotonic()
+    with pytest.raises(KeyError, match="x"):
+        await run_streaming(["sh", "-c", "echo x; sleep 60"], on_line=refuse, timeout_s=60)
+    assert time.monotonic() - begin < 30
+
+
+async def test_endless_output_is_cut_off():
+    with pytest.raises(CommandFailed, match="more than 1000000 bytes"):
+        await run(["yes"], timeout_s=60, max_output_bytes=1_000_000)
+
+
+def test_tokens_of_the_daemon_do_not_reach_programs(monkeypatch):
+    monkeypatch.setenv("ORCH_AUTH_TOKEN", "secret")
+    monkeypatch.setenv("PATH", "/opt/bin")
+    env = program_environment({"X": "y"})
+    assert "ORCH_AUTH_TOKEN" not in env
+    assert env["X"] == "y"
+    assert env["PATH"].split(":")[0] == "/opt/bin"
+    assert "/usr/sbin" in env["PATH"].split(":")
+
+
+def test_a_command_line_is_quoted():
+    assert command_line(["echo", "a b", "$x"]) == "echo 'a b' '$x'"
+
+
+async def test_descriptors_are_passed_when_asked():
+    read, write = os.pipe()
+    try:
+        await run(["sh", "-c", f"echo hi >/dev/fd/{write}"], timeout_s=10, pass_fds=[write])
+        assert os.read(read, 10) == b"hi\n"
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def test_the_same_holds_on_uvloop():
+    """The daemons run on uvloop, whose transports differ in small ways."""
+
+    async def scenario() -> None:
+        assert (await run(["cat"], stdin=b"hello", timeout_s=10)).stdout == b"hello"
+        assert (await run(["true"], stdin=bytes(1 << 20), timeout_s=10)).returncode == 0
+        with pytest.raises(Timeout):
+            await run(["sh", "-c", "sleep 60 & wait"], timeout_s=0.2)
+        with pytest.raises(CommandFailed, match="killed"):
+            await run(["yes"], timeout_s=60, max_output_bytes=1_000_000)
+        lines: list[str] = []
+        await run_streaming(["printf", r"one\ntwo"], on_line=lines.append, timeout_s=10)
+        assert lines == ["one", "two"]
+
+    uvloop.run(scenario())
