@@ -5,11 +5,12 @@ actions to perform and the facts to publish. The store writes all of it in one t
 and feeds the outcome back as the next event.
 
 Rules of this file:
-- A change that matters bumps `action_seq`; an outcome whose `seq` is not that of the pending action changes nothing.
-  So late, repeated and reordered outcomes are harmless, and a destroy supersedes a boot at once.
+- Every action has its own `seq`, a repetition included; an outcome whose `seq` is not that of the pending action
+  changes nothing. So late, repeated and reordered outcomes are harmless, and a destroy supersedes a boot at once.
 - Every end goes through a confirmed DestroyMachine, except on a lost host: reconcile destroys what it still has when it
   comes back.
-- Nothing here reads a clock or makes an id.
+- A boot is given up at its deadline, a destroy never.
+- Nothing here reads a clock or makes an id. Clocks of replicas differ: the times of a record never run backwards.
 """
 
 from typing import assert_never
@@ -41,13 +42,13 @@ from fusevm.model.environment import (
     Spec,
     State,
     Tick,
-    Timings,
 )
 from fusevm.model.errors import WrongState
 from fusevm.model.fact import Fact, Kind
 
-_LIVE = frozenset({State.PROVISIONING, State.RUNNING, State.PAUSED, State.DRAINING})
-#: Every attempt after this many is a dead letter: still repeated, but a person should look.
+#: A machine is up and no action is at work on it.
+SETTLED = frozenset({State.RUNNING, State.PAUSED, State.DRAINING})
+#: After this many attempts at a destroy a fact asks for a person; the attempts go on.
 DEAD_LETTER_ATTEMPTS = 5
 
 
@@ -103,8 +104,9 @@ def step(env: Environment, event: Event, now_ms: int, policy: Policy) -> Step:
     """Decide what `event` means for `env`.
 
     Pure and total: late and repeated events return the record unchanged; a request that the state forbids raises
-    WrongState. `updated_at_ms` changes with the record, `revision` is the store's.
+    WrongState. `updated_at_ms` changes with everything but activity; `revision` is the store's.
     """
+    now_ms = max(now_ms, env.updated_at_ms)
     match event:
         case BootSucceeded():
             return _boot_succeeded(env, event, now_ms)
@@ -126,7 +128,7 @@ def step(env: Environment, event: Event, now_ms: int, policy: Policy) -> Step:
         case HostLost():
             return _host_lost(env, event, now_ms)
         case ActivitySeen():
-            return _activity_seen(env, now_ms)
+            return _activity_seen(env, now_ms, policy)
         case Tick():
             return _tick(env, event, now_ms, policy)
         case _:  # pragma: no cover
@@ -154,7 +156,7 @@ def _destroy_confirmed(env: Environment, event: DestroyConfirmed, now_ms: int) -
     if not isinstance(env.pending, DestroyMachine) or env.pending.seq != event.seq:
         return Step(env)
     ending = env.ending or Ending(state=State.DESTROYED, reason="deleted")
-    record = replace(env, pending=None, ended_at_ms=now_ms)
+    record = replace(env, pending=None, ended_at_ms=now_ms, error=ending.message)
     return _enter(record, ending.state, event.cause, now_ms)
 
 
@@ -167,9 +169,10 @@ def _outcome_unknown(env: Environment, event: OutcomeUnknown, now_ms: int, polic
     if isinstance(action, BootMachine) and now_ms + pause >= action.deadline_ms:
         ending = Ending(state=State.FAILED, reason="boot_timeout", message=event.message)
         return _end(env, ending, event.cause, now_ms)
-    again = replace(action, attempt=attempt, not_before_ms=now_ms + pause)
-    record = replace(env, pending=again, error=event.message, updated_at_ms=now_ms)
-    if attempt == DEAD_LETTER_ATTEMPTS:
+    seq = env.action_seq + 1
+    again = replace(action, seq=seq, attempt=attempt, not_before_ms=now_ms + pause)
+    record = replace(env, pending=again, action_seq=seq, error=event.message, updated_at_ms=now_ms)
+    if isinstance(action, DestroyMachine) and attempt == DEAD_LETTER_ATTEMPTS:
         record, fact = _fact(record, Kind.DEAD_LETTER, event.cause, now_ms, message=event.message)
         return Step(record, (again,), (fact,))
     return Step(record, (again,))
@@ -179,7 +182,7 @@ def _outcome_unknown(env: Environment, event: OutcomeUnknown, now_ms: int, polic
 
 
 def _destroy_requested(env: Environment, event: DestroyRequested, now_ms: int) -> Step:
-    if env.desired is Desired.DESTROYED or env.is_terminal:
+    if env.desired is Desired.DESTROYED:
         return Step(env)
     return _end(env, Ending(state=State.DESTROYED, reason="deleted"), event.cause, now_ms)
 
@@ -197,7 +200,7 @@ def _drain_requested(env: Environment, event: DrainRequested, now_ms: int) -> St
 
 
 def _machine_gone(env: Environment, machine_id: str, reason: str, message: str, cause: str, now_ms: int) -> Step:
-    if env.machine_id != machine_id or env.state not in _LIVE or env.state is State.PROVISIONING:
+    if env.machine_id != machine_id or env.state not in SETTLED:
         # While provisioning, the boot's own outcome speaks; while destroying, gone is what we want.
         return Step(env)
     return _end(env, Ending(state=State.FAILED, reason=reason, message=message), cause, now_ms)
@@ -206,47 +209,47 @@ def _machine_gone(env: Environment, machine_id: str, reason: str, message: str, 
 def _host_lost(env: Environment, event: HostLost, now_ms: int) -> Step:
     if env.is_terminal or env.host_id != event.host_id:
         return Step(env)
-    default = Ending(state=State.FAILED, reason="host_lost", message=f"host {event.host_id} was lost")
-    ending = env.ending or default
+    message = f"host {event.host_id} was lost"
+    ending = env.ending or Ending(state=State.FAILED, reason="host_lost", message=message)
     record = replace(
         env,
         desired=Desired.DESTROYED,
         pending=None,
         action_seq=env.action_seq + 1,
         ending=ending,
-        error=default.message,
+        error=message,
         ended_at_ms=now_ms,
     )
-    target = ending.state if env.state is State.DESTROYING else State.FAILED
-    return _enter(record, target, event.cause, now_ms, reason=ending.reason)
+    return _enter(record, ending.state, event.cause, now_ms)
 
 
-def _activity_seen(env: Environment, now_ms: int) -> Step:
-    if env.state is not State.RUNNING or now_ms <= env.last_activity_ms:
+def _activity_seen(env: Environment, now_ms: int, policy: Policy) -> Step:
+    if env.state is not State.RUNNING or now_ms < env.last_activity_ms + policy.activity_grain_ms:
         return Step(env)
-    return Step(replace(env, last_activity_ms=now_ms, updated_at_ms=env.updated_at_ms))
+    # `updated_at_ms` stays: reconcile must be able to judge a busy environment by a list older than its last command.
+    return Step(replace(env, last_activity_ms=now_ms))
 
 
 def _tick(env: Environment, event: Tick, now_ms: int, policy: Policy) -> Step:
-    due = next_deadline_ms(env, policy)
-    if due is None or now_ms < due:
+    due = _next_deadline(env, policy)
+    if due is None or now_ms < due[0]:
         return Step(env)
-    return _end(env, _ending_at_deadline(env, now_ms, policy), event.cause, now_ms)
+    return _end(env, due[1], event.cause, now_ms)
 
 
 def next_deadline_ms(env: Environment, policy: Policy) -> int | None:
     """When a Tick will end this environment if nothing else happens; None: never."""
-    return min((at for at, _ in _deadlines(env, policy)), default=None)
+    due = _next_deadline(env, policy)
+    return None if due is None else due[0]
 
 
-def _ending_at_deadline(env: Environment, now_ms: int, policy: Policy) -> Ending:
-    _, ending = min((item for item in _deadlines(env, policy) if item[0] <= now_ms), key=lambda item: item[0])
-    return ending
+def _next_deadline(env: Environment, policy: Policy) -> tuple[int, Ending] | None:
+    return min(_deadlines(env, policy), key=lambda item: item[0], default=None)
 
 
 def _deadlines(env: Environment, policy: Policy) -> list[tuple[int, Ending]]:
     found: list[tuple[int, Ending]] = []
-    if env.state not in _LIVE:
+    if env.desired is Desired.DESTROYED:
         return found
     runtime = env.spec.max_runtime_seconds
     if runtime > 0:
@@ -259,10 +262,10 @@ def _deadlines(env: Environment, policy: Policy) -> list[tuple[int, Ending]]:
     idle = env.spec.idle_timeout_seconds
     if idle > 0 and env.state is State.RUNNING:
         ending = Ending(state=State.DESTROYED, reason="idle", message=f"no activity for {idle} s")
-        found.append((env.last_activity_ms + idle * 1000, ending))
-    if env.state is State.DRAINING and env.draining_at_ms is not None:
+        found.append((env.last_activity_ms + idle * 1000 + policy.activity_grain_ms, ending))
+    if env.state is State.DRAINING:
         ending = Ending(state=State.DESTROYED, reason="linger", message="drained, and nobody deleted it")
-        found.append((env.draining_at_ms + policy.linger_ms, ending))
+        found.append(((env.draining_at_ms or env.updated_at_ms) + policy.linger_ms, ending))
     return found
 
 
@@ -270,9 +273,7 @@ def _deadlines(env: Environment, policy: Policy) -> list[tuple[int, Ending]]:
 
 
 def _end(env: Environment, ending: Ending, cause: str, now_ms: int) -> Step:
-    """Begin the end: supersede whatever is under way by a DestroyMachine. An end that has begun keeps its reason."""
-    if env.ending is not None:
-        ending = env.ending
+    """Begin the end: supersede whatever is under way by a DestroyMachine."""
     seq = env.action_seq + 1
     destroy = DestroyMachine(
         seq=seq, cause=cause, host_id=env.host_id, machine_id=env.machine_id, incarnation=env.incarnation
@@ -281,20 +282,20 @@ def _end(env: Environment, ending: Ending, cause: str, now_ms: int) -> Step:
         env,
         desired=Desired.DESTROYED,
         ending=ending,
-        error=ending.message or env.error,
+        error=ending.message,
         pending=destroy,
         action_seq=seq,
     )
-    entered = _enter(record, State.DESTROYING, cause, now_ms, reason=ending.reason)
+    entered = _enter(record, State.DESTROYING, cause, now_ms)
     return Step(entered.record, (destroy,), entered.facts)
 
 
-def _enter(env: Environment, state: State, cause: str, now_ms: int, reason: str = "") -> Step:
+def _enter(env: Environment, state: State, cause: str, now_ms: int) -> Step:
     if state not in ALLOWED[env.state]:
         raise AssertionError(f"{env.uid}: {env.state} -> {state} is not in the table")
     record = replace(env, state=state, updated_at_ms=now_ms)
-    ending_reason = reason or (env.ending.reason if env.ending is not None else "")
-    record, fact = _fact(record, Kind.STATE, cause, now_ms, message=record.error, reason=ending_reason)
+    reason = env.ending.reason if env.ending is not None else ""
+    record, fact = _fact(record, Kind.STATE, cause, now_ms, message=record.error, reason=reason)
     return Step(record, (), (fact,))
 
 
@@ -310,4 +311,4 @@ def _fact(
 
 def with_schedule_time(env: Environment, schedule_ms: float) -> Environment:
     """Record how long placement took."""
-    return replace(env, timings=Timings(schedule_ms=schedule_ms))
+    return replace(env, timings=replace(env.timings, schedule_ms=schedule_ms))

@@ -17,10 +17,15 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     default_idle_timeout_seconds: int = 0
     max_cpus: int = 32
     min_ram_mb: int = 128
+    #: 16 TiB and 1 PiB: no host is larger, and sums stay far inside of 64 bits.
+    max_ram_mb: int = 1 << 24
+    max_storage_gb: int = 1 << 20
     #: How long a boot may take, repetitions included.
     boot_deadline_ms: int = 120_000
     #: How long a drained environment stays before it is destroyed.
     linger_ms: int = 3_600_000
+    #: Activity closer together than this is written once; an idle timeout ends that much later, never earlier.
+    activity_grain_ms: int = 5_000
     #: First and largest pause between attempts at one action.
     backoff_first_ms: int = 250
     backoff_max_ms: int = 30_000

@@ -122,8 +122,8 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
 
     #: `destroyed` or `failed`.
     state: State
-    #: Stable snake_case: `deleted`, `boot_failed`, `max_runtime`, `idle`, `linger`, `machine_exited`,
-    #: `machine_missing`, `host_lost`.
+    #: Stable snake_case: `deleted`, `boot_timeout`, `max_runtime`, `idle`, `linger`, `machine_exited`,
+    #: `machine_missing`, `host_lost`, or the reason of the error with which the host refused to boot.
     reason: str
     #: A sentence for people.
     message: str = ""

@@ -5,8 +5,11 @@ whether a retry can help. Its annotated fields are the keyword arguments of its 
 them by `template`, and says what to do. The same class crosses guest -> host -> control plane -> SDK (`wire.errors`).
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self, dataclass_transform, get_type_hints
+
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass_transform(kw_only_default=True)
@@ -44,7 +47,7 @@ class Error(Exception):
         Exception.__init__(error, message)
         for name, kind in field_names(cls).items():
             raw = details.get(name, "")
-            setattr(error, name, (int(raw) if raw.lstrip("-").isdigit() else 0) if kind is int else raw)
+            setattr(error, name, (int(raw) if _INTEGER.fullmatch(raw) else 0) if kind is int else raw)
         return error
 
 
@@ -305,6 +308,16 @@ class StaleIncarnation(Conflict):
     seen: int
 
 
+class StaleAction(Conflict):
+    """Fencing: the host has carried out a newer order of the same environment."""
+
+    reason = "stale_action"
+    template = "Action {action_seq} of {uid} is out of date; the host has seen {seen}"
+    uid: str
+    action_seq: int
+    seen: int
+
+
 class WrongCluster(Conflict):
     reason = "wrong_cluster"
     template = "This host belongs to cluster {cluster}; it takes no orders from {asked}"
@@ -363,6 +376,16 @@ class DataRootInUse(Conflict):
     pid: str
 
 
+class SchemaTooNew(Conflict):
+    """A newer program has written this database; an older one would damage it."""
+
+    reason = "schema_too_new"
+    template = "{path} has schema {found}, this program knows {known}; start the newer program again, or upgrade this one"
+    path: str
+    found: int
+    known: int
+
+
 class PortInUse(Conflict):
     reason = "port_in_use"
     template = "The address {address} is in use; choose another with {setting}"
@@ -376,6 +399,23 @@ class NetworkRangeConflict(Conflict):
     range: str
     route: str
     setting: str
+
+
+class IdempotencyKeyReused(Conflict):
+    """The key came before with another request; answering it with the stored answer would be a lie."""
+
+    reason = "idempotency_key_reused"
+    template = "The Idempotency-Key {key!r} was used for another request; use a new key for a new request"
+    key: str
+
+
+class IdempotencyInProgress(Conflict):
+    """The first request with this key has no answer yet, or was cut off before it got one."""
+
+    reason = "idempotency_in_progress"
+    retryable = True
+    template = "The request with Idempotency-Key {key!r} is still under way, or was cut off and may have had an effect"
+    key: str
 
 
 class RevisionConflict(Conflict):

@@ -1,0 +1,153 @@
+"""Where a machine goes: which hosts can take it, which of them is best, and whether it still fits when booked.
+
+Plan, then apply: `place` plans on a reading of the hosts that may be old; the store then books the reservation in one
+transaction under `can_reserve`, and a loser plans again. Pure and deterministic: equal scores are decided by host id.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from fusevm.core.policy import Policy
+from fusevm.core.spec import ARCHITECTURES, resources_of
+from fusevm.model.environment import Spec
+from fusevm.model.errors import HostNotFound, ImageNotFound, NoCapacity, NoHosts
+from fusevm.model.host import Host, HostHealth, HostState, Resources
+
+#: What a host that is known to have the image is ahead by: more than any difference in load.
+LOCALITY = 2.0
+
+
+def limits(host: Host, policy: Policy) -> Resources:
+    """How much may be reserved on a host: capacity times the overcommit ratios. Machines are never overcommitted."""
+    capacity = host.capacity
+    return Resources(
+        cpus=capacity.cpus * policy.cpu_overcommit_percent // 100,
+        ram_mb=capacity.ram_mb * policy.ram_overcommit_percent // 100,
+        storage_gb=capacity.storage_gb * policy.storage_overcommit_percent // 100,
+        vm_count=capacity.vm_count,
+    )
+
+
+def rejection(host: Host, spec: Spec, policy: Policy) -> str | None:
+    """The first gate that a host fails, as a stable word, or None when it can take the machine."""
+    return next((reason for reason, lets_through in _GATES if not lets_through(host, spec, policy)), None)
+
+
+def can_reserve(host: Host, spec: Spec, policy: Policy) -> bool:
+    """May the reservation be booked on the host as it is *now*? The condition of the booking transaction."""
+    return rejection(host, spec, policy) is None
+
+
+def score(host: Host, spec: Spec, policy: Policy) -> float:
+    """How good a feasible host is; higher is better. Image locality first, then load after placement.
+
+    Load is the dominant share: the largest reserved fraction among cpus, memory, disk and machines, so that hosts of
+    different sizes compare. `spread` prefers a low one, `binpack` a high one.
+    """
+    after, most = host.allocated.plus(resources_of(spec)), limits(host, policy)
+    share = max(
+        _share(after.cpus, most.cpus),
+        _share(after.ram_mb, most.ram_mb),
+        _share(after.storage_gb, most.storage_gb),
+        _share(after.vm_count, most.vm_count),
+    )
+    locality = LOCALITY if spec.image in host.images else 0.0
+    return locality + (share if policy.placement == "binpack" else 1.0 - share)
+
+
+def place(hosts: Sequence[Host], spec: Spec, policy: Policy) -> str:
+    """Choose a host and return its id.
+
+    Raises HostNotFound for a pin on an unknown host, NoHosts, ImageNotFound when no host that is asked has the image,
+    and NoCapacity with the number of hosts per reason.
+    """
+    if spec.host_id:
+        hosts = [host for host in hosts if host.id == spec.host_id]
+        if not hosts:
+            raise HostNotFound(id=spec.host_id)
+    if not hosts:
+        raise NoHosts
+    feasible = [host for host in hosts if can_reserve(host, spec, policy)]
+    if feasible:
+        return min(feasible, key=lambda host: (-score(host, spec, policy), host.id)).id
+    if not any(_has_image(host, spec, policy) for host in hosts):
+        raise ImageNotFound(image=spec.image)
+    raise NoCapacity(rejections=_count(hosts, spec, policy))
+
+
+def _count(hosts: Sequence[Host], spec: Spec, policy: Policy) -> str:
+    counts = Counter(_in_words(host, rejection(host, spec, policy) or "") for host in hosts)
+    return ", ".join(f"{count} {word}" for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _in_words(host: Host, reason: str) -> str:
+    """For people: say `cordoned` or `lost` rather than `not_active` or `unhealthy`."""
+    return {"not_active": str(host.state), "unhealthy": str(host.health)}.get(reason, reason)
+
+
+def _share(amount: int, limit: int) -> float:
+    return min(1.0, amount / limit) if limit > 0 else 1.0
+
+
+# -- gates ---------------------------------------------------------------------------------------------------------
+
+
+def _is_active(host: Host, _spec: Spec, _policy: Policy) -> bool:
+    return host.state is HostState.ACTIVE
+
+
+def _is_healthy(host: Host, _spec: Spec, _policy: Policy) -> bool:
+    return host.health is HostHealth.OK
+
+
+def _has_region(host: Host, spec: Spec, _policy: Policy) -> bool:
+    return spec.region in ("", host.region)
+
+
+def _has_arch(host: Host, spec: Spec, _policy: Policy) -> bool:
+    return spec.arch in ("", ARCHITECTURES.get(host.arch, host.arch))
+
+
+def _has_labels(host: Host, spec: Spec, _policy: Policy) -> bool:
+    return spec.labels.items() <= host.labels.items()
+
+
+def _is_wanted(host: Host, spec: Spec, _policy: Policy) -> bool:
+    return spec.host_id in ("", host.id)
+
+
+def _has_memory(host: Host, spec: Spec, policy: Policy) -> bool:
+    return host.allocated.ram_mb + spec.ram_mb <= limits(host, policy).ram_mb
+
+
+def _has_cpus(host: Host, spec: Spec, policy: Policy) -> bool:
+    return host.allocated.cpus + spec.cpus <= limits(host, policy).cpus
+
+
+def _has_disk(host: Host, spec: Spec, policy: Policy) -> bool:
+    return host.allocated.storage_gb + spec.storage_gb <= limits(host, policy).storage_gb
+
+
+def _has_machine_left(host: Host, _spec: Spec, policy: Policy) -> bool:
+    return host.allocated.vm_count < limits(host, policy).vm_count
+
+
+def _has_image(host: Host, spec: Spec, _policy: Policy) -> bool:
+    """A host that has not told its images yet may have any."""
+    return not host.images or spec.image in host.images
+
+
+#: In this order; memory before the rest of the sizes, since it is what runs out first.
+_GATES: tuple[tuple[str, Callable[[Host, Spec, Policy], bool]], ...] = (
+    ("not_active", _is_active),
+    ("unhealthy", _is_healthy),
+    ("region", _has_region),
+    ("arch", _has_arch),
+    ("labels", _has_labels),
+    ("pinned_elsewhere", _is_wanted),
+    ("memory", _has_memory),
+    ("cpu", _has_cpus),
+    ("disk", _has_disk),
+    ("machine_count", _has_machine_left),
+    ("image", _has_image),
+)

@@ -1,0 +1,149 @@
+"""What a host's machine list leads to."""
+
+from collections.abc import Sequence
+
+import pytest
+from making import NOW, POLICY, destroyed, destroying, draining, failed, host, provisioning, running
+from msgspec.structs import replace
+
+from fusevm.core.reconcile import ObservedMachine, Plan, Strikes, host_health, plan
+from fusevm.model.environment import Environment, MachineExited, MachineMissing
+from fusevm.model.host import HostHealth
+from fusevm.model.machine import Phase
+
+LATER = NOW + 60_000
+
+
+def machine(uid: str = "u1", **fields: object) -> ObservedMachine:
+    made = ObservedMachine(id=f"m-{uid}", cluster="c1", uid=uid, incarnation=1, phase=Phase.RUNNING)
+    return replace(made, **fields)
+
+
+def lists(
+    expected: Sequence[Environment], *observed: Sequence[ObservedMachine], listed_at_ms: int = LATER
+) -> list[Plan]:
+    """The plans of several lists in a row."""
+    plans: list[Plan] = []
+    for machines in observed:
+        strikes = plans[-1].strikes if plans else Strikes()
+        plans.append(plan("h1", "c1", expected, machines, strikes, listed_at_ms=listed_at_ms, cause="watch"))
+    return plans
+
+
+def test_a_world_as_expected_needs_nothing():
+    assert lists([running()], [machine()]) == [Plan()]
+
+
+@pytest.mark.parametrize("known", [[], [destroyed()], [failed()]])
+def test_a_machine_nobody_wants_is_destroyed_at_the_second_strike(known: list[Environment]):
+    first, second, third = lists(known, [machine()], [machine()], [machine()])
+    assert first.destroy == ()
+    assert second.destroy == third.destroy == (machine(),)
+    assert first.events == second.events == ()
+
+
+def test_a_machine_that_was_wanted_in_between_starts_anew():
+    orphan = [machine()]
+    first = plan("h1", "c1", [], orphan, Strikes(), listed_at_ms=LATER, cause="watch")
+    second = plan("h1", "c1", [running()], orphan, first.strikes, listed_at_ms=LATER, cause="watch")
+    third = plan("h1", "c1", [], orphan, second.strikes, listed_at_ms=LATER, cause="watch")
+    assert [found.destroy for found in (first, second, third)] == [(), (), ()]
+
+
+def test_an_earlier_incarnation_is_an_orphan_in_every_state():
+    for maker in (provisioning, running, draining, destroying):
+        env = replace(maker(), incarnation=2, machine_id="m-new")
+        seen = [machine(), machine(id="m-new", incarnation=2)]
+        assert lists([env], seen, seen)[1] == Plan(destroy=(machine(),), strikes=Strikes(counts={"orphan m-u1": 2}))
+
+
+def test_a_later_incarnation_than_the_record_is_left_alone():
+    seen = [machine(), machine(id="m-new", incarnation=2)]
+    assert lists([running()], seen, seen)[1] == Plan()
+
+
+def test_a_machine_that_moved_to_another_host_is_an_orphan_here():
+    seen = [machine()]
+    assert lists([running(host_id="h2")], seen, seen)[1].destroy == (machine(),)
+
+
+def test_an_environment_of_another_host_is_not_missing_here():
+    assert lists([running(host_id="h2")], [], []) == [Plan(), Plan()]
+
+
+@pytest.mark.parametrize("cluster", ["c2", ""])
+def test_machines_of_another_cluster_are_never_touched(cluster: str):
+    foreign = [machine("stranger", cluster=cluster), machine("stranger-2", cluster=cluster, phase=Phase.FAILED)]
+    assert lists([], foreign, foreign, foreign) == [Plan()] * 3
+
+
+@pytest.mark.parametrize("maker", [running, draining])
+def test_a_missing_machine_is_reported_at_the_second_strike(maker):
+    first, second = lists([maker()], [], [])
+    assert first.events == ()
+    assert second.events == (("u1", MachineMissing(cause="watch", machine_id="m-u1")),)
+
+
+def test_a_machine_that_was_seen_in_between_is_not_missing():
+    plans = lists([running()], [], [machine()], [])
+    assert [found.events for found in plans] == [(), (), ()]
+
+
+@pytest.mark.parametrize("maker", [provisioning, destroying, destroyed, failed])
+def test_a_missing_machine_of_an_action_under_way_is_left_to_the_action(maker):
+    assert lists([maker()], [], [], []) == [Plan()] * 3
+
+
+@pytest.mark.parametrize("maker", [provisioning, destroying])
+def test_the_machine_of_an_action_under_way_is_left_to_the_action(maker):
+    for phase in Phase:
+        assert lists([maker()], [machine(phase=phase)], [machine(phase=phase)]) == [Plan()] * 2
+
+
+def test_a_list_that_is_older_than_the_record_proves_nothing():
+    env = running()
+    gone = [machine(phase=Phase.FAILED)]
+    assert lists([env], [], [], [], listed_at_ms=env.updated_at_ms) == [Plan()] * 3
+    assert lists([env], gone, listed_at_ms=env.updated_at_ms) == [Plan()]
+    assert lists([env], gone, listed_at_ms=env.updated_at_ms + 1)[0].events != ()
+
+
+@pytest.mark.parametrize("maker", [running, draining])
+def test_a_machine_that_reports_its_end_counts_at_once(maker):
+    (crashed,) = lists([maker()], [machine(phase=Phase.FAILED, error="kernel panic")])
+    (stopped,) = lists([maker()], [machine(phase=Phase.STOPPED)])
+    assert crashed.events == (("u1", MachineExited(cause="watch", machine_id="m-u1", message="kernel panic")),)
+    assert stopped.events[0][1] == MachineExited(
+        cause="watch", machine_id="m-u1", message="the host reports the machine as stopped"
+    )
+
+
+@pytest.mark.parametrize("phase", [Phase.CREATING, Phase.PAUSED, Phase.DELETING])
+def test_a_machine_between_two_phases_is_given_time(phase: Phase):
+    assert lists([running()], [machine(phase=phase)], [machine(phase=phase)]) == [Plan()] * 2
+
+
+def test_one_bad_machine_does_not_hide_another():
+    expected = [running("u1"), running("u2"), running("u3")]
+    seen = [machine("u1"), machine("u2", phase=Phase.FAILED, error="x"), machine("u9")]
+    found = lists(expected, seen, seen)[1]
+    assert [(uid, type(event)) for uid, event in found.events] == [("u2", MachineExited), ("u3", MachineMissing)]
+    assert found.destroy == (machine("u9"),)
+
+
+@pytest.mark.parametrize(
+    ("silent_ms", "health"),
+    [
+        (-5_000, HostHealth.OK),
+        (0, HostHealth.OK),
+        (POLICY.host_unreachable_ms - 1, HostHealth.OK),
+        (POLICY.host_unreachable_ms, HostHealth.UNREACHABLE),
+        (POLICY.host_lost_ms - 1, HostHealth.UNREACHABLE),
+        (POLICY.host_lost_ms, HostHealth.LOST),
+    ],
+)
+def test_the_silence_of_a_host_is_named(silent_ms: int, health: HostHealth):
+    seen = host(last_seen_ms=NOW + 500)
+    assert host_health(seen, NOW + 500 + silent_ms, POLICY) is health
+    never_seen = host(last_seen_ms=0)
+    assert host_health(never_seen, NOW + silent_ms, POLICY) is health
