@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import msgspec
 
-Json: TypeAlias = "None | bool | int | str | Sequence[Json] | Mapping[str, Json]"
+Json: TypeAlias = "bool | int | str | Sequence[Json] | Mapping[str, Json] | None"
 
 #: Priorities of base chains (linux/netfilter_ipv4.h); `BEFORE_FILTER` comes ahead of other programs' filters.
 RAW, BEFORE_FILTER, FILTER, SRCNAT = -300, -10, 0, 100
@@ -35,10 +35,13 @@ class Table:
         self._family = family
         self._name = name
 
+    def remove(self) -> list[Json]:
+        """Remove the table; unlike a bare `delete` this does not mind a missing one."""
+        return [{"add": self._table()}, {"delete": self._table()}]
+
     def replace(self) -> list[Json]:
-        """Start anew: `delete` fails on a missing table, `add` does not mind an existing one."""
-        table: Json = {"table": {"family": self._family, "name": self._name}}
-        return [{"add": table}, {"delete": table}, {"add": table}]
+        """Start anew with an empty table."""
+        return [*self.remove(), {"add": self._table()}]
 
     def set(self, name: str, kind: str | list[str], flags: Sequence[str] = (), elem: Sequence[Json] = ()) -> Json:
         body: dict[str, Json] = {**self._within(), "name": name, "type": kind}
@@ -47,9 +50,6 @@ class Table:
         if elem:
             body["elem"] = elem
         return {"add": {"set": body}}
-
-    def map(self, name: str, kind: str, target: str) -> Json:
-        return {"add": {"map": {**self._within(), "name": name, "type": kind, "map": target}}}
 
     def chain(
         self,
@@ -71,11 +71,23 @@ class Table:
     def rule(self, chain: str, *expressions: Json) -> Json:
         return {"add": {"rule": {**self._within(), "chain": chain, "expr": list(expressions)}}}
 
-    def add_elements(self, name: str, elements: Sequence[Json]) -> Json:
-        return {"add": {"element": {**self._within(), "name": name, "elem": elements}}}
+    def insert_rule(self, chain: str, comment: str, *expressions: Json) -> Json:
+        """Put a rule at the top of a chain."""
+        return {"insert": {"rule": {**self._within(), "chain": chain, "comment": comment, "expr": list(expressions)}}}
 
-    def delete_elements(self, name: str, elements: Sequence[Json]) -> Json:
-        return {"delete": {"element": {**self._within(), "name": name, "elem": elements}}}
+    def delete_rule(self, chain: str, handle: int) -> Json:
+        return {"delete": {"rule": {**self._within(), "chain": chain, "handle": handle}}}
+
+    def add_elements(self, name: str, elements: Sequence[Json]) -> list[Json]:
+        """Add elements to a set; nothing if there are none, which nft would not take."""
+        return [{"add": {"element": {**self._within(), "name": name, "elem": elements}}}] if elements else []
+
+    def delete_elements(self, name: str, elements: Sequence[Json]) -> list[Json]:
+        """Delete elements, which must exist, from a set."""
+        return [{"delete": {"element": {**self._within(), "name": name, "elem": elements}}}] if elements else []
+
+    def _table(self) -> Json:
+        return {"table": {"family": self._family, "name": self._name}}
 
     def _within(self) -> dict[str, Json]:
         return {"family": self._family, "table": self._name}

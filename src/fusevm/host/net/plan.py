@@ -77,7 +77,7 @@ class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
     def capacity(self) -> int:
         """Number of slots: bounded by the range and by the length of an interface name."""
         digits = _MAX_INTERFACE_NAME - len(f"{self.prefix}-v")
-        return min(self.network.num_addresses // _SLOT_ADDRESSES, 10**digits)
+        return min(self.network.num_addresses // _SLOT_ADDRESSES, int("9" * digits) + 1)
 
     @property
     def table(self) -> str:

@@ -1,0 +1,292 @@
+"""Ready network slots, made ahead of need.
+
+The journal owns numbers: it reserves one (best the first of `candidates()`), then calls `acquire`. The pool owns
+kernel objects: it keeps a few slots complete, makes others on demand, and destroys a released slot entirely (namespace,
+veth, rules), so that no connection, socket or neighbour of the old machine survives; the number can then be used anew.
+
+All making and destroying is done by one background task, in batches. Nothing is remembered across restarts: `open`
+finishes the slots that the journal still has and removes all others of this instance.
+
+Owns: which slots are warm. Must not: reserve numbers, know machines.
+"""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import msgspec
+import structlog
+
+from fusevm.host.net.firewall import Firewall, Rules
+from fusevm.host.net.links import Objects, ensure_links, observe_objects, remove_links
+from fusevm.host.net.plan import NetworkPlan, Slot, plan_slot
+from fusevm.model.environment import Network
+from fusevm.model.errors import Conflict, Error, ShuttingDown, Unavailable
+
+log = structlog.get_logger()
+
+#: What a warm slot may reach; nobody is in it yet.
+DEFAULT_POLICY = Network()
+#: Slots made or destroyed in one go: bounds how long an `acquire` waits behind other work.
+_BATCH = 8
+#: After a failure in the background, seconds until the next attempt.
+_RETRY_S = 5.0
+
+
+class SlotInUse(Conflict):
+    """Two machines were given one number: a fault of the journal's bookkeeping."""
+
+    reason = "slot_in_use"
+    template = "Network slot {index} is in use by another machine; this is a bug"
+    index: int
+
+
+class SlotFailed(Unavailable):
+    """The kernel objects of a slot could not be made."""
+
+    reason = "slot_failed"
+    template = "Network slot {index} cannot be made: {problem}"
+    index: int
+    problem: str
+
+
+class Observation(msgspec.Struct, frozen=True, kw_only=True):
+    """What exists on the host under this instance's prefix."""
+
+    objects: Objects
+    rules: Rules
+
+    @property
+    def slots(self) -> frozenset[int]:
+        """Numbers of which anything at all exists."""
+        return self.objects.slots | frozenset(self.rules.machines)
+
+
+class Pool:
+    """Slots by state: wanted (somebody waits for it), making, ready, used, doomed (released, not yet destroyed)."""
+
+    def __init__(self, plan: NetworkPlan, firewall: Firewall, *, warm: int = 4) -> None:
+        self._plan = plan
+        self._firewall = firewall
+        self._warm = min(warm, plan.capacity)
+        self._ready: dict[int, Slot] = {}
+        self._used: dict[int, Slot] = {}
+        self._making: set[int] = set()
+        self._doomed: set[int] = set()
+        self._wanted: dict[int, asyncio.Future[Slot]] = {}
+        self._wake = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self, keep: Mapping[int, Network], uplinks: Sequence[str]) -> dict[int, Exception]:
+        """Finish the slots in `keep`, which count as acquired, remove all others, and start keeping slots warm.
+
+        Returns the failures of kept slots, by number: they stay acquired, but their machines have no network.
+        """
+        slots = {index: plan_slot(self._plan, index) for index in keep}
+        # First of all the rules: from here on nobody but the kept machines reaches anything.
+        await self._firewall.open(uplinks, keep)
+        await self._remove_others(keep)
+        failures = await ensure_links(self._plan, list(slots.values()))
+        self._used = slots
+        self._task = asyncio.create_task(self._work(), name="network pool")
+        return failures
+
+    async def close(self) -> None:
+        """Stop working in the background. Slots stay as they are: machines outlive the daemon."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        for state in (self._ready, self._used, self._doomed):
+            state.clear()
+        for waiter in self._wanted.values():
+            if not waiter.done():
+                waiter.set_exception(ShuttingDown())
+
+    def candidates(self) -> Iterator[int]:
+        """Yield numbers that `acquire` takes, the fastest first: warm, being warmed, untouched, being destroyed."""
+        yield from sorted(self._ready)
+        own = self._own()
+        yield from sorted(self._making - self._wanted.keys())
+        yield from (index for index in range(self._plan.capacity) if index not in own)
+        yield from sorted(self._doomed - self._wanted.keys())
+
+    async def acquire(self, index: int, policy: Network = DEFAULT_POLICY) -> Slot:
+        """Hand out slot `index`, under `policy`; the caller has reserved the number and releases it.
+
+        At once if it is warm and takes the default policy; otherwise it is made, or the policy applied, first.
+        Raises SlotInUse, SlotFailed, or CommandFailed where the policy cannot be enforced; the slot is then not taken.
+        """
+        if self._task is None:
+            raise ShuttingDown
+        if index in self._used or index in self._wanted:
+            raise SlotInUse(index=index)
+        slot = self._ready.pop(index, None) or await self._demand(index)
+        self._used[index] = slot
+        self._wake_up()
+        if policy != DEFAULT_POLICY:
+            try:
+                await self._firewall.admit([slot], policy)
+            except BaseException:
+                self.release(index)
+                raise
+        return slot
+
+    def release(self, index: int) -> None:
+        """Give a slot up; it is destroyed in the background, before its number serves again. Idempotent.
+
+        Nothing may run in it any more, and no descriptor of it be open.
+        """
+        if self._used.pop(index, None) is not None:
+            self._doomed.add(index)
+            self._wake_up()
+
+    async def settle(self) -> None:
+        """Wait until the background has nothing left to do that can be done."""
+        await self._settled.wait()
+
+    async def observe(self) -> Observation:
+        """Read what exists on the host with this instance's prefix."""
+        objects = await asyncio.to_thread(observe_objects, self._plan)
+        return Observation(objects=objects, rules=await self._firewall.observe())
+
+    async def sweep(self, keep: Collection[int]) -> frozenset[int]:
+        """Remove whatever exists of slots that are neither kept nor the pool's own; return their numbers. Idempotent.
+
+        An open pool owns all that it has made, whoever has acquired it: what nobody needs any more is released.
+        When the pool is closed and nothing is kept, the instance's table and its rules in foreign chains go, too.
+        """
+        if self._task is None:
+            removed = await self._remove_others(keep)
+            if not keep:
+                await self._firewall.remove()
+            return removed
+        before = self._own()
+        objects = await asyncio.to_thread(observe_objects, self._plan)
+        # From here on the background task sees to them, so that nobody is given one that is about to go.
+        rest = objects.slots - frozenset(keep) - before - self._own()
+        if rest:
+            self._doomed |= rest
+            self._wake_up()
+            await self.settle()
+        return rest - self._doomed
+
+    async def _remove_others(self, keep: Collection[int]) -> frozenset[int]:
+        objects = await asyncio.to_thread(observe_objects, self._plan)
+        rest = objects.slots - frozenset(keep)
+        return rest - (await self._remove(rest)).keys()
+
+    async def _remove(self, indexes: Collection[int]) -> dict[int, Exception]:
+        """Remove slots, rules first; return the failures."""
+        await self._firewall.dismiss(indexes)
+        failures = await remove_links(self._plan, indexes)
+        for index, failure in failures.items():
+            log.warning("network_slot_not_removed", slot=index, problem=str(failure))
+        return failures
+
+    def _own(self) -> frozenset[int]:
+        """Numbers in any state."""
+        return frozenset().union(self._wanted, self._making, self._ready, self._used, self._doomed)
+
+    async def _demand(self, index: int) -> Slot:
+        plan_slot(self._plan, index)  # ValueError beyond the capacity
+        waiter: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
+        self._wanted[index] = waiter
+        self._wake_up()
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if not waiter.cancelled() and waiter.done() and waiter.exception() is None:
+                self._ready[index] = waiter.result()  # it was delivered in the same moment
+            raise
+        finally:
+            del self._wanted[index]
+
+    def _wake_up(self) -> None:
+        self._settled.clear()
+        self._wake.set()
+
+    async def _work(self) -> None:
+        while True:
+            self._wake.clear()
+            failed = False
+            try:
+                failed = await self._turn()
+            except Exception:  # a failure must not end the pool; the next turn looks at the world anew
+                log.exception("network_pool_turn_failed")
+                failed = True
+            if not failed and self._has_work():
+                continue
+            self._settled.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_RETRY_S if failed else None):
+                    await self._wake.wait()
+
+    def _has_work(self) -> bool:
+        return bool(self._doomed or self._open_demands() or self._to_warm())
+
+    async def _turn(self) -> bool:
+        """Make what is waited for, then destroy one batch, then warm one batch; return whether something failed."""
+        demands = self._open_demands()
+        urgent = [index for index in demands if index not in self._doomed]
+        failed = await self._make(urgent) if urgent else False
+        doomed = sorted(self._doomed, key=lambda index: index not in demands)[:_BATCH]
+        if doomed:
+            failed |= await self._destroy(doomed)
+        warming = self._to_warm()
+        if warming and not self._open_demands():
+            failed |= await self._make(warming)
+        return failed
+
+    def _open_demands(self) -> list[int]:
+        return [index for index, waiter in self._wanted.items() if not waiter.done()][:_BATCH]
+
+    def _to_warm(self) -> list[int]:
+        missing = min(self._warm - len(self._ready), _BATCH)
+        own = self._own()
+        free = (index for index in range(self._plan.capacity) if index not in own)
+        return list(itertools.islice(free, max(missing, 0)))
+
+    async def _make(self, indexes: Sequence[int]) -> bool:
+        slots = [plan_slot(self._plan, index) for index in indexes]
+        self._making = set(indexes)
+        try:
+            failures = await remove_links(self._plan, indexes)  # a crash may have left halves
+            failures |= await ensure_links(self._plan, [slot for slot in slots if slot.index not in failures])
+            await self._firewall.admit([slot for slot in slots if slot.index not in failures], DEFAULT_POLICY)
+        except (Error, OSError) as e:
+            failures = dict.fromkeys(indexes, e)
+        finally:
+            self._making = set()
+        for slot in slots:
+            self._deliver(slot, failures.get(slot.index))
+        return bool(failures)
+
+    def _deliver(self, slot: Slot, failure: Exception | None) -> None:
+        if failure is not None:
+            log.warning("network_slot_not_made", slot=slot.index, problem=str(failure))
+            self._doomed.add(slot.index)
+            self._fail_demand(slot.index, failure)
+            return
+        waiter = self._wanted.get(slot.index)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(slot)
+        else:
+            self._ready[slot.index] = slot
+
+    async def _destroy(self, indexes: Sequence[int]) -> bool:
+        failures = await self._remove(indexes)
+        self._doomed -= set(indexes) - failures.keys()
+        for index, failure in failures.items():
+            self._fail_demand(index, failure)
+        return bool(failures)
+
+    def _fail_demand(self, index: int, failure: Exception) -> None:
+        waiter = self._wanted.get(index)
+        if waiter is not None and not waiter.done():
+            error = SlotFailed(index=index, problem=str(failure))
+            error.__cause__ = failure
+            waiter.set_exception(error)

@@ -1,0 +1,46 @@
+"""The network of a machine whose daemon is not root: QEMU's user network (slirp).
+
+By default it is closed (`restrict=on`): the guest reaches nothing, the host reaches the declared ports. Opened, it is
+as wide as the daemon itself: the host's loopback, private ranges, everything. No policy can be enforced then, so the
+machine's record says `Isolation.USER_NETWORK` and the daemon warns.
+
+Owns: the arguments. Must not: start QEMU.
+"""
+
+from collections.abc import Mapping
+
+from fusevm.host.net.plan import GATEWAY, GUEST_ADDRESS
+
+#: QEMU keeps the gateway, its DNS server and the guest apart: a /30 is too small.
+_NETWORK = "10.208.0.0/24"
+_DNS = "10.208.0.3"
+#: What QEMU's user network segments for (slirp's default).
+_MTU = 1500
+
+
+def render_user_network(
+    *, forwards: Mapping[int, int], internet: bool, user_network: bool, device_id: str = "net0"
+) -> str:
+    """Render the value of QEMU's `-netdev` for one machine.
+
+    `forwards` maps ports of the host's loopback to TCP ports of the guest. The network is open only if the
+    administrator allows it (`user_network`) and the machine's policy wants it (`internet`).
+    """
+    is_open = internet and user_network
+    options = [
+        "user",
+        f"id={device_id}",
+        f"restrict={'off' if is_open else 'on'}",
+        "ipv6=off",
+        f"net={_NETWORK}",
+        f"host={GATEWAY}",
+        f"dns={_DNS}",
+        f"dhcpstart={GUEST_ADDRESS}",
+        *(f"hostfwd=tcp:127.0.0.1:{host}-{GUEST_ADDRESS}:{guest}" for host, guest in sorted(forwards.items())),
+    ]
+    return ",".join(options)
+
+
+def render_user_kernel_arguments() -> str:
+    """Render the network part of the guest's kernel command line (docs/guest-protocol.md section 5)."""
+    return f"fuse.ip={GUEST_ADDRESS}/24,{GATEWAY},{_MTU} fuse.dns={_DNS}"

@@ -1,0 +1,122 @@
+"""Threads inside namespaces, and the taps they open."""
+
+import asyncio
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from namespaces import private_network
+from network_lab import namespace_path, sh
+
+from fusevm.host.net.namespace import is_namespace, run_inside
+from fusevm.host.net.tap import ensure_tap, give_tap, open_tap
+from fusevm.model.errors import Timeout
+
+
+def here() -> str:
+    return str(Path(f"/proc/self/task/{threading.get_native_id()}/ns/net").readlink())
+
+
+@private_network
+async def test_work_inside_a_namespace_leaves_the_process_outside():
+    sh("ip netns add a")
+    outside = here()
+    inside = await run_inside(namespace_path("a"), here)
+    assert inside != outside
+    assert here() == outside
+    assert await asyncio.to_thread(here) == outside
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("netns:")] == []
+
+
+@private_network
+async def test_a_failure_inside_is_raised_outside():
+    sh("ip netns add a")
+    with pytest.raises(ZeroDivisionError):
+        await run_inside(namespace_path("a"), lambda: 1 // 0)
+    with pytest.raises(FileNotFoundError):
+        await run_inside(namespace_path("missing"), here)
+    with pytest.raises(OSError, match="Invalid argument"):
+        await run_inside("/etc/passwd", here)
+
+
+@private_network
+async def test_a_thread_that_hangs_is_abandoned_and_what_it_brings_late_is_closed():
+    sh("ip netns add a")
+    release, discarded = threading.Event(), []
+
+    def hang() -> str:
+        release.wait()
+        return "late"
+
+    with pytest.raises(Timeout):
+        await run_inside(namespace_path("a"), hang, discard=discarded.append, timeout_s=0.05)
+    task = asyncio.create_task(run_inside(namespace_path("a"), hang, discard=discarded.append))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await run_inside(namespace_path("a"), lambda: 1) == 1, "others are not kept"
+    release.set()
+    deadline = time.monotonic() + 5
+    while discarded != ["late", "late"] and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    assert discarded == ["late", "late"]
+
+
+@private_network
+async def test_a_namespace_is_told_from_an_ordinary_file(tmp_path):
+    sh("ip netns add a")
+    assert is_namespace(namespace_path("a"))
+    (tmp_path / "b").touch()
+    assert not is_namespace(tmp_path / "b")
+    assert not is_namespace(tmp_path / "missing")
+
+
+@private_network
+async def test_an_unprivileged_process_uses_a_tap_by_descriptor():
+    sh("ip netns add a")
+    await run_inside(namespace_path("a"), lambda: ensure_tap("tap0"))
+    fd = await open_tap(namespace_path("a"), "tap0")
+    assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+    inside = f"nsenter --net={namespace_path('a')}"
+    sh(f"{inside} sh -c 'echo 1 > /proc/sys/net/ipv6/conf/tap0/disable_ipv6'")
+    sh("ip -n a link set tap0 up && ip -n a addr add 10.208.0.1/30 dev tap0")
+    # A VMM asks for offloads (TUNSETOFFLOAD) and reads frames: neither needs a privilege.
+    program = f"import fcntl, os; fcntl.ioctl({fd}, 0x400454D0, 1); os.set_blocking({fd}, True); "
+    program += f"print(os.geteuid(), len(os.read({fd}, 2048)))"
+    vmm = subprocess.Popen(
+        [str(Path(sys.executable).resolve()), "-I", "-c", program],
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        pass_fds=[fd],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    sender = "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('10.208.0.2', 9))"
+    sh(f'{inside} {sys.executable} -c "{sender}"')
+    out, _ = await asyncio.to_thread(vmm.communicate, timeout=10)
+    # An ARP request is 42 bytes, after 10 of virtio_net_hdr (VIRTIO 1.2 section 5.1.6).
+    assert out == "65534 52\n"
+    with pytest.raises(OSError, match=r".*") as busy:
+        await open_tap(namespace_path("a"), "tap0")
+    assert busy.value.errno == errno.EBUSY
+    os.close(fd)
+    os.close(await open_tap(namespace_path("a"), "tap0"))
+    assert "tap0" in sh("ip -n a link"), "the tap outlives its user"
+
+
+@private_network
+async def test_a_tap_can_be_given_to_a_user():
+    sh("ip netns add a")
+    await run_inside(namespace_path("a"), lambda: ensure_tap("tap0"))
+    assert "user root" in sh("ip -n a tuntap show") or "user 0" in sh("ip -n a tuntap show")
+    await give_tap(namespace_path("a"), "tap0", 200123)
+    await give_tap(namespace_path("a"), "tap0", 200123)
+    assert "user 200123" in sh("ip -n a tuntap show")
