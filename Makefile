@@ -7,7 +7,7 @@ GO := env CGO_ENABLED=0 GOENV=off GOFLAGS= GOPROXY=off GOTOOLCHAIN=local GOWORK=
 # More arguments for pytest, fuse bench: make test ARGS="-k images"
 ARGS ?=
 
-.PHONY: help setup quickstart test lint test-agent test-python bench agent clean
+.PHONY: help setup quickstart test lint test-agent test-python bench agent docs clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -40,6 +40,9 @@ bench: setup ## Measure against the budgets
 
 agent: setup ## Build the guest agent anew
 	.venv/bin/python hatch_build.py --force
+
+docs: setup ## Write the generated documents anew
+	.venv/bin/python tools/docs.py
 
 clean: ## Remove what was built here (not the machines, not the data directory)
 	rm -rf .venv .cache dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

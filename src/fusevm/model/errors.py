@@ -531,6 +531,16 @@ class BootFailed(Unavailable):
     problem: str
 
 
+class ToolMissing(Unavailable):
+    """A program that the host daemon needs is not installed."""
+
+    reason = "tool_missing"
+    retryable = False
+    template = "The program {program} is not installed; install it with `apt-get install {package}` or run `make setup`"
+    program: str
+    package: str
+
+
 class VmmMissing(Unavailable):
     reason = "vmm_missing"
     retryable = False

@@ -64,7 +64,7 @@ def parse_error(status: int, body: bytes) -> Error:
 def _parse_flat(body: bytes) -> tuple[str, str, dict[str, str]] | None:
     try:
         flat = _flat.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return flat.code, flat.error, flat.details
 
@@ -72,7 +72,7 @@ def _parse_flat(body: bytes) -> tuple[str, str, dict[str, str]] | None:
 def _parse_envelope(body: bytes) -> tuple[str, str, dict[str, str]] | None:
     try:
         inner = _envelope.decode(body).error
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return inner.code, inner.message, inner.details
 

@@ -14,7 +14,8 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-HEADER = struct.Struct(">B3xI")
+HEADER = struct.Struct(">B3sI")
+_RESERVED = bytes(3)
 MAX_PAYLOAD = 1 << 20
 
 
@@ -48,7 +49,7 @@ def encode_frame(frame: Frame) -> bytes:
     """The bytes of a frame. Raises BadFrame for a payload over the limit."""
     if len(frame.payload) > MAX_PAYLOAD:
         raise BadFrame(f"payload of {len(frame.payload)} bytes is over {MAX_PAYLOAD}")
-    return HEADER.pack(frame.type, len(frame.payload)) + frame.payload
+    return HEADER.pack(frame.type, _RESERVED, len(frame.payload)) + frame.payload
 
 
 class FrameDecoder:
@@ -63,8 +64,8 @@ class FrameDecoder:
         frames: list[Frame] = []
         offset = 0
         while len(self._buffer) - offset >= HEADER.size:
-            kind, length = HEADER.unpack_from(self._buffer, offset)
-            end = offset + HEADER.size + _checked(kind, length)
+            kind, reserved, length = HEADER.unpack_from(self._buffer, offset)
+            end = offset + HEADER.size + _checked(kind, reserved, length)
             if len(self._buffer) < end:
                 break
             frames.append(Frame(FrameType(kind), bytes(self._buffer[offset + HEADER.size : end])))
@@ -82,13 +83,15 @@ def decode_message(message: bytes) -> Frame:
     """The one frame in a WebSocket message. Raises BadFrame."""
     if len(message) < HEADER.size:
         raise BadFrame(f"a frame has at least {HEADER.size} bytes, this message {len(message)}")
-    kind, length = HEADER.unpack_from(message)
-    if _checked(kind, length) != len(message) - HEADER.size:
+    kind, reserved, length = HEADER.unpack_from(message)
+    if _checked(kind, reserved, length) != len(message) - HEADER.size:
         raise BadFrame(f"the header announces {length} bytes, the message carries {len(message) - HEADER.size}")
     return Frame(FrameType(kind), message[HEADER.size :])
 
 
-def _checked(kind: int, length: int) -> int:
+def _checked(kind: int, reserved: bytes, length: int) -> int:
+    if reserved != _RESERVED:
+        raise BadFrame("the reserved bytes of a frame header are zero")
     if kind not in FrameType._value2member_map_:
         raise BadFrame(f"unknown frame type {kind}")
     if length > MAX_PAYLOAD:

@@ -145,3 +145,46 @@ class HostExecAnswer(msgspec.Struct, frozen=True, kw_only=True):
     stdout: str
     stderr: str
     duration_ms: int
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /health`: the daemon serves."""
+
+    ok: bool = True
+
+
+class StoragePool(msgspec.Struct, frozen=True, kw_only=True):
+    """What one kind of thing takes of the disk."""
+
+    pool: str
+    bytes: int = 0
+
+
+class MachineStorage(msgspec.Struct, frozen=True, kw_only=True):
+    """What one machine takes: its disk, nothing (there are no volumes of users), its console and sockets."""
+
+    machine_id: str
+    system_bytes: int = 0
+    user_bytes: int = 0
+    runtime_bytes: int = 0
+
+
+class SnapshotStorage(msgspec.Struct, frozen=True, kw_only=True):
+    snapshot_id: str
+    bytes: int = 0
+
+
+class StorageReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Allocated blocks, not apparent sizes: sparse files count what they really take."""
+
+    #: RFC 3339.
+    generated_at: str
+    total_bytes: int = 0
+    pools: list[StoragePool] = []
+    machines: list[MachineStorage] = []
+    snapshots: list[SnapshotStorage] = []
+    published_ports: int = 0
+
+
+class StorageAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    report: StorageReport

@@ -217,3 +217,49 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
 
     status: Literal["ready", "not_ready"]
     checks: dict[str, str] = {}
+
+
+class FilePath(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of `?op=stat` and `?op=list`."""
+
+    path: str
+
+
+class FileMkdir(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Body of `?op=mkdir`. `mode` is octal text."""
+
+    path: str
+    parents: bool = msgspec.field(default=True)
+    mode: str = "0755"
+
+
+class FileMove(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of `?op=move`."""
+
+    path: str
+    to: str
+
+
+class FileRemove(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Body of `?op=remove`."""
+
+    path: str
+    recursive: bool = msgspec.field(default=False)
+
+
+class SignalBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of a process's `?action=signal`: a name without SIG, or a number as text."""
+
+    signal: str
+
+
+class StdinWritten(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer to a process's `?action=stdin`."""
+
+    bytes: int
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /health`."""
+
+    status: Literal["ok"] = "ok"

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from msgspec.structs import replace
+
 from fusevm.core.lifecycle import Identity, begin, step
 from fusevm.core.policy import Policy
 from fusevm.core.spec import complete
@@ -31,6 +33,11 @@ def running(uid: str = "u1", host_id: str = "h1", **spec: Any) -> Environment:
     return step(env, BootSucceeded(cause="boot", seq=1), NOW + 1_000, POLICY).record
 
 
+def paused(uid: str = "u1", host_id: str = "h1", **spec: Any) -> Environment:
+    """Nothing pauses an environment yet; the record is made by hand."""
+    return replace(running(uid, host_id, **spec), state=State.PAUSED)
+
+
 def draining(uid: str = "u1", host_id: str = "h1", **spec: Any) -> Environment:
     return step(running(uid, host_id, **spec), DrainRequested(cause="drain"), NOW + 2_000, POLICY).record
 
@@ -51,6 +58,7 @@ def failed(uid: str = "u1", host_id: str = "h1", **spec: Any) -> Environment:
 MAKERS = {
     State.PROVISIONING: provisioning,
     State.RUNNING: running,
+    State.PAUSED: paused,
     State.DRAINING: draining,
     State.DESTROYING: destroying,
     State.DESTROYED: destroyed,

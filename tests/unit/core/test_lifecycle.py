@@ -1,7 +1,7 @@
 """What each event means in each state."""
 
 import pytest
-from making import MAKERS, NOW, POLICY, destroyed, destroying, draining, failed, provisioning, running
+from making import MAKERS, NOW, POLICY, destroyed, destroying, draining, failed, paused, provisioning, running
 from msgspec.structs import replace
 
 from fusevm.core import lifecycle
@@ -177,7 +177,7 @@ def test_a_boot_never_becomes_a_dead_letter():
 # -- delete --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("maker", [provisioning, running, draining])
+@pytest.mark.parametrize("maker", [provisioning, running, paused, draining])
 def test_a_delete_supersedes_whatever_is_under_way(maker):
     env = maker()
     found = step(env, DestroyRequested(cause="delete"), LATER, POLICY)
@@ -225,7 +225,7 @@ def test_draining_begins_once():
     assert ignored(env, DrainRequested(cause="again"), LATER + 1)
 
 
-@pytest.mark.parametrize("maker", [provisioning, destroying, destroyed, failed])
+@pytest.mark.parametrize("maker", [provisioning, paused, destroying, destroyed, failed])
 def test_only_a_running_environment_can_be_drained(maker):
     with pytest.raises(WrongState, match="only a running environment can be drained"):
         step(maker(), DrainRequested(cause="drain"), LATER, POLICY)
@@ -249,7 +249,7 @@ GONE = [
 
 
 @pytest.mark.parametrize(("event", "reason", "message"), GONE)
-@pytest.mark.parametrize("maker", [running, draining])
+@pytest.mark.parametrize("maker", [running, paused, draining])
 def test_a_machine_that_is_gone_ends_its_environment_as_failed(maker, event, reason, message):
     env = step(maker(), event, LATER, POLICY).record
     assert env.state is State.DESTROYING
@@ -268,7 +268,7 @@ def test_the_end_of_an_earlier_machine_is_no_news():
     assert ignored(running(), MachineMissing(cause="watch", machine_id="m-old"))
 
 
-@pytest.mark.parametrize("maker", [provisioning, running, draining])
+@pytest.mark.parametrize("maker", [provisioning, running, paused, draining])
 def test_a_lost_host_fails_its_environments_at_once(maker):
     found = step(maker(), HostLost(cause="watch", host_id="h1"), LATER, POLICY)
     env = found.record
@@ -321,7 +321,7 @@ def test_activity_is_written_once_per_grain_and_leaves_the_time_of_change_alone(
     assert seen == Step(replace(env, last_activity_ms=env.last_activity_ms + POLICY.activity_grain_ms))
 
 
-@pytest.mark.parametrize("maker", [provisioning, draining, destroying])
+@pytest.mark.parametrize("maker", [provisioning, paused, draining, destroying])
 def test_activity_matters_only_while_running(maker):
     assert ignored(maker(), ActivitySeen(cause="exec"), LATER)
 
@@ -340,7 +340,7 @@ def test_an_idle_environment_ends_never_before_its_timeout():
 
 
 def test_a_runtime_limit_counts_from_creation_in_every_live_state():
-    for maker in (provisioning, running, draining):
+    for maker in (provisioning, running, paused, draining):
         env = maker(max_runtime_seconds=30)
         assert next_deadline_ms(env, POLICY) == NOW + 30_000
         found = step(env, Tick(cause="tick"), NOW + 30_000, POLICY).record

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
-from making import NOW, POLICY, destroyed, destroying, draining, failed, host, provisioning, running
+from making import NOW, POLICY, destroyed, destroying, draining, failed, host, paused, provisioning, running
 from msgspec.structs import replace
 
 from fusevm.core.reconcile import ObservedMachine, Plan, Strikes, host_health, plan
@@ -77,7 +77,7 @@ def test_machines_of_another_cluster_are_never_touched(cluster: str):
     assert lists([], foreign, foreign, foreign) == [Plan()] * 3
 
 
-@pytest.mark.parametrize("maker", [running, draining])
+@pytest.mark.parametrize("maker", [running, paused, draining])
 def test_a_missing_machine_is_reported_at_the_second_strike(maker):
     first, second = lists([maker()], [], [])
     assert first.events == ()
@@ -108,7 +108,7 @@ def test_a_list_that_is_older_than_the_record_proves_nothing():
     assert lists([env], gone, listed_at_ms=env.updated_at_ms + 1)[0].events != ()
 
 
-@pytest.mark.parametrize("maker", [running, draining])
+@pytest.mark.parametrize("maker", [running, paused, draining])
 def test_a_machine_that_reports_its_end_counts_at_once(maker):
     (crashed,) = lists([maker()], [machine(phase=Phase.FAILED, error="kernel panic")])
     (stopped,) = lists([maker()], [machine(phase=Phase.STOPPED)])

@@ -1,0 +1,541 @@
+"""A whole cluster in one value: the store's tables, the hosts, and every message that may still arrive.
+
+`World` is immutable; `Cluster.moves` lists everything that can happen next. All decisions come from `fusevm.core`,
+unchanged; this file plays the store (transactions), the workers and watchers (which call hosts and feed outcomes back)
+and the hosts (idempotent boots, tombstones).
+
+Messages are sets: each may be delivered now, later, twice or never. That is loss, delay, duplication, reordering and
+the crash of a worker (its action is repeated by the next) at once, and it keeps the number of worlds finite. A message
+is forgotten only when it was tried and changed nothing, and its number is no longer the pending one's. Time has two
+values, NOW and FAR; whether a list is older than a record is kept as a relation.
+
+The small methods of `Cluster` without an underscore are what `test_seeded_bugs.py` replaces to plant mistakes.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, get_args
+
+import msgspec
+from msgspec.structs import replace
+
+from fusevm.core import invariants, lifecycle
+from fusevm.core.lifecycle import Identity, Step
+from fusevm.core.placement import can_reserve, place
+from fusevm.core.policy import Policy
+from fusevm.core.reconcile import ObservedMachine, Plan, Strikes, plan
+from fusevm.core.spec import complete, resources_of
+from fusevm.model.environment import (
+    Action,
+    BootMachine,
+    BootRefused,
+    BootSucceeded,
+    Desired,
+    DestroyConfirmed,
+    DestroyMachine,
+    DestroyRequested,
+    DrainRequested,
+    Environment,
+    Event,
+    HostLost,
+    MachineExited,
+    MachineMissing,
+    OutcomeUnknown,
+    State,
+    Tick,
+)
+from fusevm.model.errors import NoCapacity
+from fusevm.model.fact import Fact
+from fusevm.model.host import Host, HostHealth, Resources
+from fusevm.model.machine import Phase
+
+NOW, FAR = 1_000, 10**9
+CLUSTER = "c1"
+POLICY = Policy(cpu_overcommit_percent=100, storage_overcommit_percent=100)
+SPEC = complete(POLICY)
+ONE = resources_of(SPEC)
+#: How often the worker of one action may be left without an answer.
+MAX_UNKNOWN = 1
+
+Fault = Literal["boot", "unknown", "time", "drain", "exit", "delete", "host", "reconcile", "glitch"]
+EVERYTHING: frozenset[Fault] = frozenset(get_args(Fault))
+
+
+class Slot(msgspec.Struct, frozen=True):
+    """What the store holds of one environment, or the plan of a create that is not booked yet."""
+
+    planned: str = ""
+    env: Environment | None = None
+    facts: tuple[Fact, ...] = ()
+    placement: str = ""
+    #: The host itself has said that the machine is gone for good.
+    is_confirmed: bool = False
+    #: Ended, cleaned up and without a message that could still do anything: forgotten, so that worlds stay few.
+    is_forgotten: bool = False
+
+
+class Server(msgspec.Struct, frozen=True):
+    """One host: the store's record of it, the daemon, and its watcher."""
+
+    record: Host
+    is_reachable: bool = True
+    was_lost: bool = False
+    was_confused: bool = False
+    machines: tuple[ObservedMachine, ...] = ()
+    #: (uid, incarnation) below and including which nothing is made any more.
+    tombstones: tuple[tuple[str, int], ...] = ()
+    #: A list on its way to the watcher, and the records that have changed since it was asked for.
+    listed: tuple[ObservedMachine, ...] | None = None
+    changed: tuple[str, ...] = ()
+    strikes: tuple[tuple[str, int], ...] = ()
+
+
+class Order(NamedTuple):
+    """A call to a host. `seq` is 0 for the destroy of an orphan, whose answer nobody waits for."""
+
+    uid: str
+    seq: int
+    action: Action
+
+
+class World(msgspec.Struct, frozen=True):
+    slots: tuple[Slot, ...]
+    servers: tuple[Server, ...]
+    orders: tuple[Order, ...] = ()
+    #: Outcomes and notices on their way to the store.
+    replies: tuple[tuple[str, Event], ...] = ()
+
+
+class Move(NamedTuple):
+    """Something that can happen. `kind`: the system's own progress, a wish of the user, or a fault."""
+
+    kind: Literal["progress", "user", "fault"]
+    name: str
+    world: World
+
+
+class Broken(Exception):
+    """A rule about a move, not about a world, is broken."""
+
+
+class Cluster:
+    """The rules of one small world: which tasks, how many hosts of which size, which faults."""
+
+    def __init__(
+        self,
+        *,
+        tasks: tuple[str, ...] = ("a", "b"),
+        hosts: int = 2,
+        room: int = 1,
+        faults: frozenset[Fault] = frozenset(),
+        comes_back: bool = True,
+    ) -> None:
+        self.tasks = tasks
+        self.hosts = hosts
+        self.room = room
+        self.faults = faults
+        self.comes_back = comes_back
+
+    def start(self) -> World:
+        room = self.room
+        capacity = Resources(cpus=room, ram_mb=ONE.ram_mb * room, storage_gb=ONE.storage_gb * room, vm_count=room)
+        return World(
+            slots=(Slot(),) * len(self.tasks),
+            servers=tuple(
+                Server(
+                    Host(id=f"h{n}", url="", capacity=capacity, created_at_ms=NOW, updated_at_ms=NOW),
+                    machines=(_foreign(n),) if "reconcile" in self.faults else (),
+                )
+                for n in range(self.hosts)
+            ),
+        )
+
+    # -- what can happen -------------------------------------------------------------------------------------------
+
+    def moves(self, world: World) -> Iterator[Move]:
+        """Everything that can happen next. Raises Broken."""
+        for move in self._moves(world):
+            if move.world is not world:
+                yield move._replace(world=self._tidy(move.world))
+
+    def _moves(self, world: World) -> Iterator[Move]:
+        for index, slot in enumerate(world.slots):
+            if slot.env is not None and not slot.env.is_terminal:
+                yield from self._environment(world, index, slot.env)
+            elif slot.env is None and not slot.is_forgotten:
+                yield from self._create(world, index)
+        for order in world.orders:
+            yield from self._deliver(world, order)
+        for uid, event in world.replies:
+            yield Move("progress", f"{uid} hears {event}", self.apply(world, uid, event))
+        for index, server in enumerate(world.servers):
+            yield from self._server(world, index, server)
+
+    def _tidy(self, world: World) -> World:
+        """Forget messages that can no longer do anything, and environments of which nothing is left."""
+        replies = tuple(reply for reply in world.replies if not self._is_spent(world, *reply))
+        if replies != world.replies:
+            world = replace(world, replies=replies)
+        ended = {slot.env.uid for slot in world.slots if slot.env is not None and slot.env.is_terminal}
+        orders = tuple(order for order in world.orders if not self._is_done(world, order, ended))
+        if orders != world.orders:
+            world = replace(world, orders=orders)
+        for uid in ended:
+            if self._is_gone(world, uid):
+                world = _with_slot(world, _index_of(uid), Slot(is_forgotten=True))
+        return world
+
+    def _is_spent(self, world: World, uid: str, event: Event) -> bool:
+        env = world.slots[_index_of(uid)].env
+        if env is None:
+            return True
+        if isinstance(event, MachineExited):
+            may_matter = env.desired is not Desired.DESTROYED
+        else:
+            may_matter = env.pending is not None and env.pending.seq == getattr(event, "seq", 0)
+        return not may_matter and self.apply(world, uid, event) is world
+
+    def _is_done(self, world: World, order: Order, ended: set[str]) -> bool:
+        if order.seq and order.uid not in ended:
+            return False
+        server = _server_of(world, order.action.host_id)
+        return server.is_reachable and all(move.world is world for move in self._deliver(world, order))
+
+    def _is_gone(self, world: World, uid: str) -> bool:
+        return (
+            not any(order.uid == uid for order in world.orders)
+            and not any(reply[0] == uid for reply in world.replies)
+            and not any(machine.uid == uid for server in world.servers for machine in server.machines)
+            and not world.slots[_index_of(uid)].placement
+            and not self.problems(world)
+        )
+
+    def _create(self, world: World, index: int) -> Iterator[Move]:
+        slot = world.slots[index]
+        if slot.planned:
+            yield Move("progress", f"book {index}", self._book(world, index))
+        elif index == 0 or world.slots[index - 1] != Slot():
+            try:
+                chosen = place([server.record for server in world.servers], SPEC, POLICY)
+            except NoCapacity:
+                return
+            yield Move("user", f"create {index}", _with_slot(world, index, Slot(planned=chosen)))
+
+    def _environment(self, world: World, index: int, env: Environment) -> Iterator[Move]:
+        yield Move("user", f"delete {index}", self.apply(world, env.uid, DestroyRequested(cause="x")))
+        if "drain" in self.faults and env.state is State.RUNNING:
+            yield Move("user", f"drain {index}", self.apply(world, env.uid, DrainRequested(cause="x")))
+        if "time" in self.faults:
+            yield Move("fault", f"time is over for {index}", self.apply(world, env.uid, Tick(cause="x"), FAR))
+        action = env.pending
+        if action is not None and "unknown" in self.faults and action.attempt < MAX_UNKNOWN:
+            lost = OutcomeUnknown(cause="x", seq=action.seq, message="no answer")
+            yield Move("fault", f"no answer to {action}", self.apply(world, env.uid, lost))
+        if _server_of(world, env.host_id).record.health is HostHealth.LOST:
+            event = HostLost(cause="x", host_id=env.host_id)
+            yield Move("progress", f"{env.uid} hears that its host is lost", self.apply(world, env.uid, event))
+
+    def _server(self, world: World, index: int, server: Server) -> Iterator[Move]:
+        id_ = server.record.id
+        for machine in server.machines:
+            if machine.cluster != CLUSTER or machine.phase is not Phase.RUNNING:
+                continue
+            if "exit" in self.faults:
+                dead = replace(machine, phase=Phase.FAILED, error="killed")
+                notice = MachineExited(cause="x", machine_id=machine.id, message="killed")
+                after = _with_server(world, index, replace(server, machines=_put(server.machines, dead)))
+                yield Move("fault", f"{machine.id} exits", _with_reply(after, machine.uid, notice))
+            if "delete" in self.faults:
+                tombstones = _bury(server, machine.uid, machine.incarnation)
+                gone = replace(server, machines=_drop(server.machines, machine.id), tombstones=tombstones)
+                yield Move("fault", f"{machine.id} is deleted by hand", _with_server(world, index, gone))
+        if "host" in self.faults and index == 0:
+            yield from self._reachability(world, index, server)
+        if "reconcile" in self.faults and server.is_reachable:
+            if server.listed is None:
+                asked = replace(server, listed=server.machines, changed=())
+                yield Move("progress", f"{id_} is listed", _with_server(world, index, asked))
+                if "glitch" in self.faults and not server.was_confused and server.machines:
+                    confused = replace(asked, listed=(), was_confused=True)
+                    yield Move("fault", f"{id_} lists nothing", _with_server(world, index, confused))
+            else:
+                yield Move("progress", f"{id_} is judged", self._judge(world, index, server))
+
+    def _reachability(self, world: World, index: int, server: Server) -> Iterator[Move]:
+        id_, record = server.record.id, server.record
+        if server.is_reachable and not server.was_lost:
+            gone = replace(server, is_reachable=False, was_lost=True, listed=None, changed=(), strikes=())
+            yield Move("fault", f"{id_} falls silent", _with_server(world, index, gone))
+        if not server.is_reachable:
+            if record.health is HostHealth.OK:
+                lost = replace(server, record=replace(record, health=HostHealth.LOST))
+                yield Move("progress", f"{id_} is given up", _with_server(world, index, lost))
+            if self.comes_back:
+                back = replace(server, is_reachable=True, record=replace(record, health=HostHealth.OK))
+                yield Move("progress", f"{id_} is back", _with_server(world, index, back))
+
+    # -- the store -------------------------------------------------------------------------------------------------
+
+    def _book(self, world: World, index: int) -> World:
+        """The create's transaction: unique task, room on the host as it is now; else plan again."""
+        task, chosen = self.tasks[index], world.slots[index].planned
+        if not self.is_free(world, task) or not self.has_room(world, chosen):
+            return _with_slot(world, index, Slot())
+        identity = Identity(uid=f"u{index}", task_id=task, machine_id=f"m-{index}")
+        found = lifecycle.begin(identity, SPEC, chosen, cause="x", now_ms=NOW, policy=POLICY)
+        slot = Slot(env=found.record, facts=found.facts, placement=chosen)
+        return self.total(self._give(_with_slot(world, index, slot), identity.uid, found.actions))
+
+    def is_free(self, world: World, task: str) -> bool:
+        return all(slot.env is None or slot.env.is_terminal or slot.env.task_id != task for slot in world.slots)
+
+    def has_room(self, world: World, host_id: str) -> bool:
+        return can_reserve(_server_of(world, host_id).record, SPEC, POLICY)
+
+    def apply(self, world: World, uid: str, event: Event, now_ms: int = NOW) -> World:
+        """Feed one event to one environment and save what comes of it, in one transaction."""
+        index = _index_of(uid)
+        slot = world.slots[index]
+        if slot.env is None:
+            return world
+        found = self.step(slot.env, event, now_ms)
+        env = found.record
+        if env == slot.env:
+            return world
+        is_confirmed = slot.is_confirmed or (env.is_terminal and isinstance(event, DestroyConfirmed))
+        placement = self.placement(env, slot)
+        saved = _with_slot(world, index, Slot("", env, slot.facts + found.facts, placement, is_confirmed))
+        servers = tuple(
+            replace(server, changed=tuple(sorted({*server.changed, uid}))) if server.listed is not None else server
+            for server in saved.servers
+        )
+        return self.total(self._give(replace(saved, servers=servers), uid, found.actions))
+
+    def step(self, env: Environment, event: Event, now_ms: int) -> Step:
+        return lifecycle.step(env, event, now_ms, POLICY)
+
+    def placement(self, env: Environment, slot: Slot) -> str:
+        return "" if env.is_terminal else slot.placement
+
+    def total(self, world: World) -> World:
+        """Host totals are the sums of the placements, written in the same transaction."""
+        servers = []
+        for server in world.servers:
+            booked = Resources()
+            for slot in world.slots:
+                booked = booked.plus(ONE) if slot.placement == server.record.id else booked
+            servers.append(replace(server, record=replace(server.record, allocated=booked)))
+        return replace(world, servers=tuple(servers))
+
+    def _give(self, world: World, uid: str, actions: tuple[Action, ...]) -> World:
+        """A worker is at the actions from now on; when it dies, the next one gives the same orders again."""
+        for action in self.orders(actions):
+            world = _with_order(world, Order(uid, action.seq, action))
+        return world
+
+    def orders(self, actions: tuple[Action, ...]) -> tuple[Action, ...]:
+        return actions
+
+    # -- the hosts -------------------------------------------------------------------------------------------------
+
+    def _deliver(self, world: World, order: Order) -> Iterator[Move]:
+        """An order reaches its host; the host does what it says and answers."""
+        index = _index_of(order.action.host_id)
+        server = world.servers[index]
+        if not server.is_reachable:
+            return
+        action = order.action
+        if isinstance(action, DestroyMachine):
+            machines = tuple(
+                machine
+                for machine in server.machines
+                if not (machine.id == action.machine_id and machine.incarnation <= action.incarnation)
+            )
+            tombstones = _bury(server, order.uid, action.incarnation)
+            after = world
+            if (machines, tombstones) != (server.machines, server.tombstones):
+                after = _with_server(world, index, replace(server, machines=machines, tombstones=tombstones))
+            yield Move(
+                "progress", f"did {order}", self._answer(after, order, DestroyConfirmed(cause="x", seq=order.seq))
+            )
+            return
+        refused = BootRefused(cause="x", seq=order.seq, reason="boot_failed", message="it did not come up")
+        success = BootSucceeded(cause="x", seq=order.seq)
+        there = self.machine_of(server, action)
+        if self.is_fenced(server, order):
+            yield Move("progress", f"refused {order}", self._answer(world, order, refused))
+            return
+        if there is not None:
+            outcome = success if there.phase is Phase.RUNNING else refused
+            yield Move("progress", f"repeated {order}", self._answer(world, order, outcome))
+            return
+        made = self.make(order.uid, action)
+        after = _with_server(world, index, replace(server, machines=_put(server.machines, made)))
+        yield Move("progress", f"did {order}", self._answer(after, order, success))
+        if "boot" in self.faults:
+            wreck = replace(made, phase=Phase.FAILED, error="it did not come up")
+            after = _with_server(world, index, replace(server, machines=_put(server.machines, wreck)))
+            yield Move("fault", f"failed {order}", self._answer(after, order, refused))
+
+    def is_fenced(self, server: Server, order: Order) -> bool:
+        return any(uid == order.uid and order.action.incarnation <= upto for uid, upto in server.tombstones)
+
+    def machine_of(self, server: Server, action: BootMachine) -> ObservedMachine | None:
+        return next((machine for machine in server.machines if machine.id == action.machine_id), None)
+
+    def make(self, uid: str, action: BootMachine) -> ObservedMachine:
+        return ObservedMachine(
+            id=action.machine_id, cluster=CLUSTER, uid=uid, incarnation=action.incarnation, phase=Phase.RUNNING
+        )
+
+    def _answer(self, world: World, order: Order, outcome: Event) -> World:
+        if not order.seq or self._is_spent(world, order.uid, outcome):
+            return world
+        return _with_reply(world, order.uid, outcome)
+
+    # -- the watchers ----------------------------------------------------------------------------------------------
+
+    def _judge(self, world: World, index: int, server: Server) -> World:
+        """Reconcile one host with its list. Raises Broken when a living machine would be given up."""
+        id_, listed = server.record.id, server.listed or ()
+        envs = tuple(slot.env for slot in world.slots if slot.env is not None and slot.env.host_id == id_)
+        found = self.plan(id_, envs, listed, server.changed, Strikes(counts=dict(server.strikes)))
+        counts = tuple(sorted((key, min(count, 2)) for key, count in found.strikes.counts.items()))
+        after = _with_server(world, index, replace(server, listed=None, changed=(), strikes=counts))
+        for machine in found.destroy:
+            self._must_be_orphan(world, machine)
+            action = DestroyMachine(
+                seq=0, cause="x", host_id=id_, machine_id=machine.id, incarnation=machine.incarnation
+            )
+            after = _with_order(after, Order(machine.uid, 0, action))
+        for uid, event in found.events:
+            self._must_be_gone(server, event)
+            after = self.apply(after, uid, event)
+        return after
+
+    def plan(
+        self,
+        host_id: str,
+        envs: tuple[Environment, ...],
+        listed: tuple[ObservedMachine, ...],
+        changed: tuple[str, ...],
+        strikes: Strikes,
+    ) -> Plan:
+        """The plan of a list asked for at NOW; the records named in `changed` are younger than it."""
+        expected = [replace(env, updated_at_ms=NOW + 1 if env.uid in changed else NOW - 1) for env in envs]
+        return plan(host_id, CLUSTER, expected, listed, strikes, listed_at_ms=NOW, cause="x")
+
+    def _must_be_orphan(self, world: World, machine: ObservedMachine) -> None:
+        if machine.id.startswith("m-foreign"):
+            raise Broken("a machine of another cluster is touched")
+        env = next((slot.env for slot in world.slots if slot.env is not None and slot.env.uid == machine.uid), None)
+        if env is not None and not env.is_terminal and env.incarnation == machine.incarnation:
+            raise Broken(f"{machine.uid}: the machine of a live environment is destroyed as an orphan")
+
+    def _must_be_gone(self, server: Server, event: Event) -> None:
+        if isinstance(event, MachineMissing | MachineExited) and any(
+            machine.id == event.machine_id and machine.phase is Phase.RUNNING for machine in server.machines
+        ):
+            raise Broken(f"{event.machine_id} lives and is given up")
+
+    # -- what must hold --------------------------------------------------------------------------------------------
+
+    def problems(self, world: World) -> list[str]:
+        """Broken invariants of the core, and broken promises about ends that were confirmed."""
+        envs = {slot.env.uid: slot.env for slot in world.slots if slot.env is not None}
+        found = invariants.violations(
+            invariants.World(
+                environments=envs,
+                hosts={server.record.id: server.record for server in world.servers},
+                placements={
+                    slot.env.uid: (slot.placement, ONE)
+                    for slot in world.slots
+                    if slot.env is not None and slot.placement
+                },
+                machines={server.record.id: server.machines for server in world.servers},
+                facts={slot.env.uid: slot.facts for slot in world.slots if slot.env is not None},
+            ),
+            POLICY,
+        )
+        confirmed = {slot.env.uid for slot in world.slots if slot.env is not None and slot.is_confirmed}
+        return found + [
+            f"{machine.uid}: a machine runs after its end was confirmed"
+            for server in world.servers
+            for machine in server.machines
+            if machine.uid in confirmed
+        ]
+
+    def is_settled(self, world: World) -> bool:
+        """Nothing is left to do: every environment is up or over, and no machine is there for nothing."""
+        wanted = set()
+        for slot in world.slots:
+            if slot.planned or (slot.env is not None and slot.env.pending is not None):
+                return False
+            if slot.env is not None and not slot.env.is_terminal:
+                wanted.add(slot.env.machine_id)
+        return self._running(world) == wanted
+
+    def is_over(self, world: World) -> bool:
+        """Every environment has ended and nothing of them is left."""
+        ended = all(slot.env is None or slot.env.is_terminal for slot in world.slots)
+        return ended and not self._running(world) and not any(slot.planned or slot.placement for slot in world.slots)
+
+    def _running(self, world: World) -> set[str]:
+        """Machines of ours, wrecks included, on hosts that are there or will be again."""
+        return {
+            machine.id if machine.phase is Phase.RUNNING else f"wreck {machine.id}"
+            for server in world.servers
+            if server.is_reachable or self.comes_back
+            for machine in server.machines
+            if machine.cluster == CLUSTER
+        }
+
+
+def _foreign(number: int) -> ObservedMachine:
+    """A machine of another cluster on the same host, not to be touched."""
+    uid = f"foreign-{number}"
+    return ObservedMachine(id=f"m-{uid}", cluster="c2", uid=uid, incarnation=1, phase=Phase.RUNNING)
+
+
+def _bury(server: Server, uid: str, incarnation: int) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted({*server.tombstones, (uid, incarnation)}))
+
+
+def _server_of(world: World, host_id: str) -> Server:
+    return world.servers[_index_of(host_id)]
+
+
+def _index_of(id_: str) -> int:
+    """Environments are called u0, u1 ..., hosts h0, h1 ..."""
+    return int(id_[1:])
+
+
+def _with_slot(world: World, index: int, slot: Slot) -> World:
+    return replace(world, slots=(*world.slots[:index], slot, *world.slots[index + 1 :]))
+
+
+def _with_server(world: World, index: int, server: Server) -> World:
+    return replace(world, servers=(*world.servers[:index], server, *world.servers[index + 1 :]))
+
+
+def _with_order(world: World, order: Order) -> World:
+    if order in world.orders:
+        return world
+    return replace(world, orders=tuple(sorted((*world.orders, order), key=_order_key)))
+
+
+def _order_key(order: Order) -> tuple[str, int, str, str]:
+    return order.uid, order.seq, order.action.machine_id, order.action.host_id
+
+
+def _with_reply(world: World, uid: str, event: Event) -> World:
+    if (uid, event) in world.replies:
+        return world
+    return replace(world, replies=tuple(sorted((*world.replies, (uid, event)), key=repr)))
+
+
+def _put(machines: tuple[ObservedMachine, ...], machine: ObservedMachine) -> tuple[ObservedMachine, ...]:
+    return tuple(sorted((*_drop(machines, machine.id), machine), key=lambda item: item.id))
+
+
+def _drop(machines: tuple[ObservedMachine, ...], id_: str) -> tuple[ObservedMachine, ...]:
+    return tuple(machine for machine in machines if machine.id != id_)
