@@ -22,7 +22,7 @@ from typing import cast
 
 import msgspec
 
-from fusevm.model.errors import CommandFailed, Timeout, Unavailable
+from fusevm.model.errors import CommandFailed, Timeout, ToolMissing
 
 #: Debian and Ubuntu packages of the programs that are run through here, for the message when one is missing.
 PACKAGES = {
@@ -64,16 +64,6 @@ TAIL_BYTES = 64 * 1024
 
 _MAX_LINE_BYTES = 16 * 1024
 _REAP_TIMEOUT_S = 10.0
-
-
-class ToolMissing(Unavailable):
-    """A program that the host daemon needs is not installed."""
-
-    reason = "tool_missing"
-    retryable = False
-    template = "The program {program} is not installed; install it with `apt-get install {package}` or run `make setup`"
-    program: str
-    package: str
 
 
 class Completed(msgspec.Struct, frozen=True, kw_only=True):

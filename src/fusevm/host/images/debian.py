@@ -18,8 +18,8 @@ from fusevm.host.images.ext4 import EPOCH_S
 from fusevm.host.images.progress import Progress, ProgressEvent, ignore_progress, watched_bytes
 from fusevm.host.images.store import Image, ImageConfig, ImageStore
 from fusevm.host.images.workspace import exclusive, workspace
-from fusevm.host.run import ToolMissing, program_environment, run, run_streaming
-from fusevm.model.errors import BadSetting, ImageNotFound
+from fusevm.host.run import program_environment, run, run_streaming
+from fusevm.model.errors import BadSetting, ImageNotFound, ToolMissing
 
 _BUILD_TIMEOUT_S = 3600
 _PROBE_TIMEOUT_S = 30

@@ -27,11 +27,13 @@ from fusevm.host.net.plan import (
 )
 from fusevm.host.net.tables import render_namespace_tables
 from fusevm.host.net.tap import ensure_tap
-from fusevm.host.net.transaction import DIES_WITH_US, apply_transaction
+from fusevm.host.net.transaction import apply_transaction
 from fusevm.host.run import Completed, run
 from fusevm.model.errors import Internal
 
 _TIMEOUT_S = 30.0
+#: An `ip` that outlived a killed daemon would go on making what the next daemon's sweep has just removed.
+_DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 #: Slots that are set up inside at the same time.
 _PARALLEL = 4
 #: Written inside each namespace. A new one takes its IPv4 values from the host, so nothing is left to chance.
@@ -171,7 +173,7 @@ async def _ensure_inside(slot: Slot, limit: asyncio.Semaphore) -> None:
 
 
 async def _run(argv: Sequence[str], stdin: bytes, *, check: bool = True) -> Completed:
-    return await run([*DIES_WITH_US, *argv], stdin=stdin, timeout_s=_TIMEOUT_S, check=check)
+    return await run([*_DIES_WITH_US, *argv], stdin=stdin, timeout_s=_TIMEOUT_S, check=check)
 
 
 def _prepare(slot: Slot) -> None:

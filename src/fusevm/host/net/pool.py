@@ -84,11 +84,14 @@ class Pool:
 
         Returns the failures of kept slots, by number: they stay acquired, but their machines have no network.
         """
-        slots = {index: plan_slot(self._plan, index) for index in keep}
+        beyond = [index for index in keep if index >= self._plan.capacity]
+        slots = {index: plan_slot(self._plan, index) for index in keep if index not in beyond}
         # First of all the rules: from here on nobody but the kept machines reaches anything.
-        await self._firewall.open(uplinks, keep)
-        await self._remove_others(keep)
+        await self._firewall.open(uplinks, {index: keep[index] for index in slots})
+        await self._remove_others(slots)
         failures = await ensure_links(self._plan, list(slots.values()))
+        problem = f"{self._plan.range} has only {self._plan.capacity} slots"
+        failures |= {index: SlotFailed(index=index, problem=problem) for index in beyond}
         self._used = slots
         self._task = asyncio.create_task(self._work(), name="network pool")
         return failures
@@ -112,7 +115,7 @@ class Pool:
         own = self._own()
         yield from sorted(self._making - self._wanted.keys())
         yield from (index for index in range(self._plan.capacity) if index not in own)
-        yield from sorted(self._doomed - self._wanted.keys())
+        yield from sorted(index for index in self._doomed - self._wanted.keys() if index < self._plan.capacity)
 
     async def acquire(self, index: int, policy: Network = DEFAULT_POLICY) -> Slot:
         """Hand out slot `index`, under `policy`; the caller has reserved the number and releases it.
@@ -156,7 +159,8 @@ class Pool:
     async def sweep(self, keep: Collection[int]) -> frozenset[int]:
         """Remove whatever exists of slots that are neither kept nor the pool's own; return their numbers. Idempotent.
 
-        An open pool owns all that it has made, whoever has acquired it: what nobody needs any more is released.
+        An open pool owns all that it has made, whoever has acquired it: what nobody needs any more is released. Warm
+        slots that somebody has damaged are replaced.
         When the pool is closed and nothing is kept, the instance's table and its rules in foreign chains go, too.
         """
         if self._task is None:
@@ -164,10 +168,14 @@ class Pool:
             if not keep:
                 await self._firewall.remove()
             return removed
-        before = self._own()
+        before, ready = self._own(), set(self._ready)
         objects = await asyncio.to_thread(observe_objects, self._plan)
         # From here on the background task sees to them, so that nobody is given one that is about to go.
         rest = objects.slots - frozenset(keep) - before - self._own()
+        broken = ready.intersection(self._ready) - (objects.namespaces & objects.veths)
+        for index in broken:
+            del self._ready[index]
+        rest |= broken
         if rest:
             self._doomed |= rest
             self._wake_up()

@@ -7,8 +7,6 @@ from fusevm.host.net.nft import Json, render_document
 from fusevm.host.run import run
 
 _TIMEOUT_S = 30.0
-#: A tool that outlived a killed daemon would go on changing what the next daemon has put in order.
-DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 
 
 async def apply_transaction(commands: Sequence[Json], *, namespace_path: str = "") -> None:
@@ -20,7 +18,7 @@ async def apply_transaction(commands: Sequence[Json], *, namespace_path: str = "
     try:
         _fill(document, render_document(commands))
         entry = ["nsenter", f"--net={namespace_path}"] if namespace_path else []
-        argv = [*DIES_WITH_US, *entry, "nft", "-j", "-f", f"/dev/fd/{document}"]
+        argv = [*entry, "nft", "-j", "-f", f"/dev/fd/{document}"]
         await run(argv, timeout_s=_TIMEOUT_S, pass_fds=[document])
     finally:
         os.close(document)

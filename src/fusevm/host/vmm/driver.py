@@ -8,8 +8,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from fusevm.host.channel import AgentStream
 from fusevm.model.machine import VmmProcess
-from fusevm.wire.streams import ByteStream
 
 
 class Nic(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,8 +65,11 @@ class Vmm(Protocol):
         """Identity that survives a restart of the daemon."""
         ...
 
-    async def open_stream(self) -> ByteStream:
-        """A new stream to the guest agent; waits for the guest to serve. Raises ConnectionError when the VMM has gone."""
+    async def open_stream(self) -> AgentStream:
+        """Open a stream to the guest agent; waits until that serves.
+
+        Raises ConnectionError; when the VMM has gone, its text is the reason that `wait_exit` returns.
+        """
         ...
 
     async def wait_exit(self) -> str:
@@ -78,7 +81,7 @@ class Vmm(Protocol):
         ...
 
     async def close(self) -> None:
-        """Let go of it without ending it: the daemon stops, the machine runs on."""
+        """Let go of it without ending it: the daemon stops, the machine runs on. Waiters get ConnectionError."""
         ...
 
 
@@ -91,7 +94,8 @@ class Driver(Protocol):
     async def boot(self, plan: BootPlan) -> Vmm:
         """Start the process and connect the channel; returns before the guest is up.
 
-        The VMM is in a session of its own and outlives the daemon. Raises VmmMissing, BootFailed, PathTooLong; then nothing is left.
+        The VMM is in a session of its own and outlives the daemon. Raises VmmMissing, BootFailed, PathTooLong; then
+        nothing is left but the console log.
         """
         ...
 

@@ -1,0 +1,49 @@
+"""`python -m fusevm.host`: the daemon without the `fuse` command, for tests and unit files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from fusevm.host.config import DEFAULT_LISTEN, HostConfig
+from fusevm.host.faults import VARIABLE
+from fusevm.host.main import serve
+
+
+def main() -> int:
+    """Parse the command line and serve."""
+    return serve(make_config(_parser().parse_args()))
+
+
+def make_config(args: argparse.Namespace) -> HostConfig:
+    """The configuration of a command line; what was not said keeps its default."""
+    said = {name: value for name, value in vars(args).items() if value is not None}
+    return HostConfig(**said, fault=os.environ.get(VARIABLE, ""))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fusevm.host", description=__doc__)
+    parser.add_argument("--data-root", type=Path, required=True, help="journal, disks, keys")
+    parser.add_argument("--run-dir", type=Path, help="sockets; a short path")
+    parser.add_argument("--artefact-root", type=Path, help="images and kernels (default: the data root)")
+    parser.add_argument("--listen", help=f"host:port for TCP, empty for none (default: {DEFAULT_LISTEN})")
+    parser.add_argument("--plain-http", action="store_const", const=True, help="no TLS; loopback only")
+    parser.add_argument("--socket-path", type=Path, help="Unix socket of the API")
+    parser.add_argument("--driver", choices=["auto", "qemu"], help="qemu: software emulation, without trying KVM")
+    parser.add_argument("--kernel", type=Path, help="kernel file")
+    parser.add_argument("--network-range", help="IPv4 network of the machines' slots")
+    parser.add_argument("--egress-interface", help="interface that leads to the Internet")
+    parser.add_argument("--instance", help="prefix of all kernel objects")
+    parser.add_argument("--user-network", action="store_const", const=True, help="without root: open user network")
+    parser.add_argument("--console-bytes", type=int, help="console output kept per machine")
+    parser.add_argument("--max-machines", type=int, help="machines at the same time")
+    parser.add_argument("--warm-slots", type=int, help="network slots kept ready")
+    parser.add_argument("--sweep-interval-s", type=float, help="seconds between sweeps for leftovers")
+    parser.add_argument("--disk-reserve-bytes", type=int, help="creates are refused below this free space")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""May one more machine run here? Pure arithmetic over what is booked, before any side effect.
+
+Memory is never overcommitted and counts what the VMM itself needs; CPUs and disk are, by ratio; the disk also has a
+watermark, since sparse disks grow after they were admitted.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from fusevm.model.errors import HostFull
+from fusevm.model.host import Resources
+from fusevm.model.machine import MachineSpec
+
+_GIB = 1 << 30
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What the journal's machines have booked."""
+
+    #: All machines, stopped and failed ones included.
+    machines: int = 0
+    #: Those with a VMM, or about to have one.
+    active: int = 0
+    #: Of the active ones.
+    cpus: int = 0
+    memory_mib: int = 0
+    #: Of all: a stopped machine keeps its disk.
+    disk_bytes: int = 0
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What there is to book, reserves already taken off."""
+
+    max_machines: int
+    #: CPUs of the host, and virtual ones given out for each.
+    cpus: int
+    cpu_ratio: float
+    memory_mib: int
+    #: What a VMM takes besides the guest's memory.
+    overhead_mib: int
+    #: Size of the file system, and bytes of disk given out for each.
+    disk_bytes: int
+    disk_ratio: float
+    #: Free on the file system now, and what must stay free.
+    disk_free_bytes: int
+    disk_reserve_bytes: int
+
+
+def check_admission(usage: Usage, limits: Limits, spec: MachineSpec, *, is_new: bool) -> None:
+    """Raise HostFull, naming the resource, when the machine does not fit. A start of a known machine books no disk."""
+    memory_free = limits.memory_mib - usage.memory_mib - usage.active * limits.overhead_mib
+    memory_needed = spec.memory_mib + limits.overhead_mib
+    if memory_needed > memory_free:
+        raise HostFull(resource="memory", needed=f"{memory_needed} MiB", free=f"{max(0, memory_free)} MiB")
+    cpus_free = int(limits.cpus * limits.cpu_ratio) - usage.cpus
+    if spec.cpus > cpus_free:
+        raise HostFull(resource="cpu", needed=str(spec.cpus), free=str(max(0, cpus_free)))
+    above_watermark = limits.disk_free_bytes - limits.disk_reserve_bytes
+    if above_watermark <= 0:
+        raise HostFull(
+            resource="disk",
+            needed=f"{limits.disk_reserve_bytes} bytes kept free",
+            free=f"{limits.disk_free_bytes} bytes",
+        )
+    if not is_new:
+        return
+    disk_free = int(limits.disk_bytes * limits.disk_ratio) - usage.disk_bytes
+    if spec.disk_bytes > disk_free:
+        raise HostFull(resource="disk", needed=f"{spec.disk_bytes} bytes", free=f"{max(0, disk_free)} bytes")
+    if usage.machines >= limits.max_machines:
+        raise HostFull(resource="machines", needed="1", free="0")
+
+
+def render_capacity(limits: Limits) -> Resources:
+    """What there is, without ratios: whoever places machines has ratios of their own."""
+    return Resources(
+        cpus=limits.cpus,
+        ram_mb=limits.memory_mib,
+        storage_gb=limits.disk_bytes // _GIB,
+        vm_count=limits.max_machines,
+    )
+
+
+def render_reserved(usage: Usage, limits: Limits) -> Resources:
+    """What is booked, VMM overhead included."""
+    return Resources(
+        cpus=usage.cpus,
+        ram_mb=usage.memory_mib + usage.active * limits.overhead_mib,
+        storage_gb=-(-usage.disk_bytes // _GIB),
+        vm_count=usage.machines,
+    )

@@ -1,0 +1,287 @@
+"""The host daemon's HTTP API: decoding, one call, encoding. Paths and bodies: `wire.host_routes`, `wire.host_api`.
+
+`make_router` binds the handlers to the table by name; `boundary` wraps it for each listener.
+
+Owns: handlers. Must not: decide anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import BaseRoute, Router, WebSocketRoute
+from starlette.routing import Route as StarletteRoute
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from fusevm.host.agent import decode_output
+from fusevm.host.console import read_console
+from fusevm.host.daemon import Daemon
+from fusevm.host.relay import relay_frames, relay_request, run_for_client
+from fusevm.host.render import render_answer, render_machine
+from fusevm.model.errors import BadField, MethodNotAllowed, PayloadTooLarge, RouteNotFound
+from fusevm.wire.decode import decode_body
+from fusevm.wire.guest import ExecRequest
+from fusevm.wire.host_api import (
+    CreateMachine,
+    Health,
+    HostExec,
+    HostExecAnswer,
+    MachineEvent,
+    MachineList,
+    StorageAnswer,
+    parse_fence,
+)
+from fusevm.wire.host_routes import HOST_ROUTES
+from fusevm.wire.routes import Payload, Route
+
+T = TypeVar("T")
+Handler: TypeAlias = Callable[[Daemon, Request, Route], Awaitable[Response]]
+
+_DEFAULT_EXEC_MS, _MAX_EXEC_MS = 30_000, 300_000
+_DEFAULT_TAIL_BYTES, _MAX_TAIL_BYTES = 64 << 10, 64 << 20
+_KEEPALIVE_S = 15.0
+
+
+def make_router(daemon: Daemon) -> Router:
+    """Bind every route of the table to its handler."""
+    by_path: dict[str, dict[str, Route]] = {}
+    routes: list[BaseRoute] = []
+    for route in HOST_ROUTES:
+        if route.is_websocket:
+            routes.append(WebSocketRoute(route.path, _FramesEndpoint(daemon)))
+        else:
+            by_path.setdefault(route.path, {})[route.method] = route
+    # Starlette would answer 405 by itself, in words of its own: one endpoint per path takes all methods.
+    routes += [StarletteRoute(path, _Endpoint(daemon, methods)) for path, methods in by_path.items()]
+    return Router(routes, redirect_slashes=False, default=_no_route)
+
+
+class _Endpoint:
+    """All methods of one path."""
+
+    def __init__(self, daemon: Daemon, routes: dict[str, Route]) -> None:
+        self._daemon = daemon
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = scope["method"]
+        route = self._routes.get(method)
+        if route is None:
+            raise MethodNotAllowed(method=method, path=scope["path"], allowed=", ".join(sorted(self._routes)))
+        # For the access log and the metrics.
+        scope["fuse.route"] = route.name
+        if route.name.startswith("relay_"):
+            await _relay(self._daemon, scope, receive, send)
+            return
+        response = await HANDLERS[route.name](self._daemon, Request(scope, receive), route)
+        await response(scope, receive, send)
+
+
+async def _no_route(scope: Scope, _receive: Receive, _send: Send) -> None:
+    raise RouteNotFound(method=scope.get("method", "WEBSOCKET"), path=scope["path"])
+
+
+# -- the host ---------------------------------------------------------------------------------------------------------
+
+
+async def _health(_daemon: Daemon, _request: Request, _route: Route) -> Response:
+    return _json(Health())
+
+
+async def _info(daemon: Daemon, _request: Request, _route: Route) -> Response:
+    return _json(await daemon.facts())
+
+
+async def _state(daemon: Daemon, _request: Request, _route: Route) -> Response:
+    return _json(await daemon.render_state())
+
+
+async def _images(daemon: Daemon, _request: Request, _route: Route) -> Response:
+    return _json(await daemon.list_images())
+
+
+async def _storage(daemon: Daemon, _request: Request, _route: Route) -> Response:
+    return _json(StorageAnswer(report=await daemon.observe_storage()))
+
+
+async def _metrics(daemon: Daemon, _request: Request, _route: Route) -> Response:
+    return Response(daemon.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _events(daemon: Daemon, _request: Request, _route: Route) -> Response:
+    return StreamingResponse(_event_lines(daemon), media_type=Payload.LINES.value)
+
+
+async def _event_lines(daemon: Daemon) -> AsyncIterator[bytes]:
+    with daemon.events.subscribe() as subscription:
+        yield _line(daemon.events.hello)
+        while True:
+            try:
+                async with asyncio.timeout(_KEEPALIVE_S):
+                    event = await subscription.next()
+            except TimeoutError:
+                event = daemon.events.keepalive
+            if event is None:
+                return
+            yield _line(event)
+
+
+def _line(event: MachineEvent) -> bytes:
+    return msgspec.json.encode(event) + b"\n"
+
+
+# -- machines ---------------------------------------------------------------------------------------------------------
+
+
+async def _list(daemon: Daemon, _request: Request, _route: Route) -> Response:
+    machines = [render_machine(machine) for machine in daemon.machines.records()]
+    return _json(MachineList(machines=machines, tombstones=await daemon.journal.tombstones()))
+
+
+async def _create(daemon: Daemon, request: Request, route: Route) -> Response:
+    body = await _decode(request, route, CreateMachine)
+    machine = await daemon.machines.create(body, parse_fence(request.headers))
+    return _json(render_answer(machine), 201)
+
+
+async def _get(daemon: Daemon, request: Request, _route: Route) -> Response:
+    return _json(render_answer(daemon.machines.record(request.path_params["id"])))
+
+
+async def _delete(daemon: Daemon, request: Request, _route: Route) -> Response:
+    await daemon.machines.delete(request.path_params["id"], parse_fence(request.headers))
+    return Response(status_code=204)
+
+
+async def _start(daemon: Daemon, request: Request, _route: Route) -> Response:
+    return _json(render_answer(await daemon.machines.start(request.path_params["id"], parse_fence(request.headers))))
+
+
+async def _stop(daemon: Daemon, request: Request, _route: Route) -> Response:
+    await daemon.machines.stop(request.path_params["id"], parse_fence(request.headers))
+    return Response(status_code=204)
+
+
+async def _exec(daemon: Daemon, request: Request, route: Route) -> Response:
+    body = await _decode(request, route, HostExec)
+    if not body.command:
+        raise BadField(field="command", problem="must not be empty")
+    limit_ms = min(body.timeout_ms if body.timeout_ms > 0 else _DEFAULT_EXEC_MS, _MAX_EXEC_MS)
+    command = ExecRequest(cmd=body.command, cwd=body.cwd, env=body.env, user=body.user, timeout_ms=limit_ms)
+    machine_id = request.path_params["id"]
+    fence = parse_fence(request.headers)
+    work = daemon.run_command(machine_id, fence, command)
+    result = await run_for_client(request.receive, machine_id, work)
+    if result is None:
+        return Response(status_code=499)  # nobody reads it
+    stdout, stderr = decode_output(result)
+    answer = HostExecAnswer(
+        exit_code=result.exit_code,
+        stdout=stdout.decode(errors="replace"),
+        stderr=stderr.decode(errors="replace"),
+        duration_ms=result.duration_ms,
+    )
+    return _json(answer)
+
+
+async def _logs(daemon: Daemon, request: Request, _route: Route) -> Response:
+    machine_id = request.path_params["id"]
+    path = daemon.console_log(machine_id)
+    query = request.query_params
+    if query.get("source", "console") != "console":
+        raise BadField(field="source", problem="the host has the source 'console' only")
+    lines = read_console(
+        path,
+        tail_bytes=_integer(query.get("tail_bytes"), "tail_bytes", _DEFAULT_TAIL_BYTES, _MAX_TAIL_BYTES),
+        follow=_boolean(query.get("follow"), "follow"),
+        is_live=lambda: daemon.is_live(machine_id),
+    )
+    return StreamingResponse(lines, media_type="text/plain; charset=utf-8")
+
+
+async def _relay(daemon: Daemon, scope: Scope, receive: Receive, send: Send) -> None:
+    machine_id = scope["path_params"]["id"]
+    vmm = await daemon.guest(machine_id, parse_fence(Request(scope).headers))
+    await relay_request(vmm, machine_id, _guest_target(scope), scope, receive, send)
+
+
+def _guest_target(scope: Scope) -> str:
+    """What follows `/guest` in the request's own spelling, query included."""
+    path = scope["raw_path"].decode("latin-1").partition("?")[0]
+    target = "/" + "/".join(path.split("/")[4:])
+    query = scope["query_string"].decode("latin-1")
+    return f"{target}?{query}" if query else target
+
+
+class _FramesEndpoint:
+    """The WebSocket of interactive commands."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["fuse.route"] = "exec_frames"
+        websocket = WebSocket(scope, receive, send)
+        machine_id = scope["path_params"]["id"]
+        vmm = await self._daemon.guest(machine_id, parse_fence(websocket.headers))
+        await relay_frames(vmm, machine_id, websocket)
+
+
+HANDLERS: dict[str, Handler] = {
+    "health": _health,
+    "info": _info,
+    "list_machines": _list,
+    "create_machine": _create,
+    "get_machine": _get,
+    "delete_machine": _delete,
+    "start_machine": _start,
+    "stop_machine": _stop,
+    "exec": _exec,
+    "logs": _logs,
+    "events": _events,
+    "list_images": _images,
+    "state": _state,
+    "storage_report": _storage,
+    "metrics": _metrics,
+}
+
+
+# -- small ------------------------------------------------------------------------------------------------------------
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+async def _decode(request: Request, route: Route, kind: type[T]) -> T:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > route.limit:
+            raise PayloadTooLarge(limit=route.limit)
+    value, _unknown = decode_body(bytes(body), kind)
+    return value
+
+
+def _integer(text: str | None, field: str, default: int, most: int) -> int:
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdecimal() or int(text) > most:
+        raise BadField(field=field, problem=f"must be 0 to {most}")
+    return int(text)
+
+
+def _boolean(text: str | None, field: str) -> bool:
+    match text:
+        case None | "" | "false" | "0":
+            return False
+        case "true" | "1":
+            return True
+        case _:
+            raise BadField(field=field, problem="must be true or false")

@@ -1,0 +1,137 @@
+"""Bringing a machine up: quarters, VMM, agent; each step marked in the journal, each undoable.
+
+Owns: the order of the steps and what a boot that fails tells people. Must not: decide what becomes of the record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Literal
+
+import msgspec
+
+from fusevm.host.agent import ask_health, is_compatible, send_configuration
+from fusevm.host.surroundings import Surroundings
+from fusevm.host.tasks import CleanUp, Stopped, run_unless
+from fusevm.host.vmm.driver import Vmm
+from fusevm.model.errors import BootFailed, Error
+from fusevm.model.machine import Machine
+from fusevm.wire.guest import Configure
+
+_ENTROPY_BYTES = 64
+#: The agent's channel broke: how long to wait for the VMM's own word about why.
+_LAST_WORD_S = 2.0
+
+
+class Marks(msgspec.Struct, kw_only=True):
+    """Moments of a boot on the monotonic clock, in milliseconds."""
+
+    started: float
+    launched: float = 0.0
+    first_byte: float = 0.0
+    configured: float = 0.0
+
+
+async def bring_up(
+    machine: Machine, kind: Literal["create", "start"], deadline_ms: int, parts: Surroundings, undo: CleanUp
+) -> tuple[Machine, Vmm]:
+    """Make quarters, start the VMM and configure the agent. What exists at any moment is on `undo`.
+
+    Raises BootFailed, Superseded, or what quarters and driver raise.
+    """
+    marks = Marks(started=parts.clock.monotonic_ms())
+    lodging = await parts.quarters.prepare(machine)
+    undo.push("quarters", lambda: parts.quarters.vacate(machine, keep_disk=kind == "start"))
+    try:
+        machine = msgspec.structs.replace(machine, address=lodging.address)
+        machine = await parts.journal.mark(machine, kind, "prepared")
+        marks.launched = parts.clock.monotonic_ms()
+        vmm = await parts.driver.boot(lodging.plan)
+    finally:
+        lodging.release()
+    undo.push("vmm", vmm.kill)
+    machine = await parts.journal.mark(msgspec.structs.replace(machine, vmm=vmm.process), kind, "booted")
+    await meet_guest(machine, kind, vmm, lodging.configure, deadline_ms, parts, marks)
+    return with_timings(machine, marks), vmm
+
+
+async def meet_guest(
+    machine: Machine,
+    kind: str,
+    vmm: Vmm,
+    configure: Configure,
+    deadline_ms: int,
+    parts: Surroundings,
+    marks: Marks,
+) -> None:
+    """Wait for the agent of a VMM that boots, check that it is the right one, configure it. Raises BootFailed."""
+    limit_s = max(1.0, (deadline_ms - parts.clock.now_ms()) / 1000)
+    try:
+        async with asyncio.timeout(limit_s):
+            await run_unless(vmm.wait_exit(), _converse(machine, kind, vmm, configure, parts, marks))
+    except TimeoutError:
+        raise await _failed(machine, f"the guest agent did not answer within {limit_s:.0f} s", parts) from None
+    except Stopped as e:
+        raise await _failed(machine, e.value, parts) from e
+    except ConnectionError as e:
+        raise await _failed(machine, await _last_word(vmm, e), parts) from e
+    except BootFailed:
+        raise
+    except Error as e:
+        raise await _failed(machine, f"the guest agent said: {e.message}", parts) from e
+
+
+async def check_guest(machine: Machine, vmm: Vmm) -> str:
+    """Ask a running VMM's agent who it is; return what is wrong with the answer, or "". Raises ConnectionError."""
+    health = await ask_health(vmm)
+    if health.nonce != machine.nonce:
+        return "another guest answers on its channel"
+    if not is_compatible(health.protocol):
+        return f"its agent speaks protocol {health.protocol!r}, which this daemon does not"
+    return ""
+
+
+def with_timings(machine: Machine, marks: Marks) -> Machine:
+    """Note how long the phases took; a boot that an earlier daemon began has no times of its own."""
+    if not marks.launched:
+        return machine
+    timings = msgspec.structs.replace(
+        machine.timings,
+        prepare_ms=round(marks.launched - marks.started, 3),
+        boot_ms=round(marks.first_byte - marks.launched, 3),
+        agent_ms=round(marks.configured - marks.first_byte, 3),
+        host_ms=round(marks.configured - marks.started, 3),
+    )
+    return msgspec.structs.replace(machine, timings=timings)
+
+
+async def _converse(
+    machine: Machine, kind: str, vmm: Vmm, configure: Configure, parts: Surroundings, marks: Marks
+) -> None:
+    # A stream opens when the guest has said its first word on the channel.
+    stream = await vmm.open_stream()
+    marks.first_byte = parts.clock.monotonic_ms()
+    await stream.close()
+    problem = await check_guest(machine, vmm)
+    if problem:
+        raise await _failed(machine, problem, parts)
+    parts.fault.reached(f"{kind}.answered")
+    entropy = base64.b64encode(parts.clock.entropy(_ENTROPY_BYTES)).decode()
+    configure = msgspec.structs.replace(configure, generation=machine.generation, entropy_b64=entropy)
+    await send_configuration(vmm, msgspec.structs.replace(configure, time_unix_ns=parts.clock.now_ns()))
+    marks.configured = parts.clock.monotonic_ms()
+
+
+async def _last_word(vmm: Vmm, error: ConnectionError) -> str:
+    try:
+        async with asyncio.timeout(_LAST_WORD_S):
+            return await vmm.wait_exit()
+    except (TimeoutError, ConnectionError):
+        return f"its channel broke ({error})"
+
+
+async def _failed(machine: Machine, problem: str, parts: Surroundings) -> BootFailed:
+    tail = await parts.quarters.console_tail(machine.id)
+    said = f"; the console's last lines:\n{tail}" if tail else "; the console is empty"
+    return BootFailed(id=machine.id, problem=problem + said)

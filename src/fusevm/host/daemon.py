@@ -1,0 +1,183 @@
+"""The running daemon: what the API asks, and what happens by itself.
+
+Owns: the parts that live as long as the process, and the loop that sweeps. Must not: know HTTP, or build its own parts
+(`main` does).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from fusevm import __version__
+from fusevm.host.admission import render_capacity, render_reserved
+from fusevm.host.agent import run_command
+from fusevm.host.config import HostConfig
+from fusevm.host.events import EventHub
+from fusevm.host.images.store import ImageStore
+from fusevm.host.journal import Journal
+from fusevm.host.machines import Machines
+from fusevm.host.metrics import Metrics
+from fusevm.host.render import render_image, render_time
+from fusevm.host.rows import Entry
+from fusevm.host.storage import observe_storage
+from fusevm.host.surroundings import Surroundings
+from fusevm.host.sweep import Sweeper
+from fusevm.host.vmm.driver import Vmm
+from fusevm.model.errors import Error
+from fusevm.model.machine import Fence, Isolation, Phase
+from fusevm.wire.guest import ExecRequest, ExecResult
+from fusevm.wire.host_api import HostFacts, ImageList, StorageReport
+
+log = structlog.get_logger()
+
+#: Between sweeps, the interval varies by this part of it, so that hosts of a fleet do not march in step.
+_JITTER = 0.1
+
+
+class Identification(msgspec.Struct, frozen=True, kw_only=True):
+    """What does not change while the daemon runs."""
+
+    driver: str
+    driver_reason: str
+    isolation: Isolation
+    arch: str
+    kernel: str
+    agent_version: str
+
+
+class Daemon:
+    """Everything that serves requests. Use within `running`."""
+
+    def __init__(
+        self,
+        config: HostConfig,
+        parts: Surroundings,
+        *,
+        images: ImageStore,
+        sweeper: Sweeper,
+        machines: Machines,
+        identification: Identification,
+    ) -> None:
+        self._config = config
+        self._parts = parts
+        self._images = images
+        self._sweeper = sweeper
+        self._identification = identification
+        self.machines = machines
+
+    @property
+    def events(self) -> EventHub:
+        return self._parts.events
+
+    @property
+    def metrics(self) -> Metrics:
+        return self._parts.metrics
+
+    @property
+    def journal(self) -> Journal:
+        return self._parts.journal
+
+    @asynccontextmanager
+    async def running(self, entries: list[Entry]) -> AsyncIterator[None]:
+        """Take up the journal's machines, sweep, and keep sweeping. At the end VMMs run on."""
+        async with self.machines.running(entries):
+            await self._sweep(is_start=True)
+            sweeping = asyncio.create_task(self._keep_sweeping(), name="sweep")
+            try:
+                yield
+            finally:
+                self.events.close()
+                sweeping.cancel()
+                await asyncio.wait({sweeping})
+
+    async def facts(self) -> HostFacts:
+        """What this host is and can take."""
+        limits = await self._parts.quarters.limits()
+        images = await self._images.load_all()
+        known = self._identification
+        return HostFacts(
+            version=__version__,
+            epoch=self.events.epoch,
+            cluster=await self.journal.cluster(),
+            arch=known.arch,
+            driver=known.driver,
+            driver_reason=known.driver_reason,
+            isolation=known.isolation,
+            capacity=render_capacity(limits),
+            reserved=render_reserved(await self.journal.usage(), limits),
+            images=[name for image in images for name in (image.digest, *image.names)],
+            agent_version=known.agent_version,
+            kernel=known.kernel,
+        )
+
+    async def list_images(self) -> ImageList:
+        """Images on this host, newest first."""
+        return ImageList(images=[render_image(image) for image in await self._images.load_all()])
+
+    async def run_command(self, machine_id: str, fence: Fence | None, request: ExecRequest) -> ExecResult:
+        """Run a command in a machine to its end. Cancelled: it is killed."""
+        vmm = await self.machines.guest(machine_id, fence)
+        return await run_command(vmm, request)
+
+    async def guest(self, machine_id: str, fence: Fence | None) -> Vmm:
+        """The running VMM of a machine, for streams."""
+        return await self.machines.guest(machine_id, fence)
+
+    def console_log(self, machine_id: str) -> Path:
+        """Where a machine's console is. Raises MachineNotFound."""
+        self.machines.record(machine_id)
+        return self._config.data_root / "machines" / machine_id / "console.log"
+
+    def is_live(self, machine_id: str) -> bool:
+        """May the machine still say something?"""
+        try:
+            return self.machines.record(machine_id).phase not in (Phase.STOPPED, Phase.FAILED)
+        except Error:
+            return False
+
+    async def render_state(self) -> dict[str, Any]:
+        """The journal, and what is observed beside it."""
+        state = await self.journal.render_state()
+        observed = {
+            "epoch": self.events.epoch,
+            "phases": {machine.id: machine.phase.value for machine in self.machines.records()},
+            "leftovers": [msgspec.to_builtins(leftover) for leftover in self._sweeper.present],
+        }
+        return {"journal": state, "observed": observed, "host": msgspec.to_builtins(await self.facts())}
+
+    async def observe_storage(self) -> StorageReport:
+        """What takes how much of the disk."""
+        now = render_time(self._parts.clock.now_ms())
+        return await asyncio.to_thread(observe_storage, self._config, now)
+
+    # -- by itself --------------------------------------------------------------------------------------------------
+
+    async def _keep_sweeping(self) -> None:
+        interval_s = self._config.sweep_interval_s
+        while True:
+            await asyncio.sleep(interval_s * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311 - spreads load
+            await self._sweep(is_start=False)
+
+    async def _sweep(self, *, is_start: bool) -> None:
+        """Remove leftovers and expired fences. A failure is logged and tried again; it stops nothing."""
+        began = time.monotonic()
+        try:
+            removed = await self._sweeper.sweep(is_start=is_start)
+            await self.journal.purge()
+            await self.journal.ensure_ballast()
+        except Exception:
+            log.exception("sweep_failed")
+            return
+        for leftover in removed:
+            self.metrics.leftovers_removed.labels(leftover.kind).inc()
+        self.metrics.leftovers.set(len(self._sweeper.present))
+        self.metrics.sweep_seconds.set(time.monotonic() - began)

@@ -1,0 +1,94 @@
+"""Crash points: where a test makes the daemon die, by name.
+
+A point is reached right after (`create.intent`) or, with `.writing`, right before the commit of a journal entry, and
+after each side effect in between. In production nothing listens. `tests/real/test_host_crashes.py` kills the daemon
+at every one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Protocol
+
+from fusevm.model.errors import BadSetting
+
+VARIABLE = "FUSE_FAULT"
+
+#: In the order in which a create reaches them.
+CREATE_POINTS = (
+    "create.intent.writing",
+    "create.intent",
+    "quarters.directories",
+    "quarters.disk",
+    "quarters.cgroup",
+    "quarters.network",
+    "create.prepared.writing",
+    "create.prepared",
+    "create.booted.writing",
+    "create.booted",
+    "create.answered",
+    "create.running.writing",
+    "create.running",
+)
+DELETE_POINTS = (
+    "delete.intent.writing",
+    "delete.intent",
+    "delete.killed",
+    "delete.vacated",
+    "delete.gone.writing",
+    "delete.gone",
+)
+STOP_POINTS = ("stop.intent.writing", "stop.intent", "stop.killed", "stop.done.writing", "stop.done")
+START_POINTS = ("start.intent.writing", "start.intent", "start.prepared", "start.booted", "start.running.writing")
+POINTS = frozenset(
+    (
+        *CREATE_POINTS,
+        *DELETE_POINTS,
+        *STOP_POINTS,
+        *START_POINTS,
+        "create.undone.writing",
+        "create.undone",
+        "start.prepared.writing",
+        "start.booted.writing",
+        "start.answered",
+        "start.running",
+        "start.undone.writing",
+        "start.undone",
+        "exit.seen.writing",
+        "exit.seen",
+        "exit.vacated.writing",
+        "exit.vacated",
+    )
+)
+
+
+class Fault(Protocol):
+    """Told about every point; may end the process. Called from the event loop and from the journal's thread."""
+
+    def reached(self, point: str) -> None: ...
+
+
+class NoFault:
+    """Production."""
+
+    def reached(self, point: str) -> None:
+        """Go on."""
+
+
+class KillAt:
+    """The process dies at one point, as in a power cut: no handler, no clean-up."""
+
+    def __init__(self, point: str) -> None:
+        if point not in POINTS:
+            raise BadSetting(setting=VARIABLE, problem=f"{point!r} is no crash point; there are {sorted(POINTS)}")
+        self._point = point
+
+    def reached(self, point: str) -> None:
+        if point == self._point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make_fault(point: str) -> Fault:
+    """The fault of a setting; none when it is empty. Raises BadSetting."""
+    return KillAt(point) if point else NoFault()

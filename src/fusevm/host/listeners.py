@@ -1,0 +1,162 @@
+"""The sockets of the API, bound by the daemon itself, and the HTTP servers on them.
+
+The Unix socket is made under umask 077 in a directory of its own and renamed into place, so that at no moment anybody
+but root can connect. uvicorn is handed listening sockets; it binds nothing and handles no signals.
+
+Owns: sockets and servers. Must not: know routes or tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from fusevm.host.config import SOCKET_PATH_LIMIT, Listen
+from fusevm.model.errors import BadSetting, PathTooLong, PortInUse
+from fusevm.wire.frames import HEADER, MAX_PAYLOAD
+
+_BACKLOG = 1024
+#: Open requests may end in order for this long when the daemon stops.
+_GRACE_S = 5
+#: Idle connections; clients let go of theirs earlier.
+_KEEP_ALIVE_S = 30
+#: A peer that vanished without a word is noticed after about two minutes (tcp(7)).
+_KEEPALIVE_OPTIONS = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 20), (socket.TCP_KEEPCNT, 3))
+
+
+def bind_unix(path: Path) -> socket.socket:
+    """Listen on a Unix socket that only our user may connect to, in place of one that a dead daemon left.
+
+    The caller holds the lock of the data directory: nobody else listens. Raises PathTooLong.
+    """
+    temporary = path.with_name(f"{path.name}.new")
+    if len(os.fsencode(temporary)) > SOCKET_PATH_LIMIT:
+        raise PathTooLong(path=str(path), limit=SOCKET_PATH_LIMIT - len(".new"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        with _umask(0o077):
+            sock.bind(str(temporary))
+        sock.listen(_BACKLOG)
+        temporary.replace(path)
+    except BaseException:
+        sock.close()
+        temporary.unlink(missing_ok=True)
+        raise
+    return sock
+
+
+def bind_tcp(listen: Listen) -> socket.socket:
+    """Listen on TCP. Raises PortInUse, BadSetting."""
+    try:
+        family, kind, protocol, _name, address = socket.getaddrinfo(
+            listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as e:
+        raise BadSetting(setting="listen", problem=f"{listen.host} is no address of this host ({e})") from e
+    sock = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections inherit these.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE_OPTIONS:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        sock.bind(address)
+        sock.listen(_BACKLOG)
+    except OSError as e:
+        sock.close()
+        raise PortInUse(address=f"{listen.host}:{listen.port}", setting="--listen") from e
+    return sock
+
+
+def lock_instance(instance: str) -> socket.socket:
+    """Claim the instance's name in this network namespace, where its slots have their names. Raises PortInUse.
+
+    An abstract socket (unix(7)): it goes with the process, however that ends.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.bind(f"\0fuse-host-{instance}")
+    except OSError as e:
+        sock.close()
+        raise PortInUse(address=f"instance {instance!r}", setting="--instance") from e
+    return sock
+
+
+@asynccontextmanager
+async def serving(sock: socket.socket, app: ASGIApp, tls: ssl.SSLContext | None = None) -> AsyncIterator[None]:
+    """Serve an application on a listening socket, from when this is entered until it is left."""
+    server = _Server(_configure(app, tls))
+    task = asyncio.create_task(server.serve(sockets=[sock]), name="http server")
+    try:
+        await server.wait_started(task)
+        yield
+    finally:
+        server.should_exit = True
+        await asyncio.wait({task})
+        task.result()
+
+
+class _Server(uvicorn.Server):
+    """A server whose process somebody else runs."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the composition root's."""
+        yield
+
+    async def wait_started(self, task: asyncio.Task[None]) -> None:
+        """Wait until connections are accepted; raise what kept it from starting."""
+        while not self.started:
+            if task.done():
+                task.result()
+                raise RuntimeError("the HTTP server ended before it began")
+            await asyncio.sleep(0)
+
+
+def _configure(app: ASGIApp, tls: ssl.SSLContext | None) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        ws="websockets-sansio",
+        # Exec frames are small or already dense; and compressing what guests send invites trouble.
+        ws_per_message_deflate=False,
+        ws_max_size=MAX_PAYLOAD + HEADER.size,
+        # A client that is not read from (its command does not read) cannot answer pings either.
+        ws_ping_interval=None,
+        ws_ping_timeout=None,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_GRACE_S,
+        ssl_context_factory=(lambda _config, _default: tls) if tls is not None else None,
+    )
+
+
+@contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def remove_socket(path: Path) -> None:
+    """Remove our Unix socket. Idempotent."""
+    with contextlib.suppress(OSError):
+        path.unlink()

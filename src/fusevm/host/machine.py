@@ -1,0 +1,515 @@
+"""One machine, owned by one task that reads its mailbox.
+
+Orders (create, stop, start, delete) and observations (the VMM ended, the daemon has started) are carried out one
+after another, so there is no lock. A delete overtakes: it cancels what is under way, which undoes itself, and then
+removes everything. Users' streams to the guest never pass through the mailbox.
+
+Journal first: the intent is on disk before the first side effect, and goes when the operation is complete or undone.
+What cannot be completed now (a full disk, a tool that fails) stays in the journal and is tried again.
+
+Owns: the machine's record and its VMM. Must not: know HTTP, or other machines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Literal, TypeAlias
+
+import msgspec
+import structlog
+
+from fusevm.host.agent import ask_shutdown
+from fusevm.host.boot import Marks, bring_up, check_guest, meet_guest
+from fusevm.host.mailbox import AnyOrder, Create, Delete, Exited, Mailbox, Recover, Start, Stop
+from fusevm.host.rows import Operation
+from fusevm.host.surroundings import Surroundings
+from fusevm.host.tasks import CLEAN_UP_TIMEOUT_S, CleanUp, Stopped, run_unless
+from fusevm.host.vmm.driver import Vmm
+from fusevm.host.writer import Superseded
+from fusevm.model.errors import (
+    BootFailed,
+    Error,
+    GuestUnreachable,
+    Internal,
+    MachineNotFound,
+    ShuttingDown,
+    StaleIncarnation,
+    WrongState,
+)
+from fusevm.model.machine import Fence, Machine, Phase
+
+log = structlog.get_logger()
+
+BootKind: TypeAlias = Literal["create", "start"]
+
+#: How long a guest may take to end in order; the agent itself gives its processes 3 s.
+SHUTDOWN_GRACE_S = 10.0
+#: How long an adopted guest may take to say who it is.
+_ADOPTION_TIMEOUT_S = 10.0
+#: How long a caller waits for a machine that is being adopted.
+_RECOVERY_WAIT_S = 15.0
+_RETRY_FIRST_S, _RETRY_MAX_S = 1.0, 30.0
+#: Reasons of an exit that the guest itself wanted (`Vmm.wait_exit`).
+ORDERLY = ("the guest shut down",)
+
+
+class MachineTask:
+    """The one task of a machine. `run` is it; everything else may be called from other tasks."""
+
+    def __init__(self, machine: Machine, parts: Surroundings) -> None:
+        self._record = machine
+        self._parts = parts
+        self._mailbox = Mailbox()
+        self._creating: Create | None = None
+        self._vmm: Vmm | None = None
+        self._is_gone = False
+        #: Not set while it is unknown whether the machine runs.
+        self._settled = asyncio.Event()
+        self._settled.set()
+        self._group: asyncio.TaskGroup | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._retry_s = _RETRY_FIRST_S
+        self._log = log.bind(machine=machine.id, uid=machine.fence.uid)
+
+    # -- for other tasks --------------------------------------------------------------------------------------------
+
+    @property
+    def record(self) -> Machine:
+        """The machine as the journal has it."""
+        return self._record
+
+    @property
+    def is_gone(self) -> bool:
+        """True when nothing is left of it, neither in the journal."""
+        return self._is_gone
+
+    def begin_create(self, deadline_ms: int) -> None:
+        """The intent was just written: boot the machine. Returns at once; `wait_created` has the outcome."""
+        self._creating = Create(deadline_ms)
+        self._mailbox.post(self._creating)
+
+    async def wait_created(self) -> Machine:
+        """Share the outcome of the create that is under way, or return the record of a machine that is made.
+
+        Raises what the create raises (BootFailed and others); then the machine is gone.
+        """
+        if self._creating is not None:
+            return await self._creating.wait()
+        await self._wait_settled()
+        if self._record.phase is Phase.CREATING and not self._is_gone:
+            raise GuestUnreachable(id=self._record.id, problem="an earlier attempt is still being cleaned up")
+        return self._record
+
+    async def start(self, fence: Fence | None, timeout_ms: int) -> Machine:
+        """Boot it again, with its disk. Returns the record of one that runs. Raises WrongState for a failed one."""
+        order = Start(fence, timeout_ms)
+        self._mailbox.post(order)
+        return await order.wait()
+
+    async def stop(self, fence: Fence | None) -> Machine:
+        """End its VMM and keep its disk. Idempotent; a failed machine becomes a stopped one."""
+        order = Stop(fence)
+        self._mailbox.post(order)
+        return await order.wait()
+
+    def begin_delete(self, machine: Machine) -> Delete:
+        """The intent was just written, with this record: remove everything. Returns the order to wait for."""
+        self._commit(machine)
+        order = Delete()
+        self._mailbox.post(order)
+        return order
+
+    def recover(self, operation: Operation | None) -> None:
+        """Finish or undo what an earlier daemon left, or adopt its VMM. Returns at once."""
+        self._settled.clear()
+        self._mailbox.post(Recover(operation))
+
+    async def guest(self) -> Vmm:
+        """Return the running VMM, to open streams to its agent. Raises WrongState."""
+        await self._wait_settled()
+        if self._vmm is None or self._record.phase is not Phase.RUNNING:
+            state = self._record.phase.value
+            raise WrongState(id=self._record.id, state=state, wanted="it must be running for this")
+        return self._vmm
+
+    # -- the task ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Carry out orders until the machine is gone. Cancelled, it lets go of the VMM, which runs on.
+
+        Orders that wait stay where they are; `end` answers them.
+        """
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                try:
+                    while not self._is_gone:
+                        await self._carry_out(await self._mailbox.take())
+                finally:
+                    self._stop_watching()
+        finally:
+            if self._retry is not None:
+                self._retry.cancel()
+            vmm, self._vmm = self._vmm, None
+            if vmm is not None:
+                await vmm.close()
+
+    def end(self) -> None:
+        """`run` will not be called again: answer everybody who waits."""
+        self._settled.set()
+        error = MachineNotFound(id=self._record.id) if self._is_gone else ShuttingDown()
+        for order in self._mailbox.drain():
+            self._answer_late(order, error)
+
+    async def _carry_out(self, order: AnyOrder) -> None:
+        if isinstance(order, Delete):
+            await self._perform(order)
+            return
+        try:
+            await run_unless(self._mailbox.wait_overtaking(), self._perform(order))
+        except Stopped:
+            self._log.info("order_overtaken", order=type(order).__name__.lower())
+
+    async def _perform(self, order: AnyOrder) -> None:
+        """Carry out one order; whatever happens reaches those who wait for it."""
+        name = type(order).__name__.lower()
+        try:
+            order.succeed(await self._dispatch(order))
+            self._retry_s = _RETRY_FIRST_S
+        except asyncio.CancelledError:
+            order.fail(self._interruption())
+            raise
+        except Superseded:
+            order.fail(self._interruption())
+        except Error as e:
+            self._log.warning("order_failed", order=name, problem=e.message, notes=getattr(e, "__notes__", []))
+            await self._retry_later(order)
+            order.fail(e)
+        except Exception as e:  # noqa: BLE001 - the loop's boundary: logged with its traceback, told, tried again
+            self._log.exception("order_crashed", order=name)
+            await self._retry_later(order)
+            order.fail(Internal(problem=f"{type(e).__name__}: {e}"))
+        finally:
+            if self._retry is None:
+                self._settled.set()
+
+    async def _retry_later(self, order: AnyOrder) -> None:
+        """What is open in the journal, or unknown, is looked at again after a while."""
+        operation = await self._parts.journal.operation(self._record.id)
+        if self._is_gone or (operation is None and not isinstance(order, Recover | Exited)):
+            return
+        kind = operation.kind if operation is not None else "none"
+        self._log.warning("operation_open", kind=kind, retry_s=self._retry_s)
+        if self._retry is not None:
+            self._retry.cancel()
+        self._retry = asyncio.get_running_loop().call_later(self._retry_s, self._post_retry, operation)
+        self._retry_s = min(_RETRY_MAX_S, 2 * self._retry_s)
+
+    def _post_retry(self, operation: Operation | None) -> None:
+        self._retry = None
+        self._mailbox.post(Recover(operation))
+
+    async def _dispatch(self, order: AnyOrder) -> Machine:
+        match order:
+            case Create():
+                return await self._boot("create", order.deadline_ms)
+            case Start():
+                return await self._start(order)
+            case Stop():
+                return await self._stop(order)
+            case Delete():
+                return await self._delete()
+            case Exited():
+                if order.vmm is self._vmm:
+                    await self._note_exit(order.reason)
+                return self._record
+            case Recover():
+                return await self._recover(order.operation)
+
+    # -- create and start -------------------------------------------------------------------------------------------
+
+    async def _start(self, order: Start) -> Machine:
+        parts = self._parts
+        machine = await parts.journal.begin_start(
+            self._record.id,
+            order.fence,
+            await parts.quarters.limits(),
+            parts.quarters.numbers(),
+            nonce=parts.clock.entropy(16).hex(),
+            deadline_ms=parts.clock.now_ms() + order.timeout_ms,
+            on_commit=self._commit,
+        )
+        if machine.phase is Phase.CREATING:
+            return await self._boot("start", parts.clock.now_ms() + order.timeout_ms)
+        if machine.phase is Phase.FAILED:
+            raise WrongState(id=machine.id, state="failed", wanted="stop it first, then start it")
+        return machine
+
+    async def _boot(self, kind: BootKind, deadline_ms: int) -> Machine:
+        undo = CleanUp()
+        return await self._complete(kind, undo, bring_up(self._record, kind, deadline_ms, self._parts, undo))
+
+    async def _complete(
+        self, kind: BootKind, undo: CleanUp, work: Coroutine[None, None, tuple[Machine, Vmm]]
+    ) -> Machine:
+        """Carry a boot to its end: the machine runs, or nothing is left of the attempt."""
+        try:
+            machine, vmm = await work
+            return await self._finish_boot(kind, machine, vmm, undo)
+        except BaseException as error:
+            await undo.run(blame=error)
+            if not undo.problems:
+                await self._give_up(kind, error)
+            raise
+        finally:
+            self._creating = None
+
+    async def _finish_boot(self, kind: BootKind, machine: Machine, vmm: Vmm, undo: CleanUp) -> Machine:
+        """Write `running`. From the commit on the machine is there, even if we are cancelled in that moment."""
+
+        def commit(saved: Machine) -> None:
+            undo.keep_all()
+            self._adopt(vmm)
+            self._commit(saved)
+            self._parts.metrics.note_boot(saved)
+
+        machine = msgspec.structs.replace(
+            machine, phase=Phase.RUNNING, error="", started_at_ms=self._parts.clock.now_ms()
+        )
+        return await self._parts.journal.finish(machine, kind, "running", on_commit=commit)
+
+    async def _give_up(self, kind: BootKind, error: BaseException) -> None:
+        """Everything is undone: take the intent back."""
+        if self._record.phase is Phase.RUNNING:
+            return  # cancelled in the moment of its commit
+        self._parts.metrics.boot_failures.inc()
+        text = error.message if isinstance(error, Error) else self._interruption().message
+        try:
+            if kind == "create":
+                gone = msgspec.structs.replace(self._record, phase=Phase.FAILED, error=text)
+                await self._parts.journal.forget(gone.id, kind, "undone", on_commit=lambda _none: self._end(gone))
+            else:
+                failed = msgspec.structs.replace(self._record, phase=Phase.FAILED, error=text)
+                await self._parts.journal.finish(failed, kind, "undone", on_commit=self._commit)
+        except Superseded:
+            return
+        except Error as e:
+            error.add_note(f"the journal could not take the intent back: {e.message}")
+
+    # -- stop, delete, exit -----------------------------------------------------------------------------------------
+
+    async def _stop(self, order: Stop) -> Machine:
+        machine = await self._parts.journal.begin_stop(self._record.id, order.fence, on_commit=self._commit)
+        match machine.phase:
+            case Phase.RUNNING | Phase.PAUSED:
+                await self._shut_down()
+                return await self._finish_stop()
+            case Phase.FAILED:
+                stopped = msgspec.structs.replace(machine, phase=Phase.STOPPED)
+                return await self._parts.journal.observe(stopped, "vacated", on_commit=self._commit)
+            case Phase.STOPPED:
+                return machine
+            case Phase.CREATING | Phase.DELETING:
+                raise WrongState(id=machine.id, state=machine.phase.value, wanted="wait until that is done")
+
+    async def _shut_down(self) -> None:
+        """Let the guest end in order; kill what does not."""
+        vmm = self._vmm
+        if vmm is None:
+            return
+        try:
+            async with asyncio.timeout(SHUTDOWN_GRACE_S):
+                await ask_shutdown(vmm)
+                await vmm.wait_exit()
+        except (TimeoutError, ConnectionError, Error) as e:
+            self._log.info("guest_not_shut_down", problem=str(e) or "it took too long")
+        await self._kill()
+
+    async def _finish_stop(self) -> Machine:
+        self._parts.fault.reached("stop.killed")
+        await self._parts.quarters.vacate(self._record, keep_disk=True)
+        stopped = msgspec.structs.replace(self._record, phase=Phase.STOPPED, error="")
+        return await self._parts.journal.finish(stopped, "stop", "done", on_commit=self._commit)
+
+    async def _delete(self) -> Machine:
+        await self._kill()
+        self._parts.fault.reached("delete.killed")
+        await self._parts.quarters.vacate(self._record, keep_disk=False)
+        self._parts.fault.reached("delete.vacated")
+        await self._parts.journal.forget(
+            self._record.id, "delete", "gone", on_commit=lambda _none: self._end(self._record)
+        )
+        return self._record
+
+    async def _note_exit(self, reason: str) -> None:
+        """The VMM has ended by itself: say so at once, then free what the run occupied. The disk stays."""
+        vmm, self._vmm = self._vmm, None
+        if vmm is not None:
+            await vmm.close()
+        phase = Phase.STOPPED if reason in ORDERLY else Phase.FAILED
+        seen = msgspec.structs.replace(self._record, phase=phase, error=reason)
+        self._parts.metrics.exits.inc()
+        self._log.warning("machine_exited", reason=reason, phase=phase.value)
+        await self._insist(lambda: self._observe(seen, "seen"))
+        await self._insist(lambda: self._parts.quarters.vacate(self._record, keep_disk=True))
+        await self._insist(lambda: self._observe(self._record, "vacated"))
+
+    async def _observe(self, machine: Machine, step: str) -> None:
+        await self._parts.journal.observe(machine, step, on_commit=self._commit)
+
+    async def _kill(self) -> None:
+        vmm = self._vmm
+        if vmm is None:
+            return
+        async with asyncio.timeout(CLEAN_UP_TIMEOUT_S):
+            await vmm.kill()
+        self._vmm = None
+        self._stop_watching()
+        await vmm.close()
+
+    # -- after a restart --------------------------------------------------------------------------------------------
+
+    async def _recover(self, operation: Operation | None) -> Machine:
+        if operation is None:
+            return await self._resume()
+        match operation.kind:
+            case "delete":
+                return await self._delete()
+            case "create" | "start":
+                return await self._resume_boot(operation.kind, operation)
+            case "stop":
+                await self._find_vmm()
+                await self._shut_down()
+                return await self._finish_stop()
+
+    async def _resume(self) -> Machine:
+        """No operation was open: the machine runs, or rests."""
+        if self._record.phase in (Phase.STOPPED, Phase.FAILED):
+            if self._record.slot >= 0:
+                await self._insist(lambda: self._parts.quarters.vacate(self._record, keep_disk=True))
+                await self._insist(lambda: self._observe(self._record, "vacated"))
+            return self._record
+        vmm = await self._find_vmm()
+        if vmm is None:
+            await self._note_exit(self._why_gone())
+            return self._record
+        await self._check_adopted(vmm)
+        return self._record
+
+    async def _find_vmm(self) -> Vmm | None:
+        """Adopt the machine's VMM, if exactly that process still lives."""
+        lodging = await self._parts.quarters.rejoin(self._record)
+        process = self._record.vmm
+        vmm = await self._parts.driver.adopt(lodging.plan, process) if process is not None else None
+        if vmm is not None:
+            self._adopt(vmm)
+        return vmm
+
+    async def _check_adopted(self, vmm: Vmm) -> None:
+        """The right guest must answer; one that is too busy to answer is left alone."""
+        try:
+            async with asyncio.timeout(_ADOPTION_TIMEOUT_S):
+                problem = await check_guest(self._record, vmm)
+        except (TimeoutError, ConnectionError, Error) as e:
+            self._log.warning("adopted_guest_is_silent", problem=str(e) or "no answer in time")
+            return
+        if problem:
+            await self._kill()
+            await self._note_exit(problem)
+            return
+        self._log.info("machine_adopted", generation=self._record.generation)
+
+    async def _resume_boot(self, kind: BootKind, operation: Operation) -> Machine:
+        """Go on waiting for a guest that an earlier daemon started, or undo what that one began."""
+        undo = CleanUp()
+        undo.push("quarters", lambda: self._parts.quarters.vacate(self._record, keep_disk=kind == "start"))
+        return await self._complete(kind, undo, self._meet_again(kind, operation, undo))
+
+    async def _meet_again(self, kind: BootKind, operation: Operation, undo: CleanUp) -> tuple[Machine, Vmm]:
+        process = self._record.vmm
+        if operation.step != "booted" or process is None:
+            raise self._lost()
+        lodging = await self._parts.quarters.rejoin(self._record)
+        vmm = await self._parts.driver.adopt(lodging.plan, process)
+        if vmm is None:
+            raise self._lost()
+        undo.push("vmm", vmm.kill)
+        marks = Marks(started=0)
+        await meet_guest(self._record, kind, vmm, lodging.configure, operation.deadline_ms, self._parts, marks)
+        return self._record, vmm
+
+    def _lost(self) -> BootFailed:
+        return BootFailed(id=self._record.id, problem="the daemon ended while it was starting")
+
+    def _why_gone(self) -> str:
+        process = self._record.vmm
+        if process is not None and process.boot_id != self._parts.boot_id():
+            return "the host rebooted"
+        return "the VMM ended while the daemon was away"
+
+    # -- small ------------------------------------------------------------------------------------------------------
+
+    def _adopt(self, vmm: Vmm) -> None:
+        """The VMM is the machine's from here on; its end will be an order."""
+        self._vmm = vmm
+        if self._group is not None:
+            self._watch = self._group.create_task(self._watch_exit(vmm), name=f"watch {self._record.id}")
+
+    async def _watch_exit(self, vmm: Vmm) -> None:
+        try:
+            reason = await vmm.wait_exit()
+        except ConnectionError:
+            return  # it was let go
+        self._mailbox.post(Exited(vmm, reason))
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+
+    def _commit(self, machine: Machine) -> None:
+        """The journal has this record now."""
+        has_changed = machine.phase is not self._record.phase
+        self._record = machine
+        if has_changed:
+            self._parts.events.publish(machine)
+
+    def _end(self, machine: Machine) -> None:
+        """The journal has no record any more."""
+        self._is_gone = True
+        self._parts.events.publish(machine, kind="gone")
+
+    def _interruption(self) -> Error:
+        """What callers hear whose order was cancelled."""
+        if self._record.phase is not Phase.DELETING:
+            return ShuttingDown()
+        fence = self._record.fence
+        return StaleIncarnation(uid=fence.uid, incarnation=fence.incarnation, seen=fence.incarnation)
+
+    def _answer_late(self, order: AnyOrder, error: Error) -> None:
+        """An order that came too late; to delete what is gone is no error."""
+        if isinstance(order, Delete) and self._is_gone:
+            order.succeed(self._record)
+        else:
+            order.fail(error)
+
+    async def _wait_settled(self) -> None:
+        try:
+            async with asyncio.timeout(_RECOVERY_WAIT_S):
+                await self._settled.wait()
+        except TimeoutError:
+            problem = "the daemon is still finding out how it is"
+            raise GuestUnreachable(id=self._record.id, problem=problem) from None
+
+    async def _insist(self, action: Callable[[], Awaitable[None]]) -> None:
+        """Repeat an action until it succeeds; a delete, or the end of the daemon, cancels it."""
+        delay_s = _RETRY_FIRST_S
+        while True:
+            try:
+                async with asyncio.timeout(CLEAN_UP_TIMEOUT_S):
+                    return await action()
+            except (Error, OSError, TimeoutError) as e:
+                self._log.warning("step_repeated", problem=str(e) or "it took too long", retry_s=delay_s)
+            await asyncio.sleep(delay_s)
+            delay_s = min(_RETRY_MAX_S, 2 * delay_s)

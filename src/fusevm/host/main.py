@@ -1,0 +1,216 @@
+"""The composition root of the host daemon: `serve` builds every part, in the order of this file, and takes them down
+in reverse. VMMs outlive it.
+
+Owns: the order. Must not: decide anything that a part could.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import secrets
+import signal
+import sys
+from contextlib import AsyncExitStack
+from typing import Any
+
+import msgspec
+import structlog
+import uvloop
+
+from fusevm import __version__
+from fusevm.host.api import make_router
+from fusevm.host.boot_files import BootFileFinder, choose_driver
+from fusevm.host.boundary import Boundary
+from fusevm.host.cgroup import Cgroups, observe_mounts
+from fusevm.host.clock import SystemClock
+from fusevm.host.config import HostConfig, parse_listen
+from fusevm.host.daemon import Daemon, Identification
+from fusevm.host.events import EventHub
+from fusevm.host.faults import make_fault
+from fusevm.host.images.store import ImageStore
+from fusevm.host.images.workspace import write_durably
+from fusevm.host.journal import Journal, lock_directory
+from fusevm.host.listeners import bind_tcp, bind_unix, lock_instance, remove_socket, serving
+from fusevm.host.logs import configure_logging
+from fusevm.host.machines import Machines
+from fusevm.host.metrics import Metrics
+from fusevm.host.net.network import HostNetwork
+from fusevm.host.net.plan import NetworkPlan
+from fusevm.host.process import boot_id
+from fusevm.host.quarters import HostQuarters
+from fusevm.host.rows import Entry
+from fusevm.host.surroundings import Surroundings
+from fusevm.host.sweep import Directories, Ground, Groups, Processes, Slots, Sweeper
+from fusevm.host.tls import Identity, ensure_identity, make_ssl_context
+from fusevm.host.vmm.probe import Choice
+from fusevm.host.vmm.qemu import QemuDriver
+from fusevm.host.vmm.qemu_args import overhead_mib
+from fusevm.host.wiring import SlotWiring, UserWiring, Wiring
+from fusevm.model.environment import Network
+from fusevm.model.errors import Error
+
+log = structlog.get_logger()
+
+STATE_FILE = "host.json"
+
+
+def serve(config: HostConfig) -> int:
+    """Run the daemon until SIGTERM or SIGINT. Returns the exit status: 1 if it cannot start; stderr says why."""
+    configure_logging()
+    try:
+        config.check()
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(config))
+    except Error as e:
+        log.critical("not_started", reason=e.reason, problem=e.message)
+        sys.stderr.write(f"fuse host: {e.message}\n")
+        return 1
+    return 0
+
+
+async def _serve(config: HostConfig) -> None:
+    stop = _watch_signals()
+    clock, fault = SystemClock(), make_fault(config.fault)
+    async with AsyncExitStack() as stack:
+        # Nobody else works in these directories, under this name, or at these addresses.
+        stack.callback(os.close, await asyncio.to_thread(lock_directory, config.runtime_directory))
+        stack.enter_context(lock_instance(config.instance))
+        journal = await Journal.open(config.data_root, fault, clock.now_ms)
+        stack.push_async_callback(journal.close)
+        listen = parse_listen(config.listen)
+        tcp = stack.enter_context(bind_tcp(listen)) if listen is not None else None
+        unix = stack.enter_context(bind_unix(config.api_socket))
+        stack.callback(remove_socket, config.api_socket)
+        identity = await asyncio.to_thread(ensure_identity, config.data_root)
+
+        # What machines are made of.
+        images, finder = ImageStore(config.artefacts), BootFileFinder(config)
+        choice = await choose_driver(config, await finder.try_find())
+        driver = QemuDriver(accelerator=choice.accelerator, cache_dir=config.data_root)
+        wiring, network = _make_wiring(config)
+        cgroups = await _make_cgroups(config)
+        quarters = HostQuarters(
+            config,
+            images=images,
+            boot_files=finder,
+            wiring=wiring,
+            cgroups=cgroups,
+            driver=driver.name,
+            overhead_mib=overhead_mib(choice.accelerator),
+            fault=fault,
+        )
+        entries = await journal.entries()
+        await quarters.open(_slots_in_use(entries))
+        stack.push_async_callback(quarters.close)
+
+        # Who does the work.
+        parts = Surroundings(
+            journal=journal,
+            quarters=quarters,
+            driver=driver,
+            events=EventHub(secrets.token_hex(8), clock.now_ms),
+            metrics=Metrics(),
+            clock=clock,
+            fault=fault,
+            boot_id=boot_id,
+        )
+        machines = Machines(parts)
+        parts.metrics.watch_machines(machines.records, lambda: parts.events.subscribers)
+        daemon = Daemon(
+            config,
+            parts,
+            images=images,
+            sweeper=_make_sweeper(config, machines, cgroups, network),
+            machines=machines,
+            identification=_identify(driver, choice, wiring, finder),
+        )
+        await stack.enter_async_context(daemon.running(entries))
+
+        # Who may ask for it: root on the Unix socket, holders of the token on TCP.
+        router = make_router(daemon)
+        await stack.enter_async_context(serving(unix, Boundary(router, parts.metrics, secret=None)))
+        if tcp is not None:
+            tls = None if config.plain_http else make_ssl_context(identity)
+            app = Boundary(router, parts.metrics, secret=identity.secret)
+            await stack.enter_async_context(serving(tcp, app, tls))
+        stack.callback(parts.events.close)
+
+        await asyncio.to_thread(_announce, config, identity, choice, tcp.getsockname() if tcp is not None else None)
+        await stop.wait()
+        log.info("stopping", machines=len(machines.records()))
+
+
+def _watch_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+def _make_wiring(config: HostConfig) -> tuple[Wiring, HostNetwork | None]:
+    """Slots for root, QEMU's user network for everybody else."""
+    if os.geteuid() != 0:
+        if config.user_network:
+            log.warning("user_network_open", problem="machines reach whatever this user reaches, the host included")
+        return UserWiring(user_network=config.user_network), None
+    plan = NetworkPlan(prefix=config.instance, range=config.network_range, mtu=config.network_mtu)
+    network = HostNetwork(plan, uplink=config.egress_interface, warm=config.warm_slots)
+    return SlotWiring(plan, network), network
+
+
+async def _make_cgroups(config: HostConfig) -> Cgroups | None:
+    if os.geteuid() != 0:
+        return None
+    return Cgroups(f"{config.instance}/machines", await asyncio.to_thread(observe_mounts))
+
+
+def _make_sweeper(
+    config: HostConfig, machines: Machines, cgroups: Cgroups | None, network: HostNetwork | None
+) -> Sweeper:
+    folder = config.data_root / "machines"
+    # Processes first: nothing may use what is removed next.
+    grounds: list[Ground] = [Processes(folder)]
+    grounds += [Groups(cgroups)] if cgroups is not None else []
+    grounds += [Directories("machine directory", folder), Directories("run directory", config.runtime_directory)]
+    slots = None
+    if network is not None:
+        slots = Slots(network, lambda: {machine.slot for machine in machines.records() if machine.slot >= 0})
+    return Sweeper(grounds, machines.ids, slots=slots)
+
+
+def _slots_in_use(entries: list[Entry]) -> dict[int, Network]:
+    """Slots that belong to machines, with their policies."""
+    return {entry.machine.slot: entry.machine.spec.network for entry in entries if entry.machine.slot >= 0}
+
+
+def _identify(driver: QemuDriver, choice: Choice, wiring: Wiring, finder: BootFileFinder) -> Identification:
+    files = finder.found
+    return Identification(
+        driver=f"{driver.name} ({choice.accelerator})",
+        driver_reason=choice.why,
+        isolation=wiring.isolation,
+        arch={"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine()),
+        kernel=files.kernel_version if files is not None else "",
+        agent_version=files.agent_version if files is not None else "",
+    )
+
+
+def _announce(config: HostConfig, identity: Identity, choice: Choice, address: tuple[Any, ...] | None) -> None:
+    """Say where we are: a file for programs, a line for people."""
+    urls = [f"unix://{config.api_socket}"]
+    if address is not None:
+        host, port = address[0], address[1]
+        urls.append(f"{'http' if config.plain_http else 'https'}://{f'[{host}]' if ':' in host else host}:{port}")
+    state = {
+        "pid": os.getpid(),
+        "version": __version__,
+        "urls": urls,
+        "token_file": str(config.data_root / "token"),
+        "pin": identity.pin,
+        "driver": f"qemu ({choice.accelerator})",
+        "driver_reason": choice.why,
+    }
+    write_durably(config.data_root / STATE_FILE, msgspec.json.format(msgspec.json.encode(state)), mode=0o644)
+    log.info("ready", **state)

@@ -1,0 +1,63 @@
+"""What takes how much of the disk: allocated blocks, as the file system counts them.
+
+Sparse files count what they really take; blocks that files share by reflink count for each of them.
+
+Owns: nothing. Must not: remove anything.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fusevm.host.config import HostConfig
+from fusevm.wire.host_api import MachineStorage, StoragePool, StorageReport
+
+_BLOCK_BYTES = 512
+_ARTEFACTS = ("images", "kernels", "initramfs", "blanks")
+_STATE = ("journal.db", "journal.db-wal", "journal.db-shm", "ballast")
+
+
+def observe_storage(config: HostConfig, generated_at: str) -> StorageReport:
+    """Walk the data directory. Blocking: run it in a thread."""
+    machines = [_machine(folder, config.runtime_directory) for folder in _folders(config.data_root / "machines")]
+    disks = sum(machine.system_bytes + machine.runtime_bytes for machine in machines)
+    artefacts = sum(allocated_tree(config.artefacts / name) for name in _ARTEFACTS)
+    state = sum(_allocated(config.data_root / name) for name in _STATE)
+    pools = [
+        StoragePool(pool="artifacts", bytes=artefacts),
+        StoragePool(pool="machine-disks", bytes=disks),
+        StoragePool(pool="published-ports"),
+        StoragePool(pool="snapshots"),
+        StoragePool(pool="state", bytes=state),
+    ]
+    total = sum(pool.bytes for pool in pools)
+    return StorageReport(generated_at=generated_at, total_bytes=total, pools=pools, machines=machines)
+
+
+def allocated_tree(root: Path) -> int:
+    """Bytes that a directory takes with all below it; 0 when it does not exist. Links are not followed."""
+    total = _allocated(root)
+    for folder, _names, files in os.walk(root, onerror=lambda _error: None):
+        total += sum(_allocated(Path(folder, name)) for name in files)
+    return total
+
+
+def _machine(folder: Path, run_dir: Path) -> MachineStorage:
+    disk = sum(_allocated(path) for path in folder.glob("overlay.*"))
+    rest = allocated_tree(folder) - disk + allocated_tree(run_dir / folder.name)
+    return MachineStorage(machine_id=folder.name, system_bytes=disk, runtime_bytes=rest)
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        return sorted(path for path in root.iterdir() if path.is_dir())
+    except FileNotFoundError:
+        return []
+
+
+def _allocated(path: Path) -> int:
+    try:
+        return path.lstat().st_blocks * _BLOCK_BYTES
+    except OSError:
+        return 0

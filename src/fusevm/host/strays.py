@@ -1,0 +1,75 @@
+"""Processes that belong to machines, found by their command line: every VMM names its disk's path.
+
+What no record knows (a crash between the start of a process and its entry in the journal) is found this way, and ended
+through a pidfd, so that nothing else can be hit.
+
+Owns: the search and the kill. Must not: decide which machines there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+from fusevm.host.process import ProcessHandle, command_line_of, identify
+from fusevm.model.errors import Timeout
+from fusevm.model.machine import VmmProcess
+
+_PROC = Path("/proc")
+_KILL_TIMEOUT_S = 10
+
+
+async def find_strays(machines: Path) -> dict[str, list[VmmProcess]]:
+    """Find all processes whose command line names a path below a machine's directory; by machine id."""
+    return await asyncio.to_thread(_find, machines)
+
+
+async def kill_strays(machines: Path, machine_id: str) -> int:
+    """Kill every process of one machine; return how many there were when they are gone. Raises Timeout."""
+    killed = 0
+    while found := (await find_strays(machines)).get(machine_id):
+        for process in found:
+            await kill_process(process)
+            killed += 1
+    return killed
+
+
+async def kill_process(process: VmmProcess) -> None:
+    """Kill exactly this process and wait for its end. Raises Timeout for one that hangs in the kernel."""
+    handle = ProcessHandle.find(process)
+    if handle is None:
+        return
+    try:
+        handle.send(signal.SIGKILL)
+        async with asyncio.timeout(_KILL_TIMEOUT_S):
+            await handle.wait()
+    except TimeoutError as e:
+        raise Timeout(what=f"the end of process {process.pid}", limit_s=_KILL_TIMEOUT_S) from e
+    finally:
+        handle.close()
+
+
+def _find(machines: Path) -> dict[str, list[VmmProcess]]:
+    marker = f"{machines}/"
+    found: dict[str, list[VmmProcess]] = {}
+    own = os.getpid()
+    for pid in _pids():
+        identity = identify(pid)
+        if pid == own or identity is None:
+            continue
+        for machine_id in _named(command_line_of(pid), marker):
+            found.setdefault(machine_id, []).append(identity)
+    return found
+
+
+def _pids() -> Iterator[int]:
+    return (int(entry.name) for entry in os.scandir(_PROC) if entry.name.isdecimal())
+
+
+def _named(words: list[str], marker: str) -> set[str]:
+    """Machine ids whose directory is named in a command line, and whose name is a word of it."""
+    ids = {word.partition(marker)[2].partition("/")[0] for word in words if marker in word}
+    return {machine_id for machine_id in ids if machine_id and machine_id in words}

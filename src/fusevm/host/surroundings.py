@@ -1,0 +1,114 @@
+"""What a machine's task works with: the daemon's parts, seen through the narrow protocols that the task needs.
+
+Owns: the protocols and the record that carries the parts. Must not: do anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from fusevm.host.admission import Limits
+from fusevm.host.events import EventHub
+from fusevm.host.faults import Fault
+from fusevm.host.journal import Journal
+from fusevm.host.metrics import Metrics
+from fusevm.host.rows import Numbers
+from fusevm.host.vmm.driver import BootPlan, Driver
+from fusevm.model.machine import Isolation, Machine, MachineSpec
+from fusevm.wire.guest import Configure
+
+
+def _nothing() -> None:
+    """Nothing is held."""
+
+
+class Lodging(msgspec.Struct, frozen=True, kw_only=True):
+    """A machine's quarters, ready for its VMM. Call `release` once the VMM has been started, or will not be."""
+
+    plan: BootPlan
+    #: Address by which the host reaches the guest's namespace; empty without one.
+    address: str = ""
+    #: What the agent must be told; clock and entropy are added when it is sent.
+    configure: Configure = Configure()
+    #: Closes what the VMM inherits.
+    release: Callable[[], None] = _nothing
+
+
+class Blueprint(msgspec.Struct, frozen=True, kw_only=True):
+    """What a machine would be made of."""
+
+    image_digest: str
+    kernel_digest: str
+    driver: str
+    isolation: Isolation
+
+
+class Quarters(Protocol):
+    """What a machine occupies on the host besides its VMM: directories, disk, network slot, cgroup."""
+
+    async def prepare(self, machine: Machine) -> Lodging:
+        """Make everything that is missing. Fails or is cancelled: what it made is gone, but for an older disk."""
+        ...
+
+    async def rejoin(self, machine: Machine) -> Lodging:
+        """Take over what an earlier daemon made for a machine that runs, and serve it again."""
+        ...
+
+    async def vacate(self, machine: Machine, *, keep_disk: bool) -> None:
+        """End stray processes of the machine and remove everything; without `keep_disk` its disk, too. Idempotent."""
+        ...
+
+    async def resolve(self, spec: MachineSpec) -> Blueprint:
+        """Find out what a machine would be made of. Raises ImageNotFound."""
+        ...
+
+    async def limits(self) -> Limits:
+        """What there is to book, as of now."""
+        ...
+
+    def numbers(self) -> Numbers:
+        """Which numbers a machine may get."""
+        ...
+
+    async def console_tail(self, machine_id: str) -> str:
+        """The last lines of a machine's console; empty when there is none."""
+        ...
+
+
+class Clock(Protocol):
+    """Time and chance, as the daemon sees them."""
+
+    def now_ms(self) -> int:
+        """Milliseconds since the epoch."""
+        ...
+
+    def now_ns(self) -> int:
+        """Nanoseconds since the epoch."""
+        ...
+
+    def monotonic_ms(self) -> float:
+        """For durations."""
+        ...
+
+    def entropy(self, size: int) -> bytes:
+        """Fresh random bytes."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """The daemon's parts that a machine's task uses."""
+
+    journal: Journal
+    quarters: Quarters
+    driver: Driver
+    events: EventHub
+    metrics: Metrics
+    clock: Clock
+    fault: Fault
+    #: Identity of this boot of the host.
+    boot_id: Callable[[], str]

@@ -1,0 +1,145 @@
+"""Which accelerator runs our kernel on this host: KVM, or software emulation.
+
+That /dev/kvm opens says little: nested and paravirtualised hosts offer a KVM that cannot run an ordinary Linux. So a
+machine without disks is booted with it, up to the agent's first answer. The outcome is kept for as long as host, QEMU
+and kernel stay what they are.
+"""
+
+import asyncio
+import hashlib
+import os
+import secrets
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from fusevm.host.process import boot_id
+from fusevm.host.vmm.driver import BootPlan
+from fusevm.host.vmm.launch import find_program
+from fusevm.host.vmm.qemu import PROGRAM, REMEDY, QemuDriver
+from fusevm.host.vmm.qemu_args import Accelerator
+from fusevm.model.errors import BootFailed, Error
+
+TIMEOUT_S: Final = 8.0
+KVM: Final = Path("/dev/kvm")
+_MEMORY_MIB: Final = 256
+#: Part of the key: a probe that looks at other things is made anew.
+_VERSION: Final = 1
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """The accelerator, and why."""
+
+    accelerator: Accelerator
+    #: For people: doctor and `fuse up` show it.
+    why: str
+
+
+class _Cached(msgspec.Struct, frozen=True, kw_only=True):
+    key: str
+    choice: Choice
+
+
+async def choose_accelerator(
+    kernel: Path,
+    initramfs: Path,
+    cache_dir: Path,
+    *,
+    program: str = PROGRAM,
+    kvm: Path = KVM,
+    timeout_s: float = TIMEOUT_S,
+) -> Choice:
+    """Return KVM if it boots our kernel to the agent, else TCG. Takes `timeout_s` at most. Raises VmmMissing."""
+    qemu = find_program(program, REMEDY)
+    problem = await asyncio.to_thread(_open_problem, kvm)
+    if problem:
+        return Choice(accelerator="tcg", why=f"software emulation: {kvm} cannot be used ({problem})")
+    path = cache_dir / "accelerator.json"
+    key = await asyncio.to_thread(_key, Path(qemu), kernel, initramfs)
+    cached = await asyncio.to_thread(_load, path)
+    if cached is not None and cached.key == key:
+        return cached.choice
+    choice = await _try_kvm(kernel, initramfs, program, timeout_s)
+    await asyncio.to_thread(_save, path, _Cached(key=key, choice=choice))
+    return choice
+
+
+async def _try_kvm(kernel: Path, initramfs: Path, program: str, timeout_s: float) -> Choice:
+    with tempfile.TemporaryDirectory(prefix="fuse-") as folder:
+        plan = BootPlan(
+            machine_id=f"probe-{secrets.token_hex(4)}",
+            cpus=1,
+            memory_mib=_MEMORY_MIB,
+            kernel=kernel,
+            initramfs=initramfs,
+            command_line="",
+            run_dir=Path(folder),
+            console_log=Path(folder) / "console.log",
+        )
+        problem = await _boot_problem(QemuDriver(accelerator="kvm", program=program), plan, timeout_s)
+    if problem:
+        return Choice(accelerator="tcg", why=f"software emulation: KVM does not run our kernel here ({problem})")
+    return Choice(accelerator="kvm", why="KVM: a machine booted to its agent with it")
+
+
+async def _boot_problem(driver: QemuDriver, plan: BootPlan, timeout_s: float) -> str:
+    """Boot up to the agent's answer and kill the machine; return what went wrong, or nothing."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            vmm = await driver.boot(plan)
+            try:
+                await vmm.wait_ready()
+            finally:
+                await vmm.kill()
+                await vmm.close()
+    except TimeoutError:
+        return f"no answer from the agent within {timeout_s:g} s"
+    except BootFailed as e:
+        return _one_line(e.problem)
+    except (ConnectionError, Error) as e:
+        return _one_line(str(e))
+    return ""
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _open_problem(kvm: Path) -> str:
+    try:
+        os.close(os.open(kvm, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as e:
+        return e.strerror or str(e)
+    return ""
+
+
+def _key(qemu: Path, kernel: Path, initramfs: Path) -> str:
+    """Return a digest of everything that the outcome depends on."""
+    parts = [str(_VERSION), boot_id(), os.uname().release, _cpu_model()]
+    parts += [_digest(path) for path in (qemu, kernel, initramfs)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load(path: Path) -> _Cached | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Cached)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _save(path: Path, cached: _Cached) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(msgspec.json.encode(cached))
+    temporary.replace(path)

@@ -1,0 +1,460 @@
+"""A host daemon in memory that a test can make slow, silent, forgetful or dead.
+
+`FakeHost` implements `control.host_api.HostApi` and keeps the rules of a real host: fences, tombstones, one cluster.
+`fake_host_app` serves one over HTTP, for what is between the control plane and a host. Faults are switched on by
+attributes; `script` gives one-time faults for the next calls of one name:
+
+    host.script("create", lose_reply)         # carried out, but nobody learns of it
+    host.script("create", HostFull(...))      # refused once
+    host.hold["create"] = asyncio.Event()     # every create waits until it is set
+    host.is_down = True                       # nothing answers
+"""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+from urllib.parse import parse_qsl, unquote
+
+import msgspec
+from msgspec.structs import replace
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from fusevm.control.host_api import Body, GuestRequest, ReplyLost
+from fusevm.model.errors import (
+    BadRange,
+    Error,
+    FileNotFound,
+    HostUnreachable,
+    MachineNotFound,
+    NotSupported,
+    ProcessNotFound,
+    StaleIncarnation,
+    Unauthorized,
+    WrongCluster,
+)
+from fusevm.model.host import Resources
+from fusevm.model.machine import Fence, Phase
+from fusevm.wire.errors import render_flat
+from fusevm.wire.frames import Frame, FrameType, decode_message, encode_frame
+from fusevm.wire.guest import ExecRequest, ExecResult, Exit, FileWritten, StreamTotals
+from fusevm.wire.host_api import (
+    CreateMachine,
+    HostFacts,
+    MachineAnswer,
+    MachineBody,
+    MachineEvent,
+    MachineList,
+    parse_fence,
+)
+
+CREATED_AT = "2026-01-01T00:00:00Z"
+
+
+class _LoseReply(Exception):
+    """Marks a scripted lost reply."""
+
+
+#: Script this: the call is carried out and its answer lost.
+lose_reply = _LoseReply()
+
+
+class FakeHost:
+    """One host in memory."""
+
+    def __init__(
+        self, host_id: str = "h1", *, capacity: Resources | None = None, images: list[str] | None = None
+    ) -> None:
+        self.id = host_id
+        self.capacity = capacity or Resources(cpus=1000, ram_mb=1 << 20, storage_gb=10_000, vm_count=1000)
+        self.images = images or []
+        self.cluster = ""
+        self.table: dict[str, MachineBody] = {}
+        #: Environment uid to (highest incarnation, deleted?).
+        self.seen: dict[str, tuple[int, bool]] = {}
+        #: (name, what) of every call that arrived.
+        self.calls: list[tuple[str, Any]] = []
+        self.is_down = False
+        #: Calls of that name wait for the event.
+        self.hold: dict[str, asyncio.Event] = {}
+        #: Switch off to see what the rules are for.
+        self.has_fences = True
+        self.has_tombstones = True
+        #: Phase in which created machines are reported.
+        self.boot_phase = Phase.RUNNING
+        #: Answers one-shot commands.
+        self.on_exec: Callable[[ExecRequest], ExecResult] = echo
+        self.files: dict[str, bytes] = {}
+        self.log_lines = b"booted\n"
+        self._faults: defaultdict[str, deque[Exception]] = defaultdict(deque)
+        self._listeners: set[asyncio.Queue[MachineEvent]] = set()
+
+    # -- for tests ------------------------------------------------------------------------------------------------
+
+    def script(self, name: str, *faults: Exception) -> None:
+        """The next calls of that name meet these faults, one each."""
+        self._faults[name].extend(faults)
+
+    def count(self, name: str) -> int:
+        """How many calls of that name arrived."""
+        return sum(1 for called, _ in self.calls if called == name)
+
+    def crash(self, machine_id: str, error: str = "the VMM was killed") -> None:
+        """The VMM of a machine ends."""
+        self.table[machine_id] = replace(self.table[machine_id], phase=Phase.FAILED, error=error)
+        self._tell(self.table[machine_id])
+
+    def forget(self, machine_id: str) -> None:
+        """The machine is gone and the host knows nothing of it."""
+        del self.table[machine_id]
+
+    def plant(self, body: MachineBody) -> None:
+        """A machine that no control plane asked for."""
+        self.table[body.id] = body
+
+    # -- HostApi --------------------------------------------------------------------------------------------------
+
+    async def info(self) -> HostFacts:
+        await self._arrive("info", None)
+        return HostFacts(
+            version="fake",
+            epoch="e1",
+            cluster=self.cluster,
+            driver="fake",
+            capacity=self.capacity,
+            images=self.images,
+        )
+
+    async def machines(self) -> MachineList:
+        await self._arrive("machines", None)
+        return MachineList(machines=list(self.table.values()))
+
+    async def create(self, fence: Fence, body: CreateMachine) -> MachineBody:
+        lost = await self._arrive("create", (fence, body))
+        self._admit(fence)
+        found = self.table.get(body.machine_id)
+        if found is None:
+            found = MachineBody(
+                id=body.machine_id,
+                cluster=fence.cluster,
+                uid=fence.uid,
+                incarnation=fence.incarnation,
+                phase=self.boot_phase,
+                spec=body.spec,
+                driver="fake",
+                created_at=CREATED_AT,
+            )
+            self.table[found.id] = found
+            self.seen[fence.uid] = (fence.incarnation, False)
+            self._tell(found)
+        self._maybe_lose(lost)
+        return found
+
+    async def destroy(self, fence: Fence, machine_id: str) -> None:
+        lost = await self._arrive("destroy", (fence, machine_id))
+        self._check_cluster(fence)
+        self.table.pop(machine_id, None)
+        if fence.incarnation >= self.seen.get(fence.uid, (0, False))[0]:
+            self.seen[fence.uid] = (fence.incarnation, True)
+        self._maybe_lose(lost)
+
+    async def events(self) -> AsyncIterator[MachineEvent]:
+        await self._arrive("events", None)
+        yield MachineEvent(kind="hello", epoch="e1")
+        queue: asyncio.Queue[MachineEvent] = asyncio.Queue()
+        self._listeners.add(queue)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._listeners.discard(queue)
+
+    async def relay(self, request: GuestRequest) -> "FakeAnswer":
+        lost = await self._arrive("relay", request)
+        self._find(request.machine_id)
+        body = await _collected(request.body)
+        answer = self._answer(request.method, request.target, request.headers, body)
+        self._maybe_lose(lost)
+        return answer
+
+    async def open_frames(self, fence: Fence, machine_id: str) -> "FakeTerminal":
+        await self._arrive("open_frames", (fence, machine_id))
+        self._find(machine_id)
+        return FakeTerminal()
+
+    # -- rules ----------------------------------------------------------------------------------------------------
+
+    async def _arrive(self, name: str, what: Any) -> bool:
+        """Note the call and meet its fault. True: the reply will be lost."""
+        self.calls.append((name, what))
+        if self.is_down:
+            raise HostUnreachable(id=self.id, problem="connection refused")
+        held = self.hold.get(name)
+        if held is not None:
+            await held.wait()
+        fault = self._faults[name].popleft() if self._faults[name] else None
+        if fault is lose_reply:
+            return True
+        if fault is not None:
+            raise fault
+        return False
+
+    def _maybe_lose(self, is_lost: bool) -> None:
+        if is_lost:
+            raise ReplyLost(id=self.id, problem="the connection ended before the answer")
+
+    def _check_cluster(self, fence: Fence) -> None:
+        self.cluster = self.cluster or fence.cluster
+        if fence.cluster != self.cluster:
+            raise WrongCluster(cluster=self.cluster, asked=fence.cluster)
+
+    def _admit(self, fence: Fence) -> None:
+        self._check_cluster(fence)
+        seen, is_deleted = self.seen.get(fence.uid, (0, False))
+        is_stale = self.has_fences and fence.incarnation < seen
+        is_buried = self.has_tombstones and is_deleted and fence.incarnation <= seen
+        if is_stale or is_buried:
+            raise StaleIncarnation(uid=fence.uid, incarnation=fence.incarnation, seen=seen)
+
+    def _find(self, machine_id: str) -> MachineBody:
+        found = self.table.get(machine_id)
+        if found is None:
+            raise MachineNotFound(id=machine_id)
+        return found
+
+    def _tell(self, machine: MachineBody) -> None:
+        event = MachineEvent(
+            kind="phase", machine_id=machine.id, uid=machine.uid, incarnation=machine.incarnation, phase=machine.phase
+        )
+        for queue in self._listeners:
+            queue.put_nowait(event)
+
+    # -- the guest ------------------------------------------------------------------------------------------------
+
+    def _answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> "FakeAnswer":
+        path, _, query = target.partition("?")
+        params = dict(parse_qsl(query, keep_blank_values=True))
+        if (method, path) == ("POST", "guest/exec"):
+            return _json(self.on_exec(msgspec.json.decode(body, type=ExecRequest)))
+        if path == "guest/files" and method in ("GET", "HEAD", "PUT", "DELETE"):
+            return self._file(method, params.get("path", ""), headers, body)
+        if path == "logs":
+            return FakeAnswer(200, {"content-type": "text/plain"}, self.log_lines)
+        if path.startswith("guest/processes/"):
+            raise ProcessNotFound(pid=unquote(path.split("/")[2]))
+        if path.split("/")[0] == "guest":
+            told = {"method": method, "target": target, "body": body.decode("utf-8", "replace")}
+            return _json(told)
+        raise NotSupported(feature=f"{method} {path}")
+
+    def _file(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> "FakeAnswer":
+        if method == "PUT":
+            self.files[path] = body
+            return _json(FileWritten(path=path, size_bytes=len(body), sha256=hashlib.sha256(body).hexdigest()))
+        if path not in self.files:
+            raise FileNotFound(path=path)
+        if method == "DELETE":
+            del self.files[path]
+            return FakeAnswer(204, {}, b"")
+        content, status = self.files[path], 200
+        fields = {"content-type": "application/octet-stream", "x-fuse-mode": "0644", "accept-ranges": "bytes"}
+        if "range" in headers:
+            first, _, last = headers["range"].removeprefix("bytes=").partition("-")
+            if int(first) >= len(content):
+                raise BadRange(size=len(content))
+            end = min(int(last) + 1 if last else len(content), len(content))
+            fields["content-range"] = f"bytes {first}-{end - 1}/{len(content)}"
+            content, status = content[int(first) : end], 206
+        fields["content-length"] = str(len(content))
+        return FakeAnswer(status, fields, b"" if method == "HEAD" else content)
+
+
+class FakeAnswer:
+    """Implements `host_api.Upstream`."""
+
+    def __init__(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        self.status = status
+        self.headers: Mapping[str, str] = headers
+        self.content = content
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        for start in range(0, len(self.content), 1 << 16):
+            yield self.content[start : start + (1 << 16)]
+
+    async def close(self) -> None:
+        return
+
+
+class FakeTerminal:
+    """Implements `host_api.Duplex`: STARTED, then every STDIN comes back as STDOUT; STDIN_EOF ends with exit code 0."""
+
+    def __init__(self) -> None:
+        self._out: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.started: ExecRequest | None = None
+        self.received: list[Frame] = []
+        self.is_closed = False
+
+    async def send(self, message: bytes) -> None:
+        frame = decode_message(message)
+        self.received.append(frame)
+        match frame.type:
+            case FrameType.START:
+                self.started = msgspec.json.decode(frame.payload, type=ExecRequest)
+                self._put(FrameType.STARTED, b'{"pid":1}')
+            case FrameType.STDIN:
+                self._put(FrameType.STDOUT, frame.payload)
+            case FrameType.STDIN_EOF:
+                self._put(FrameType.EXIT, msgspec.json.encode(Exit(exit_code=0)))
+                self._out.put_nowait(None)
+            case _:
+                pass
+
+    def _put(self, kind: FrameType, payload: bytes) -> None:
+        self._out.put_nowait(encode_frame(Frame(kind, payload)))
+
+    async def receive(self) -> bytes | None:
+        return await self._out.get()
+
+    async def close(self) -> None:
+        self.is_closed = True
+
+
+def echo(asked: ExecRequest) -> ExecResult:
+    """Exit 0, and print the command."""
+    return result((asked.shell or " ".join(asked.cmd)).encode() + b"\n")
+
+
+def result(stdout: bytes = b"", stderr: bytes = b"", exit_code: int = 0) -> ExecResult:
+    """What the agent answers to a one-shot command."""
+    return ExecResult(
+        exit_code=exit_code,
+        stdout_b64=base64.b64encode(stdout).decode(),
+        stderr_b64=base64.b64encode(stderr).decode(),
+        total=StreamTotals(stdout=len(stdout), stderr=len(stderr)),
+    )
+
+
+def _json(value: object) -> FakeAnswer:
+    content = msgspec.json.encode(value)
+    return FakeAnswer(200, {"content-type": "application/json", "content-length": str(len(content))}, content)
+
+
+async def _collected(body: Body) -> bytes:
+    if body is None or isinstance(body, bytes):
+        return body or b""
+    return b"".join([chunk async for chunk in body])
+
+
+# -- over HTTP -----------------------------------------------------------------------------------------------------
+
+
+def fake_host_app(host: FakeHost, secret: str = "") -> Starlette:
+    """The machine API (`wire.host_api`) over a FakeHost, as a Starlette application."""
+    return Starlette(
+        routes=[
+            Route("/info", _HttpFake(host, secret).info),
+            Route("/machines", _HttpFake(host, secret).machines, methods=["GET", "POST"]),
+            Route("/machines/{id}", _HttpFake(host, secret).machine, methods=["DELETE"]),
+            Route("/events", _HttpFake(host, secret).events),
+            WebSocketRoute("/machines/{id}/guest/exec", _HttpFake(host, secret).frames),
+            Route("/machines/{id}/{rest:path}", _HttpFake(host, secret).rest, methods=["GET", "PUT", "POST", "DELETE"]),
+        ],
+        exception_handlers={Error: _refusal},
+    )
+
+
+async def _refusal(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, Error):
+        raise error
+    return Response(render_flat(error), error.status, media_type="application/json")
+
+
+class _HttpFake:
+    """Requests in, calls on the FakeHost."""
+
+    def __init__(self, host: FakeHost, secret: str) -> None:
+        self._host = host
+        self._secret = secret
+
+    def _check(self, headers: Mapping[str, str]) -> None:
+        if self._secret and headers.get("authorization") != f"Bearer {self._secret}":
+            raise Unauthorized(problem="wrong token")
+
+    async def info(self, request: Request) -> Response:
+        self._check(request.headers)
+        return _body(await self._host.info())
+
+    async def machines(self, request: Request) -> Response:
+        self._check(request.headers)
+        if request.method == "GET":
+            return _body(await self._host.machines())
+        order = msgspec.json.decode(await request.body(), type=CreateMachine)
+        return _body(MachineAnswer(machine=await self._host.create(_fence(request.headers), order)), 201)
+
+    async def machine(self, request: Request) -> Response:
+        self._check(request.headers)
+        await self._host.destroy(_fence(request.headers), request.path_params["id"])
+        return Response(status_code=204)
+
+    async def events(self, request: Request) -> Response:
+        self._check(request.headers)
+
+        async def lines() -> AsyncIterator[bytes]:
+            async for event in self._host.events():
+                yield msgspec.json.encode(event) + b"\n"
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    async def rest(self, request: Request) -> Response:
+        self._check(request.headers)
+        raw = request.scope["raw_path"].decode().split("/", 3)[3]
+        query = request.scope["query_string"].decode()
+        asked = GuestRequest(
+            fence=_fence(request.headers),
+            machine_id=request.path_params["id"],
+            method=request.method,
+            target=raw + (f"?{query}" if query else ""),
+            headers=dict(request.headers),
+            body=request.stream(),
+        )
+        answer = await self._host.relay(asked)
+        return Response(answer.content, answer.status, headers=dict(answer.headers))
+
+    async def frames(self, socket: WebSocket) -> None:
+        try:
+            self._check(socket.headers)
+            terminal = await self._host.open_frames(_fence(socket.headers), socket.path_params["id"])
+        except Error as error:
+            await socket.send_denial_response(Response(render_flat(error), error.status))
+            return
+        await socket.accept()
+        async with asyncio.TaskGroup() as group:
+            incoming = group.create_task(_incoming(socket, terminal))
+            while (message := await terminal.receive()) is not None:
+                await socket.send_bytes(message)
+            incoming.cancel()
+        await socket.close()
+
+
+async def _incoming(socket: WebSocket, terminal: FakeTerminal) -> None:
+    with contextlib.suppress(WebSocketDisconnect):
+        while True:
+            await terminal.send(await socket.receive_bytes())
+
+
+def _body(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def _fence(headers: Mapping[str, str]) -> Fence:
+    fence = parse_fence(headers)
+    if fence is None:
+        raise Unauthorized(problem="an order without a fence")
+    return fence

@@ -1,0 +1,109 @@
+"""A host daemon without a host: real journal, real machine tasks, fake driver and quarters.
+
+`World` is what outlives a daemon (directory, VMMs, quarters); `world.daemon()` is one run of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fusevm.host.clock import SystemClock
+from fusevm.host.config import HostConfig
+from fusevm.host.daemon import Daemon, Identification
+from fusevm.host.events import EventHub, Subscription
+from fusevm.host.faults import NoFault
+from fusevm.host.images.store import ImageStore
+from fusevm.host.journal import Journal
+from fusevm.host.machines import Machines
+from fusevm.host.metrics import Metrics
+from fusevm.host.surroundings import Surroundings
+from fusevm.host.sweep import Sweeper
+from fusevm.model.machine import Fence, Isolation, MachineSpec
+from fusevm.testing.fake_driver import BOOT_ID, FakeDriver, FakeQuarters
+from fusevm.wire.host_api import CreateMachine, MachineEvent
+
+SPEC = MachineSpec(image="debian-12", memory_mib=256, disk_bytes=1 << 30, hostname="box", env={"A": "1"})
+
+
+def fence(uid: str = "u1", incarnation: int = 1, action_seq: int = 1, cluster: str = "c1") -> Fence:
+    """An order's fence."""
+    return Fence(cluster=cluster, uid=uid, incarnation=incarnation, action_seq=action_seq)
+
+
+def order(machine_id: str = "m-1", spec: MachineSpec = SPEC, boot_timeout_ms: int = 60_000) -> CreateMachine:
+    """The body of a create."""
+    return CreateMachine(machine_id=machine_id, spec=spec, boot_timeout_ms=boot_timeout_ms)
+
+
+class World:
+    """What a restart of the daemon does not touch."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.driver = FakeDriver()
+        self.quarters = FakeQuarters(self.driver, root)
+        self.boot_id = BOOT_ID
+        self.events: list[MachineEvent] = []
+
+    @asynccontextmanager
+    async def daemon(self) -> AsyncIterator[Daemon]:
+        """One run of the daemon, ended in order."""
+        clock, fault = SystemClock(), NoFault()
+        journal = await Journal.open(self.root / "data", fault, clock.now_ms)
+        parts = Surroundings(
+            journal=journal,
+            quarters=self.quarters,
+            driver=self.driver,
+            events=EventHub("epoch", clock.now_ms),
+            metrics=Metrics(),
+            clock=clock,
+            fault=fault,
+            boot_id=lambda: self.boot_id,
+        )
+        machines = Machines(parts)
+        parts.metrics.watch_machines(machines.records, lambda: parts.events.subscribers)
+        daemon = Daemon(
+            HostConfig(data_root=self.root / "data", run_dir=self.root / "run"),
+            parts,
+            images=ImageStore(self.root / "data"),
+            sweeper=Sweeper([], machines.ids),
+            machines=machines,
+            identification=Identification(
+                driver="fake",
+                driver_reason="for tests",
+                isolation=Isolation.NAMESPACE,
+                arch="amd64",
+                kernel="6",
+                agent_version="0",
+            ),
+        )
+        try:
+            with parts.events.subscribe() as subscription:
+                listening = asyncio.create_task(self._listen(subscription))
+                async with daemon.running(await journal.entries()):
+                    yield daemon
+                await listening
+        finally:
+            await journal.close()
+
+    async def _listen(self, subscription: Subscription) -> None:
+        while (event := await subscription.next()) is not None:
+            self.events.append(event)
+
+    @property
+    def leftovers(self) -> tuple[set[str], set[str], set[str]]:
+        """Everything that exists: processes, quarters, disks."""
+        return set(self.driver.processes), set(self.quarters.occupied), set(self.quarters.disks)
+
+
+NOTHING: tuple[set[str], set[str], set[str]] = (set(), set(), set())
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Let other tasks run until a condition holds."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - the condition may be anything
+            await asyncio.sleep(0.002)
