@@ -1,0 +1,46 @@
+"""Use keeps an environment awake: noted at the beginning, during and at the end of every command and session.
+
+Only environments with an idle timeout are noted; nothing is written for the others.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import structlog
+
+from fusevm.control.plane import Plane
+from fusevm.model.environment import ActivitySeen, Environment
+from fusevm.model.errors import Error
+
+log = structlog.get_logger()
+#: A session in use is noted this many times per idle timeout.
+NOTES_PER_TIMEOUT = 4
+
+
+@contextlib.asynccontextmanager
+async def in_use(plane: Plane, env: Environment, cause: str) -> AsyncIterator[None]:
+    """Keep `env` awake for the length of the block."""
+    if not env.spec.idle_timeout_seconds:
+        yield
+        return
+    async with asyncio.TaskGroup() as group:
+        noting = group.create_task(_keep_noting(plane, env, cause))
+        try:
+            yield
+        finally:
+            noting.cancel()
+    await _note(plane, env, cause)
+
+
+async def _keep_noting(plane: Plane, env: Environment, cause: str) -> None:
+    while True:
+        await _note(plane, env, cause)
+        await asyncio.sleep(env.spec.idle_timeout_seconds / NOTES_PER_TIMEOUT)
+
+
+async def _note(plane: Plane, env: Environment, cause: str) -> None:
+    try:
+        await plane.entry.feed(env.uid, ActivitySeen(cause=cause))
+    except Error as error:
+        log.warning("activity_not_noted", uid=env.uid, problem=error.message)

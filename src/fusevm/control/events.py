@@ -1,0 +1,96 @@
+"""Event streams (server-sent events). Every message comes from the store, in order and without a gap; a signal only
+says when to look. A slow reader is read for at its own pace, so nothing is buffered for it and nothing dropped.
+
+- Without Last-Event-ID, the first message of a live environment's stream is its present state and has no id.
+- With it, what came after that event is replayed.
+- An ended environment is replayed from its first event, or from Last-Event-ID; the stream ends after the terminal
+  event, which therefore always arrives.
+"""
+
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from fusevm.control.plane import Plane
+from fusevm.control.render import parse_event_id, render_event, render_event_id, render_present
+from fusevm.control.store.protocol import StoredFact
+from fusevm.model.environment import TERMINAL, Environment
+from fusevm.model.errors import BadField
+from fusevm.model.fact import Fact, Kind
+from fusevm.wire.sse import KEEPALIVE, encode_message
+
+#: Facts read at once.
+PAGE = 100
+_encode = msgspec.json.Encoder().encode
+
+
+async def stream_environment(plane: Plane, uid: str, after_seq: int | None) -> AsyncIterator[bytes]:
+    """Messages of one environment until its end. `after_seq`: replay what came after; None: begin with the present."""
+    with plane.signals.subscribe(uid) as news, plane.metrics.event_streams.track_inprogress():
+        record = await plane.store.get(uid)
+        if record is None:
+            return
+        if after_seq is None and not record.is_terminal:
+            yield _present(record)
+            after_seq = record.event_seq
+        seq = min(after_seq or 0, record.event_seq)
+        if record.is_terminal and seq == record.event_seq:
+            yield _present(record)  # nothing is left to replay, but the reader must learn of the end
+            return
+        while True:
+            facts = await plane.store.facts_of(uid, seq, PAGE)
+            if facts:
+                yield b"".join(_message(stored) for stored in facts)
+                seq = facts[-1].fact.seq
+                if _is_end(facts[-1].fact):
+                    return
+            elif plane.closing.is_set():
+                return
+            elif not await news.changed(plane.config.keepalive_s):
+                yield KEEPALIVE
+
+
+async def stream_all(plane: Plane, position: int) -> AsyncIterator[bytes]:
+    """Messages of all environments after a place in the global order, without end."""
+    with plane.signals.subscribe() as news, plane.metrics.event_streams.track_inprogress():
+        yield KEEPALIVE  # the reader sees that the stream is open
+        while not plane.closing.is_set():
+            facts = await plane.store.facts_after(position, PAGE)
+            if facts:
+                yield b"".join(_message(stored) for stored in facts)
+                position = facts[-1].position
+            elif not await news.changed(plane.config.keepalive_s):
+                yield KEEPALIVE
+
+
+async def start_position(plane: Plane, last_event_id: str) -> int:
+    """Where a stream of everything begins. Raises BadField for an id that is malformed or no longer kept."""
+    if not last_event_id:
+        return await plane.store.last_position()
+    uid, seq = parse_last_id(last_event_id)
+    found = await plane.store.position_of(uid, seq)
+    if found is None:
+        raise BadField(
+            field="Last-Event-ID", problem=f"the event {last_event_id[:80]!r} is not kept; begin without an id"
+        )
+    return found
+
+
+def parse_last_id(text: str) -> tuple[str, int]:
+    """(uid, seq) of a Last-Event-ID. Raises BadField."""
+    parsed = parse_event_id(text)
+    if parsed is None:
+        raise BadField(field="Last-Event-ID", problem=f"{text[:80]!r} is not the id of an event")
+    return parsed
+
+
+def _present(record: Environment) -> bytes:
+    return encode_message(_encode(render_present(record)))
+
+
+def _message(stored: StoredFact) -> bytes:
+    return encode_message(_encode(render_event(stored.fact, stored.task_id)), render_event_id(stored.fact))
+
+
+def _is_end(fact: Fact) -> bool:
+    return fact.kind is Kind.STATE and fact.state in TERMINAL

@@ -1,0 +1,156 @@
+"""Processes, files, archives and logs: passed on to the host and from there to the guest agent, streaming both ways."""
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from urllib.parse import quote, urlencode
+
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from fusevm.control.activity import in_use
+from fusevm.control.call import Call
+from fusevm.control.host_api import Body, GuestRequest, Upstream
+from fusevm.control.middleware import Handler
+from fusevm.control.outcome import fence_of
+from fusevm.control.plane import Plane
+from fusevm.control.resolve import READABLE, RUNS, usable_environment
+from fusevm.model.environment import Environment, State
+from fusevm.model.errors import BadField
+from fusevm.wire.routes import NO_LIMIT, Payload, Route
+from fusevm.wire.routes import Scope as Right
+
+#: Seconds until the head of an answer; an upload's answer comes after its last byte.
+ANSWER_TIMEOUT_S, UPLOAD_TIMEOUT_S = 60.0, 3600.0
+_ASKED = ("content-type", "content-length", "range", "if-range")
+_ANSWERED = ("content-type", "content-length", "content-range", "accept-ranges", "last-modified", "etag")
+#: Ours, not the guest's.
+_OWN_PARAMETERS = frozenset({"action", "uid"})
+LOG_SOURCES = ("console", "startup", "agent")
+
+
+class RelayedResponse(StreamingResponse):
+    """An answer from the host, passed on as it arrives. The environment is in use until it has ended."""
+
+    def __init__(self, upstream: Upstream, use: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+        headers = {name: value for name, value in upstream.headers.items() if _is_passed_on(name)}
+        super().__init__(upstream.chunks(), upstream.status, headers=headers)
+        self._upstream = upstream
+        self._use = use
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with self._use():
+                await super().__call__(scope, receive, send)
+        finally:
+            await self._upstream.close()
+
+
+def relay_to(path: str, states: frozenset[State], *, to_guest: bool = True) -> Handler:
+    """A handler that passes its request on to `path` below the machine; braces are filled from the public path."""
+
+    async def handler(plane: Plane, call: Call) -> Response:
+        env = await usable_environment(plane, call.params["id"], states)
+        body = await _body(call)
+        segments = {name: quote(value, safe="") for name, value in call.params.items()}
+        target = ("guest/" if to_guest else "") + path.format(**segments) + _query(call)
+
+        def use() -> AbstractAsyncContextManager[None]:
+            return in_use(plane, env, f"request {call.request_id}")
+
+        async with use():
+            upstream = await _send(plane, env, call, target, body)
+        if call.route.gives is Payload.NONE:
+            return await _head(upstream)
+        return RelayedResponse(upstream, use)
+
+    return handler
+
+
+async def _body(call: Call) -> Body:
+    """Checked and whole for JSON, a stream for bytes."""
+    if call.route.takes is Payload.NONE:
+        return None
+    if call.route.limit == NO_LIMIT:
+        return call.stream()
+    _, raw = await call.json(call.route.request)
+    return raw
+
+
+async def _send(plane: Plane, env: Environment, call: Call, target: str, body: Body) -> Upstream:
+    host = await plane.directory.client(env.host_id)
+    headers = {name: value for name in _ASKED if (value := call.header(name))}
+    if isinstance(body, bytes):
+        headers.pop("content-length", None)
+    elif body is None:
+        headers.pop("content-length", None)
+        headers.pop("content-type", None)
+    request = GuestRequest(
+        fence=fence_of(plane.store.cluster, env),
+        machine_id=env.machine_id,
+        method=call.route.method,
+        target=target,
+        headers=headers,
+        body=body,
+        timeout_s=UPLOAD_TIMEOUT_S if call.route.limit == NO_LIMIT else ANSWER_TIMEOUT_S,
+    )
+    return await host.relay(request)
+
+
+async def _head(upstream: Upstream) -> Response:
+    """An answer without a body, its headers kept (HEAD tells the length of what GET would send)."""
+    try:
+        async for _ in upstream.chunks():
+            pass
+    finally:
+        await upstream.close()
+    response = Response(None, upstream.status)
+    if upstream.status != 204:
+        for name, value in upstream.headers.items():
+            if _is_passed_on(name):
+                response.headers[name] = value
+    return response
+
+
+async def read_logs(plane: Plane, call: Call) -> Response:
+    """Logs come from the host itself."""
+    source = call.text("source")
+    if source and source not in LOG_SOURCES:
+        raise BadField(field="source", problem=f"{source[:40]!r} is none of {', '.join(LOG_SOURCES)}")
+    call.flag("follow")
+    return await _logs(plane, call)
+
+
+def _query(call: Call) -> str:
+    items = [item for item in call.connection.query_params.multi_items() if item[0] not in _OWN_PARAMETERS]
+    return "?" + urlencode(items, quote_via=quote) if items else ""
+
+
+def _is_passed_on(name: str) -> bool:
+    return name in _ANSWERED or name.startswith("x-fuse-")
+
+
+_logs = relay_to("logs", READABLE | {State.PROVISIONING, State.DESTROYING}, to_guest=False)
+
+
+def states_for(route: Route) -> frozenset[State]:
+    """Reading is possible while an environment drains, starting and changing is not."""
+    return READABLE if route.scope is Right.READ else RUNS
+
+
+_PATHS = {
+    "start_process": "processes",
+    "list_processes": "processes",
+    "get_process": "processes/{pid}",
+    "read_process_output": "processes/{pid}/output",
+    "signal_process": "processes/{pid}/signal",
+    "write_process_stdin": "processes/{pid}/stdin",
+    **dict.fromkeys(("read_file", "head_file", "write_file", "delete_file"), "files"),
+    **dict.fromkeys(("stat_path", "list_path", "mkdir_path", "move_path", "remove_path"), "files"),
+    **dict.fromkeys(("read_archive", "write_archive"), "archive"),
+}
+
+
+def handlers(routes: tuple[Route, ...]) -> dict[str, Handler]:
+    """Name of each relayed route to its handler."""
+    found = {route.name: relay_to(_PATHS[route.name], states_for(route)) for route in routes if route.name in _PATHS}
+    return {**found, "read_logs": read_logs}

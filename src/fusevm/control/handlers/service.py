@@ -1,0 +1,68 @@
+"""Hosts as they are seen, and the questions that monitors ask."""
+
+import asyncio
+
+from starlette.responses import Response
+
+from fusevm.control.call import Call, reply
+from fusevm.control.handlers.environments import page_limit, parse_cursor, render_cursor
+from fusevm.control.plane import Plane
+from fusevm.control.render import render_host
+from fusevm.model.errors import HostNotFound
+from fusevm.model.host import HostHealth
+from fusevm.wire import rest
+from fusevm.wire.openapi import render_openapi
+
+READY_TIMEOUT_S = 2.0
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def list_hosts(plane: Plane, call: Call) -> Response:
+    after, limit = parse_cursor(call.text("cursor")), page_limit(call)
+    found = [host for host in await plane.store.hosts() if host.id > after]
+    page = rest.HostPage(
+        hosts=[render_host(host) for host in found[:limit]],
+        next_cursor=render_cursor(found[limit - 1].id) if len(found) > limit else "",
+    )
+    return reply(page)
+
+
+async def get_host(plane: Plane, call: Call) -> Response:
+    host = await plane.store.host(call.params["id"])
+    if host is None:
+        raise HostNotFound(id=call.params["id"])
+    return reply(render_host(host))
+
+
+async def health(_plane: Plane, _call: Call) -> Response:
+    return reply(rest.Health())
+
+
+async def ready(plane: Plane, _call: Call) -> Response:
+    """Ready means that the store answers; hosts are told, but a fleet without hosts can still be asked."""
+    try:
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            await plane.store.ping()
+            hosts = await plane.store.hosts()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer to this question
+        return reply(rest.Ready(status="not_ready", checks={"store": str(error) or type(error).__name__}), 503)
+    well = sum(host.health is HostHealth.OK for host in hosts)
+    checks = {"store": "ok", "hosts": f"{well} of {len(hosts)} answer"}
+    if plane.closing.is_set():
+        return reply(rest.Ready(status="not_ready", checks={**checks, "server": "shutting down"}), 503)
+    return reply(rest.Ready(status="ready", checks=checks))
+
+
+async def metrics(plane: Plane, _call: Call) -> Response:
+    plane.metrics.tracked.clear()
+    for state, count in (await plane.store.count_live()).items():
+        plane.metrics.tracked.labels(state).set(count)
+    return Response(plane.metrics.render(), media_type=METRICS_TYPE)
+
+
+async def version(plane: Plane, _call: Call) -> Response:
+    return reply(rest.Version(service="fuse", version=plane.version))
+
+
+async def openapi(plane: Plane, _call: Call) -> Response:
+    return reply(render_openapi(plane.version))

@@ -1,0 +1,95 @@
+"""What the control plane asks of a host daemon. Implemented by the HTTP client, the stub host and the fake host."""
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Protocol
+
+import msgspec
+
+from fusevm.model.errors import HostUnreachable
+from fusevm.model.machine import Fence
+from fusevm.wire.host_api import CreateMachine, HostFacts, MachineBody, MachineEvent, MachineList
+
+Body = bytes | AsyncIterator[bytes] | None
+
+
+class ReplyLost(HostUnreachable):
+    """The order was sent and no answer came: it may or may not have been carried out."""
+
+
+class GuestRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request below `/machines/{machine_id}/`, passed on unchanged."""
+
+    fence: Fence
+    machine_id: str
+    method: str
+    #: Path below the machine with its query, percent-encoded: `guest/files?path=/etc`.
+    target: str
+    headers: dict[str, str] = {}
+    body: Body = None
+    #: Seconds until the head of the answer.
+    timeout_s: float = 60.0
+
+
+class Upstream(Protocol):
+    """An answer whose body is still to be read. Close it in any case."""
+
+    status: int
+    #: Names in lower case.
+    headers: Mapping[str, str]
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it arrives. Raises ReplyLost when it is cut off."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the connection. Idempotent."""
+        ...
+
+
+class Duplex(Protocol):
+    """A WebSocket: one message is one exec frame."""
+
+    async def send(self, message: bytes) -> None:
+        """Raises ReplyLost when the host went away."""
+        ...
+
+    async def receive(self) -> bytes | None:
+        """The next message; None at the end."""
+        ...
+
+    async def close(self) -> None:
+        """Say goodbye and let go. Idempotent."""
+        ...
+
+
+class HostApi(Protocol):
+    """One host daemon. Every call has a deadline and is made once; failures of the connection are HostUnreachable
+    (never sent) or ReplyLost, failures of the daemon are the errors it answers with."""
+
+    async def info(self) -> HostFacts:
+        """What the host is; also the heartbeat."""
+        ...
+
+    async def machines(self) -> MachineList:
+        """All machines, of all clusters."""
+        ...
+
+    async def create(self, fence: Fence, body: CreateMachine) -> MachineBody:
+        """Make a machine and wait for its agent. Idempotent by (uid, incarnation)."""
+        ...
+
+    async def destroy(self, fence: Fence, machine_id: str) -> None:
+        """Destroy a machine and leave a tombstone. Raises MachineNotFound when there is nothing to destroy."""
+        ...
+
+    def events(self) -> AsyncIterator[MachineEvent]:
+        """Changes as they happen, from now on, until the connection ends."""
+        ...
+
+    async def relay(self, request: GuestRequest) -> Upstream:
+        """Pass a request on. An answer of 400 and above is raised as its error."""
+        ...
+
+    async def open_frames(self, fence: Fence, machine_id: str) -> Duplex:
+        """Open the exec WebSocket of a machine."""
+        ...

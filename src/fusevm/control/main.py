@@ -1,0 +1,336 @@
+"""The composition root of the control plane: what is made of what, in which order, and how it ends.
+
+Order at the end: streams and waits first (`closing`), then requests under way, then watchers, then the worker, whose
+leases are given back so that the next process goes on at once, then the store.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import pwd
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+
+import structlog
+import uvicorn
+import uvloop
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import fusevm
+from fusevm.control.app import build_app
+from fusevm.control.clock import Clock, SystemClock
+from fusevm.control.config import ControlConfig, check, database_path, effective_listen, parse_listen
+from fusevm.control.directory import Directory
+from fusevm.control.entry import Entry
+from fusevm.control.host_api import HostApi
+from fusevm.control.metrics import Metrics
+from fusevm.control.plane import Plane
+from fusevm.control.secrets import Sealer, load_key
+from fusevm.control.signals import Signals
+from fusevm.control.store.protocol import Claim, Committed, Store
+from fusevm.control.store.sqlite import MEMORY, SqliteStore
+from fusevm.control.watcher import Around, Watchers
+from fusevm.control.worker import Worker
+from fusevm.model.errors import BadSetting, PortInUse
+from fusevm.wire.frames import HEADER, MAX_PAYLOAD
+
+log = structlog.get_logger()
+
+#: Longest wait at start for the first answers of the hosts.
+FIRST_LOOK_S = 5.0
+UPKEEP_S = 600.0
+#: The store's writer asks for the interpreter several times per transaction; at Python's 5 ms it would mostly wait.
+SWITCH_S = 0.0005
+PURGE_BATCH = 500
+BACKLOG = 2048
+
+
+# -- the plane -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def open_plane(
+    config: ControlConfig, *, clock: Clock | None = None, clients: Mapping[str, HostApi] | None = None
+) -> AsyncIterator[Plane]:
+    """A working control plane without its HTTP server. `clients` replaces the way to hosts of these ids."""
+    clock = clock or SystemClock()
+    path = database_path(config)
+    metrics, signals = Metrics(), Signals()
+    async with contextlib.AsyncExitStack() as stack:
+        sealer = Sealer(load_key(config.encryption_key, path))
+        store: Store = await SqliteStore.open(path, config.policy, clock.now_ms)
+        stack.push_async_callback(store.close)
+        directory = Directory(store, sealer, clock, fusevm.__version__)
+        stack.push_async_callback(directory.close)
+        for host_id, client in (clients or {}).items():
+            directory.put(host_id, client)
+        await directory.register(config.hosts)
+        claim = Claim(f"w-{os.getpid()}-{secrets.token_hex(8)}", round(config.lease_s * 1000))
+        entry = Entry(store, signals, config.policy, clock, claim)
+        worker = Worker(
+            store,
+            entry,
+            directory.client,
+            cluster=store.cluster,
+            claim=claim,
+            clock=clock,
+            metrics=metrics,
+            poll_s=config.poll_s,
+        )
+        around = Around(
+            store=store,
+            entry=entry,
+            cluster=store.cluster,
+            policy=config.policy,
+            claim=claim,
+            clock=clock,
+            metrics=metrics,
+            pace=config,
+        )
+        watchers = Watchers(directory.client, around)
+        store.listener = _spread(signals, worker)
+        plane = Plane(
+            config=config,
+            version=fusevm.__version__,
+            clock=clock,
+            store=store,
+            signals=signals,
+            entry=entry,
+            directory=directory,
+            metrics=metrics,
+        )
+        async with _at_work(plane, worker, watchers):
+            yield plane
+
+
+def _spread(signals: Signals, worker: Worker) -> Callable[[Committed], None]:
+    def listener(committed: Committed) -> None:
+        worker.notice(committed.record, committed.leased_to)
+        signals.publish(committed.record)
+
+    return listener
+
+
+@contextlib.asynccontextmanager
+async def _at_work(plane: Plane, worker: Worker, watchers: Watchers) -> AsyncIterator[None]:
+    """Worker, watchers and upkeep run within the block."""
+    async with asyncio.TaskGroup() as group:
+        working = group.create_task(worker.run())
+        others = [group.create_task(watchers.run()), group.create_task(_upkeep(plane))]
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_LOOK_S):
+                    await watchers.ready.wait()
+            yield
+        finally:
+            close_streams(plane)
+            for task in others:
+                task.cancel()
+            worker.stop()
+            await asyncio.wait([working, *others])
+
+
+async def _upkeep(plane: Plane) -> None:
+    """Delete what is kept long enough."""
+    keep_ms = round(plane.config.retention_s * 1000)
+    while True:
+        try:
+            while await plane.store.purge(keep_ms, PURGE_BATCH) == PURGE_BATCH:
+                pass
+        except Exception:  # loop boundary: it is tried again
+            plane.metrics.loop_failures.labels("upkeep").inc()
+            log.exception("upkeep_failed")
+        await asyncio.sleep(UPKEEP_S)
+
+
+def close_streams(plane: Plane) -> None:
+    """Begin to close: event streams, sockets and waits end."""
+    plane.closing.set()
+    plane.signals.wake_all()
+
+
+# -- the server ----------------------------------------------------------------------------------------------------
+
+
+class _LateApp:
+    """Stands for the application until there is one, so that the server is loaded before privileges are dropped."""
+
+    def __init__(self) -> None:
+        self.app: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.app is None:
+            raise RuntimeError("the application is not there yet")
+        await self.app(scope, receive, send)
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handling, which would end the process before the store is closed."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
+
+
+def server_config(config: ControlConfig, app: ASGIApp) -> uvicorn.Config:
+    """How HTTP is served."""
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        ws="websockets-sansio",
+        ws_max_size=HEADER.size + MAX_PAYLOAD,
+        ws_per_message_deflate=False,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, round(config.shutdown_s)),
+        backlog=BACKLOG,
+        ssl_certfile=config.tls_cert or None,
+        ssl_keyfile=config.tls_key or None,
+    )
+
+
+async def run_server(plane: Plane, server: HttpServer, listener: socket.socket, stop: asyncio.Event) -> None:
+    """Serve until `stop`; then close streams, let requests finish, and return."""
+    async with asyncio.TaskGroup() as group:
+        serving = group.create_task(server.serve([listener]))
+        stopping = group.create_task(stop.wait())
+        try:
+            await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            close_streams(plane)
+            server.should_exit = True
+            stopping.cancel()
+
+
+def bind(config: ControlConfig) -> socket.socket:
+    """The listening socket. Raises PortInUse, BadSetting."""
+    address = effective_listen(config)
+    host, port = parse_listen(address)
+    try:
+        if not host and socket.has_dualstack_ipv6():
+            return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(address=address, setting="--listen") from error
+        raise BadSetting(setting="listen", problem=f"cannot listen on {address}: {error.strerror}") from error
+
+
+def base_url(config: ControlConfig, listener: socket.socket) -> str:
+    """A URL under which this machine reaches the server."""
+    host, port = listener.getsockname()[:2]
+    local = {"::": "127.0.0.1", "0.0.0.0": "127.0.0.1"}.get(host, host)  # noqa: S104 - compared, not bound
+    shown = f"[{local}]" if ":" in local else local
+    return f"{'https' if config.tls_cert else 'http'}://{shown}:{port}"
+
+
+def drop_privileges(uid: int | None) -> None:
+    """Become `uid` for good, when we are root."""
+    if uid is None or uid == 0 or os.geteuid() != 0:
+        return
+    try:
+        entry = pwd.getpwuid(uid)
+    except KeyError:
+        gid, name = uid, ""
+    else:
+        gid, name = entry.pw_gid, entry.pw_name
+    os.initgroups(name, gid) if name else os.setgroups([])
+    os.setgid(gid)
+    os.setuid(uid)
+
+
+def prepare_directory(path: str, uid: int | None) -> None:
+    """Make the database's directory if it is missing, owned by whom we shall be. Raises BadSetting."""
+    directory = Path(path).absolute().parent
+    if path == MEMORY or directory.exists():
+        return
+    try:
+        directory.mkdir(parents=True, mode=0o700)
+        if uid is not None and os.geteuid() == 0:
+            os.chown(directory, uid, -1)
+    except OSError as error:
+        raise BadSetting(setting="database", problem=f"cannot make {directory}: {error.strerror}") from error
+
+
+def serve(config: ControlConfig) -> int:
+    """Run a control plane until SIGTERM or SIGINT; the exit status. Raises Error before anything is touched."""
+    check(config)
+    configure_logs(config)
+    sys.setswitchinterval(SWITCH_S)
+    late = _LateApp()
+    prepare_directory(database_path(config), config.drop_to_uid)
+    settings = server_config(config, late)
+    try:
+        settings.load()
+    except OSError as error:
+        raise BadSetting(setting="tls_cert", problem=f"cannot load certificate and key: {error}") from error
+    listener = bind(config)
+    with listener:
+        drop_privileges(config.drop_to_uid)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(config, settings, late, listener))
+    return 0
+
+
+async def _serve(config: ControlConfig, settings: uvicorn.Config, late: _LateApp, listener: socket.socket) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with open_plane(config) as plane:
+        late.app = build_app(plane)
+        server = HttpServer(settings)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(run_server(plane, server, listener, stop))
+            await server.up.wait()
+            announce(config, base_url(config, listener))
+
+
+def announce(config: ControlConfig, url: str) -> None:
+    """Tell people and programs that requests are served."""
+    if config.ready_file:
+        path = Path(config.ready_file)
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text(url + "\n")
+        fresh.replace(path)
+    sys.stdout.write(f"fuse control plane {fusevm.__version__} at {url}\n")
+    sys.stdout.flush()
+
+
+def configure_logs(config: ControlConfig) -> None:
+    """Structured lines on standard error."""
+    level = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+    renderer = structlog.processors.JSONRenderer() if config.log_json else structlog.dev.ConsoleRenderer(colors=False)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level[config.log_level]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    # Whatever ends an answer is logged by the edge, once.
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)

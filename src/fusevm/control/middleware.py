@@ -1,0 +1,176 @@
+"""The edge: everything that holds for every request, and the one conversion of errors to answers.
+
+Request id and Server header on every answer, routing, the gate, metrics, the access log. A handler returns a response
+or raises; what it raises after the answer has begun cuts the connection: nobody takes half an answer for a whole.
+"""
+
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+import structlog
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from fusevm.control.call import Call
+from fusevm.control.gate import Gate
+from fusevm.control.plane import Plane
+from fusevm.control.router import Router
+from fusevm.model.errors import BadField, Error, Internal, MethodNotAllowed, Unimplemented
+from fusevm.wire.errors import render_envelope
+from fusevm.wire.routes import Route
+
+log = structlog.get_logger()
+Handler = Callable[[Plane, Call], Awaitable[Response]]
+SocketHandler = Callable[[Plane, Call, WebSocket], Awaitable[None]]
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_NO_ROUTE = "none"
+
+
+class _Sent:
+    """What has gone out of an answer."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.route = _NO_ROUTE
+        self.call: Call | None = None
+
+
+class Edge:
+    """The ASGI application."""
+
+    def __init__(
+        self,
+        plane: Plane,
+        router: Router,
+        gate: Gate,
+        handlers: Mapping[str, Handler],
+        sockets: Mapping[str, SocketHandler],
+    ) -> None:
+        self._plane = plane
+        self._router = router
+        self._gate = gate
+        self._handlers = handlers
+        self._sockets = sockets
+        self._server = f"fuse/{plane.version}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            raise RuntimeError(f"unexpected scope {scope['type']}")
+        headers = dict(scope["headers"])
+        request_id = _request_id(headers.get(b"x-request-id", b""))
+        sent = _Sent()
+        began = time.perf_counter()
+        marked = self._marking(send, sent, request_id)
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        self._plane.metrics.in_flight.inc()
+        try:
+            if scope["type"] == "http":
+                await self._http(scope, receive, marked, sent, request_id)
+            else:
+                await self._websocket(scope, receive, marked, sent, request_id)
+        finally:
+            structlog.contextvars.unbind_contextvars("request_id")
+            self._plane.metrics.in_flight.dec()
+            self._count(scope, sent, time.perf_counter() - began)
+
+    # -- HTTP -----------------------------------------------------------------------------------------------------
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send, sent: _Sent, request_id: str) -> None:
+        try:
+            response = await self._answer(Request(scope, receive, send), sent, request_id)
+            await response(scope, receive, send)
+        except ClientDisconnect:
+            return
+        except Exception as error:  # the one conversion: every request ends in an answer
+            if sent.status:
+                log.warning("answer_cut_off", route=sent.route, problem=_text(error))
+                raise
+            await self._refusal(error, sent)(scope, receive, send)
+
+    async def _answer(self, request: Request, sent: _Sent, request_id: str) -> Response:
+        found = self._router.find(request.method, request.scope["raw_path"], dict(request.query_params))
+        route = found.route
+        sent.route = route.name
+        self._gate.check(request.headers, route.scope)
+        if route.unimplemented:
+            raise _unimplemented(route)
+        if route.is_websocket:
+            raise BadField(field="Upgrade", problem="this route speaks WebSocket")
+        sent.call = call = Call(request, route, found.params, request_id)
+        return await self._handlers[route.name](self._plane, call)
+
+    def _refusal(self, failure: Exception, sent: _Sent) -> Response:
+        error = failure if isinstance(failure, Error) else Internal(problem=type(failure).__name__)
+        if not isinstance(failure, Error):
+            log.error("request_broke", route=sent.route, exc_info=failure)
+        self._plane.metrics.errors.labels(sent.route, error.reason).inc()
+        response = Response(render_envelope(error), error.status, media_type="application/json")
+        if isinstance(error, MethodNotAllowed):
+            response.headers["allow"] = error.allowed
+        if error.status == 401:
+            response.headers["www-authenticate"] = "Bearer"
+        if error.status == 503:
+            response.headers["retry-after"] = "1"
+        return response
+
+    # -- WebSocket ------------------------------------------------------------------------------------------------
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send, sent: _Sent, request_id: str) -> None:
+        socket = WebSocket(scope, receive, send)
+        try:
+            found = self._router.find_socket(scope["raw_path"])
+            sent.route = found.route.name
+            self._gate.check(socket.headers, found.route.scope)
+            sent.call = call = Call(socket, found.route, found.params, request_id)
+            await self._sockets[found.route.name](self._plane, call, socket)
+        except Exception as error:  # the one conversion, before the handshake
+            if sent.status:
+                log.warning("socket_broke", route=sent.route, problem=_text(error))
+                raise
+            await socket.send_denial_response(self._refusal(error, sent))
+
+    # -- marks ----------------------------------------------------------------------------------------------------
+
+    def _marking(self, send: Send, sent: _Sent, request_id: str) -> Send:
+        """Add our headers to the start of every answer."""
+        ours = [(b"x-request-id", request_id.encode()), (b"server", self._server)]
+
+        async def marked(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.http.response.start", "websocket.accept"):
+                sent.status = message.get("status", 101)
+                warnings = [(b"warning", _warning(text)) for text in (sent.call.warnings if sent.call else ())]
+                message = {**message, "headers": [*message.get("headers", ()), *ours, *warnings]}
+            await send(message)
+
+        return marked
+
+    def _count(self, scope: Scope, sent: _Sent, seconds: float) -> None:
+        method = scope.get("method", "GET")
+        metrics = self._plane.metrics
+        metrics.requests.labels(sent.route, method, str(sent.status)).inc()
+        metrics.request_seconds.labels(sent.route, method).observe(seconds)
+        log.debug("request", method=method, route=sent.route, status=sent.status, ms=round(seconds * 1000, 1))
+
+
+def _request_id(sent: bytes) -> str:
+    text = sent.decode("latin-1")
+    return text if _REQUEST_ID.fullmatch(text) else f"req_{random.getrandbits(128):032x}"
+
+
+def _warning(text: str) -> bytes:
+    """RFC 7234 section 5.5: code 299 is a persistent miscellaneous warning."""
+    quoted = text.encode("ascii", "backslashreplace").decode().replace("\\", "\\\\").replace('"', '\\"')
+    return f'299 - "{"".join(char for char in quoted if char.isprintable())}"'.encode()
+
+
+def _unimplemented(route: Route) -> Unimplemented:
+    query = f"?{route.selector}={route.value}" if route.selector else ""
+    return Unimplemented(feature=f"{route.method} {route.path}{query}", why=route.unimplemented)
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,28 @@
+"""The parts of a running control plane, as handlers see them. Put together by `main`."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from fusevm.control.clock import Clock
+from fusevm.control.config import ControlConfig
+from fusevm.control.directory import Directory
+from fusevm.control.entry import Entry
+from fusevm.control.metrics import Metrics
+from fusevm.control.signals import Signals
+from fusevm.control.store.protocol import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plane:
+    """One control plane."""
+
+    config: ControlConfig
+    version: str
+    clock: Clock
+    store: Store
+    signals: Signals
+    entry: Entry
+    directory: Directory
+    metrics: Metrics
+    #: Set when the server begins to close: streams end, waits return.
+    closing: asyncio.Event = field(default_factory=asyncio.Event)

@@ -1,0 +1,127 @@
+"""A host that only pretends, for development when nothing is configured: machines "boot" at once and run nothing.
+
+What it answers: exec exits with 0 and prints `stub host: <command>`; everything else inside a machine is 501. It keeps
+fences and tombstones like a real host, in memory only: after a restart its machines are gone, and their environments
+fail with `machine_missing`.
+"""
+
+import asyncio
+import base64
+import shlex
+from collections.abc import AsyncIterator, Mapping
+
+import msgspec
+
+from fusevm.control.host_api import Duplex, GuestRequest
+from fusevm.model.errors import MachineNotFound, NotSupported, StaleIncarnation, WrongCluster
+from fusevm.model.host import Resources
+from fusevm.model.machine import Fence, Phase
+from fusevm.wire.guest import ExecRequest, ExecResult, StreamTotals
+from fusevm.wire.host_api import CreateMachine, HostFacts, MachineBody, MachineEvent, MachineList
+
+STUB_ID = "stub"
+STUB_URL = "stub:"
+#: Large enough never to be the reason for a refusal.
+CAPACITY = Resources(cpus=1 << 20, ram_mb=1 << 30, storage_gb=1 << 24, vm_count=1 << 20)
+
+
+class StubHost:
+    """Implements `host_api.HostApi` without a machine."""
+
+    def __init__(self, version: str, created_at: str = "1970-01-01T00:00:00Z") -> None:
+        self._version = version
+        self._created_at = created_at
+        self._cluster = ""
+        self._machines: dict[str, MachineBody] = {}
+        #: Highest incarnation per environment, deleted ones included.
+        self._seen: dict[str, tuple[int, bool]] = {}
+
+    async def info(self) -> HostFacts:
+        return HostFacts(
+            version=self._version,
+            epoch="stub",
+            cluster=self._cluster,
+            driver="stub",
+            driver_reason="no host is configured: machines are only pretended",
+            capacity=CAPACITY,
+        )
+
+    async def machines(self) -> MachineList:
+        return MachineList(machines=list(self._machines.values()))
+
+    async def create(self, fence: Fence, body: CreateMachine) -> MachineBody:
+        self._admit(fence)
+        found = self._machines.get(body.machine_id)
+        if found is None:
+            found = MachineBody(
+                id=body.machine_id,
+                cluster=fence.cluster,
+                uid=fence.uid,
+                incarnation=fence.incarnation,
+                phase=Phase.RUNNING,
+                spec=body.spec,
+                driver="stub",
+                created_at=self._created_at,
+            )
+            self._machines[body.machine_id] = found
+        self._seen[fence.uid] = (fence.incarnation, False)
+        return found
+
+    async def destroy(self, fence: Fence, machine_id: str) -> None:
+        if self._cluster and fence.cluster != self._cluster:
+            raise WrongCluster(cluster=self._cluster, asked=fence.cluster)
+        self._machines.pop(machine_id, None)
+        seen, _ = self._seen.get(fence.uid, (0, False))
+        if fence.incarnation >= seen:
+            self._seen[fence.uid] = (fence.incarnation, True)
+
+    async def events(self) -> AsyncIterator[MachineEvent]:
+        yield MachineEvent(kind="hello", epoch="stub")
+        await asyncio.Event().wait()  # nothing ever happens to a pretended machine
+
+    async def relay(self, request: GuestRequest) -> "StubAnswer":
+        self._find(request.machine_id)
+        if request.method != "POST" or request.target != "guest/exec" or not isinstance(request.body, bytes):
+            raise NotSupported(feature=f"{request.method} {request.target.partition('?')[0]} on the stub host")
+        asked = msgspec.json.decode(request.body, type=ExecRequest)
+        text = f"stub host: {asked.shell or shlex.join(asked.cmd)}\n".encode()
+        result = ExecResult(
+            exit_code=0, stdout_b64=base64.b64encode(text).decode(), total=StreamTotals(stdout=len(text))
+        )
+        return StubAnswer(msgspec.json.encode(result))
+
+    async def open_frames(self, fence: Fence, machine_id: str) -> Duplex:  # noqa: ARG002 - the protocol's names
+        self._find(machine_id)
+        raise NotSupported(feature="a terminal on the stub host")
+
+    def _find(self, machine_id: str) -> MachineBody:
+        found = self._machines.get(machine_id)
+        if found is None:
+            raise MachineNotFound(id=machine_id)
+        return found
+
+    def _admit(self, fence: Fence) -> None:
+        self._cluster = self._cluster or fence.cluster
+        if fence.cluster != self._cluster:
+            raise WrongCluster(cluster=self._cluster, asked=fence.cluster)
+        seen, is_deleted = self._seen.get(fence.uid, (0, False))
+        if fence.incarnation < seen or (is_deleted and fence.incarnation == seen):
+            raise StaleIncarnation(uid=fence.uid, incarnation=fence.incarnation, seen=seen)
+
+
+class StubAnswer:
+    """A JSON answer that is there at once. Implements `host_api.Upstream`."""
+
+    def __init__(self, content: bytes, status: int = 200) -> None:
+        self._content = content
+        self.status = status
+        self.headers: Mapping[str, str] = {
+            "content-type": "application/json",
+            "content-length": str(len(content)),
+        }
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        yield self._content
+
+    async def close(self) -> None:
+        return

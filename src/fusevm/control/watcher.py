@@ -1,0 +1,351 @@
+"""Watches hosts: heartbeat, machine list, event stream; feeds what they mean to the lifecycle.
+
+Each host is watched by the one replica that holds the host's lease, in a task of its own: a dead host never stops
+another's. Silence makes a host unreachable, then lost; only an answer makes it well again. What the lists mean is
+decided by `core.reconcile`; this module only carries it out.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+from msgspec.structs import replace
+
+from fusevm.control.clock import Clock
+from fusevm.control.entry import Entry
+from fusevm.control.host_api import HostApi
+from fusevm.control.metrics import Metrics
+from fusevm.control.store.protocol import Claim, Hosts
+from fusevm.core.policy import Policy
+from fusevm.core.reconcile import ObservedMachine, Plan, Strikes, host_health, plan
+from fusevm.model.environment import Event, HostLost
+from fusevm.model.errors import (
+    Error,
+    HostUnreachable,
+    MachineNotFound,
+    RevisionConflict,
+    StaleIncarnation,
+    WrongCluster,
+)
+from fusevm.model.host import Host, HostHealth, Resources
+from fusevm.model.machine import Fence
+from fusevm.wire.host_api import HostFacts, MachineBody
+
+log = structlog.get_logger()
+
+#: Seconds one heartbeat or list may take.
+CALL_TIMEOUT_S = 10.0
+#: Orphans destroyed at the same time per host.
+ORPHANS_AT_ONCE = 8
+#: Orders about machines that no record stands for come from no action.
+NO_ACTION = 0
+_SEVERITY = {HostHealth.OK: 0, HostHealth.UNREACHABLE: 1, HostHealth.LOST: 2}
+
+
+class Pace(Protocol):
+    """How often things happen; `config.ControlConfig` fits."""
+
+    @property
+    def heartbeat_s(self) -> float:
+        """Pause between heartbeats."""
+        ...
+
+    @property
+    def reconcile_s(self) -> float:
+        """Longest pause between machine lists."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Around:
+    """What every watch works with."""
+
+    store: Hosts
+    entry: Entry
+    cluster: str
+    policy: Policy
+    claim: Claim
+    clock: Clock
+    metrics: Metrics
+    pace: Pace
+
+
+class Watch:
+    """The watching of one host by this replica."""
+
+    def __init__(self, host_id: str, client: HostApi, around: Around) -> None:
+        self._id = host_id
+        self._client = client
+        self._store = around.store
+        self._entry = around.entry
+        self._cluster = around.cluster
+        self._policy = around.policy
+        self._claim = around.claim
+        self._clock = around.clock
+        self._metrics = around.metrics
+        self._pace = around.pace
+        #: Silence before this was ours, not the host's.
+        self._since_ms = around.clock.now_ms()
+        self._strikes = Strikes()
+        self._look = asyncio.Event()
+        #: Set after the first heartbeat, whatever came of it.
+        self.first = asyncio.Event()
+
+    async def run(self) -> None:
+        """Watch until the lease is lost, the host is removed, or we are cancelled."""
+        async with asyncio.TaskGroup() as group:
+            others = [group.create_task(self._reconcile_loop()), group.create_task(self._event_loop())]
+            try:
+                while await self._store.acquire_host(self._id, self._claim) and await self._guarded(
+                    "pulse", self._pulse
+                ):
+                    self.first.set()
+                    await asyncio.sleep(_jittered(self._pace.heartbeat_s))
+            finally:
+                self.first.set()
+                for task in others:
+                    task.cancel()
+
+    async def _guarded(self, what: str, work: Callable[[], Awaitable[bool]]) -> bool:
+        """Loop boundary: a failure concerns this host and this round only."""
+        try:
+            return await work()
+        except Error as error:
+            log.warning("host_trouble", host=self._id, during=what, reason=error.reason, problem=error.message)
+        except Exception:  # loop boundary
+            self._metrics.loop_failures.labels(what).inc()
+            log.exception("watch_failed", host=self._id, during=what)
+        return True
+
+    # -- heartbeat ------------------------------------------------------------------------------------------------
+
+    async def _pulse(self) -> bool:
+        """Ask the host who it is and note its health. False: the host is no longer registered."""
+        heard = await self._ask()
+        host = await self._store.host(self._id)
+        if host is None:
+            return False
+        now_ms = self._clock.now_ms()
+        if heard is not None:
+            await self._store.touch_host(self._id, now_ms)
+        host = await self._save(host, heard, now_ms)
+        self._metrics.host_up.labels(self._id).set(1 if host.health is HostHealth.OK else 0)
+        _count_resources(self._metrics, host)
+        if host.health is HostHealth.LOST:
+            for env in await self._store.on_host(self._id):
+                await self._feed(env.uid, HostLost(cause=f"host {self._id}", host_id=self._id))
+        return True
+
+    async def _ask(self) -> HostFacts | None:
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                facts = await self._client.info()
+            if facts.cluster not in ("", self._cluster):
+                raise WrongCluster(cluster=facts.cluster, asked=self._cluster)
+        except TimeoutError:
+            log.warning("host_silent", host=self._id, problem=f"no answer within {CALL_TIMEOUT_S:.0f} s")
+        except Error as error:
+            log.warning("host_silent", host=self._id, reason=error.reason, problem=error.message)
+        else:
+            return facts
+        return None
+
+    async def _save(self, host: Host, facts: HostFacts | None, now_ms: int) -> Host:
+        new = self._judge(host, facts, now_ms)
+        if new == replace(host, last_seen_ms=new.last_seen_ms):
+            return host
+        if new.health is not host.health:
+            log.info("host_health", host=self._id, before=host.health, now=new.health)
+        try:
+            return await self._store.save_host(replace(new, updated_at_ms=now_ms))
+        except RevisionConflict:
+            return host  # somebody else changed it; the next heartbeat sees that
+
+    def _judge(self, host: Host, facts: HostFacts | None, now_ms: int) -> Host:
+        """The record as this heartbeat leaves it."""
+        if facts is None:
+            silent_since = replace(host, last_seen_ms=max(host.last_seen_ms, self._since_ms))
+            found = host_health(silent_since, now_ms, self._policy)
+            return replace(host, health=max(found, host.health, key=_SEVERITY.__getitem__))
+        return replace(
+            host,
+            health=HostHealth.OK,
+            last_seen_ms=now_ms,
+            capacity=facts.capacity,
+            arch=facts.arch,
+            driver=facts.driver,
+            version=facts.version,
+            images=tuple(facts.images),
+        )
+
+    # -- machines -------------------------------------------------------------------------------------------------
+
+    async def _reconcile_loop(self) -> None:
+        while True:
+            await self._guarded("reconcile", self._reconcile)
+            try:
+                async with asyncio.timeout(_jittered(self._pace.reconcile_s)):
+                    await self._look.wait()
+            except TimeoutError:
+                pass
+            self._look.clear()
+
+    async def _reconcile(self) -> bool:
+        began, asked_ms = time.perf_counter(), self._clock.now_ms()
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                listed = await self._client.machines()
+        except (TimeoutError, Error) as error:
+            # Unknown is not absent: no list, no conclusion, and no strike either.
+            self._metrics.reconcile_cycles.labels("no_list").inc()
+            if isinstance(error, Error):
+                raise
+            raise HostUnreachable(id=self._id, problem=f"no list within {CALL_TIMEOUT_S:.0f} s") from error
+        expected = await self._store.on_host(self._id)
+        cause = f"reconcile {self._id}"
+        decided = plan(
+            self._id,
+            self._cluster,
+            expected,
+            [_observed(machine) for machine in listed.machines],
+            self._strikes,
+            listed_at_ms=asked_ms,
+            cause=cause,
+        )
+        self._strikes = decided.strikes
+        await self._carry_out(decided)
+        self._metrics.provider.labels(self._id).set(len(listed.machines))
+        self._metrics.reconcile_cycles.labels("done").inc()
+        self._metrics.reconcile_seconds.observe(time.perf_counter() - began)
+        return True
+
+    async def _carry_out(self, decided: Plan) -> None:
+        for uid, event in decided.events:
+            log.info("machine_over", host=self._id, uid=uid, observation=type(event).__name__)
+            self._metrics.machines_missing.inc()
+            await self._feed(uid, event)
+        slots = asyncio.Semaphore(ORPHANS_AT_ONCE)
+        async with asyncio.TaskGroup() as group:
+            for machine in decided.destroy:
+                group.create_task(self._destroy_orphan(machine, slots))
+
+    async def _destroy_orphan(self, machine: ObservedMachine, slots: asyncio.Semaphore) -> None:
+        fence = Fence(cluster=self._cluster, uid=machine.uid, incarnation=machine.incarnation, action_seq=NO_ACTION)
+        async with slots:
+            try:
+                await self._client.destroy(fence, machine.id)
+            except (MachineNotFound, StaleIncarnation):
+                return
+            except Error as error:
+                log.warning("orphan_stays", host=self._id, machine=machine.id, problem=error.message)
+                return
+        self._metrics.orphans_destroyed.inc()
+        log.info("orphan_destroyed", host=self._id, machine=machine.id, uid=machine.uid)
+
+    async def _feed(self, uid: str, event: Event) -> None:
+        try:
+            await self._entry.feed(uid, event)
+        except Error as error:
+            log.warning("event_refused", host=self._id, uid=uid, problem=error.message)
+
+    # -- events ---------------------------------------------------------------------------------------------------
+
+    async def _event_loop(self) -> None:
+        """Every change on the host makes us look at once; the list then says what it was."""
+        while True:
+            await self._guarded("events", self._follow)
+            await asyncio.sleep(_jittered(self._pace.heartbeat_s))
+
+    async def _follow(self) -> bool:
+        async for _ in self._client.events():
+            self._look.set()  # the first line, too: something may have happened while nobody listened
+        return True
+
+
+class Watchers:
+    """Watches every host whose lease this replica can get."""
+
+    def __init__(self, client_of: Callable[[str], Awaitable[HostApi]], around: Around) -> None:
+        self._client_of = client_of
+        self._around = around
+        self._store = around.store
+        self._claim = around.claim
+        self._metrics = around.metrics
+        self._pace = around.pace
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        #: Set when every host that was there at the start has been asked once.
+        self.ready = asyncio.Event()
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                begun = await self._begin(group)
+                if not self.ready.is_set():
+                    group.create_task(self._announce(begun))
+                await asyncio.sleep(_jittered(self._pace.heartbeat_s))
+
+    async def _begin(self, group: asyncio.TaskGroup) -> list[Watch]:
+        """Start watching what nobody watches."""
+        found = [await self._take(group, host_id) for host_id in await self._unwatched()]
+        return [watch for watch in found if watch is not None]
+
+    async def _unwatched(self) -> list[str]:
+        try:
+            return [host.id for host in await self._store.hosts() if host.id not in self._watches]
+        except Exception:  # loop boundary: the next round may succeed
+            self._metrics.loop_failures.labels("watchers").inc()
+            log.exception("watchers_failed")
+            return []
+
+    async def _take(self, group: asyncio.TaskGroup, host_id: str) -> Watch | None:
+        try:
+            client = await self._client_of(host_id)
+            if not await self._store.acquire_host(host_id, self._claim):
+                return None
+        except Exception:  # loop boundary: one host must not stop the others
+            self._metrics.loop_failures.labels("watchers").inc()
+            log.exception("host_cannot_be_watched", host=host_id)
+            return None
+        watch = Watch(host_id, client, self._around)
+        self._watches[host_id] = group.create_task(self._watch(host_id, watch))
+        return watch
+
+    async def _watch(self, host_id: str, watch: Watch) -> None:
+        try:
+            await watch.run()
+        except Exception:  # loop boundary: one host must not stop the others
+            self._metrics.loop_failures.labels("watch").inc()
+            log.exception("watch_ended", host=host_id)
+        finally:
+            self._watches.pop(host_id, None)
+
+    async def _announce(self, begun: list[Watch]) -> None:
+        for watch in begun:
+            await watch.first.wait()
+        self.ready.set()
+
+
+def _observed(machine: MachineBody) -> ObservedMachine:
+    return ObservedMachine(
+        id=machine.id,
+        cluster=machine.cluster,
+        uid=machine.uid,
+        incarnation=machine.incarnation,
+        phase=machine.phase,
+        error=machine.error,
+    )
+
+
+def _count_resources(metrics: Metrics, host: Host) -> None:
+    for name in Resources.__struct_fields__:
+        metrics.host_allocated.labels(host.id, name).set(getattr(host.allocated, name))
+        metrics.host_capacity.labels(host.id, name).set(getattr(host.capacity, name))
+
+
+def _jittered(seconds: float) -> float:
+    return seconds * random.uniform(0.75, 1.25)  # noqa: S311 - only spreads replicas

@@ -1,0 +1,287 @@
+"""Drivers under test, and what their machines are made of.
+
+One machine per driver and session is shared by the tests that do not harm it: each adopts it in its own event loop and
+lets it go, as a restarted daemon does. Every test is checked for what it leaves behind.
+"""
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from fusevm.host.channel import AgentClient
+from fusevm.host.disk.overlay import create_overlay, delete_overlay
+from fusevm.host.images.blank import ensure_blank
+from fusevm.host.images.debian import build_debian
+from fusevm.host.images.initramfs import agent_path, ensure_initramfs
+from fusevm.host.images.kernel import KernelStore
+from fusevm.host.images.store import ImageStore
+from fusevm.host.process import command_line_of
+from fusevm.host.vmm.driver import BootPlan, Driver, Vmm
+from fusevm.host.vmm.qemu import PROGRAM, QemuDriver
+from fusevm.model.errors import VmmMissing
+from fusevm.model.machine import VmmProcess
+
+#: Generous: two cores, software emulation, and whatever else the machine does.
+BOOT_S = 120
+DISK_BYTES = 1 << 30
+
+
+class Artefacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Files that machines are made of."""
+
+    data: Path
+    kernel: Path
+    initramfs: Path
+    image: Path
+    blank: Path
+
+
+class DriverUnderTest(msgspec.Struct, frozen=True, kw_only=True):
+    """A driver and what its suite has to know about it."""
+
+    name: str
+    make: Callable[[Path], Driver]
+    #: The same driver where its program is not installed.
+    make_missing: Callable[[], Driver]
+
+
+DRIVERS = {
+    "qemu": DriverUnderTest(
+        name="qemu",
+        make=lambda data: QemuDriver(cache_dir=data),
+        make_missing=lambda: QemuDriver(program="qemu-of-nowhere"),
+    ),
+}
+
+
+@pytest.fixture(scope="session", params=sorted(DRIVERS))
+def under_test(request: pytest.FixtureRequest) -> DriverUnderTest:
+    """One driver after the other."""
+    if request.param == "qemu" and shutil.which(PROGRAM) is None:
+        pytest.skip(f"{PROGRAM} is not installed")
+    return DRIVERS[request.param]
+
+
+@pytest.fixture(scope="session")
+def guest_artefacts() -> Artefacts:
+    """Kernel, initramfs, image and blank: found in the data directory of the tests, else made there."""
+    data = Path(os.environ.get("FUSE_TEST_DATA", "/var/cache/fuse-test"))
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        agent_path()
+    except OSError as e:
+        pytest.skip(f"no test data directory ({e}); name one with FUSE_TEST_DATA")
+    except VmmMissing as e:
+        pytest.skip(str(e))
+    return asyncio.run(_ensure_artefacts(data))
+
+
+async def _ensure_artefacts(data: Path) -> Artefacts:
+    kernel = await KernelStore(data).ensure()
+    image = await ImageStore(data).find("debian-12")
+    if image is None:
+        image = (await build_debian(ImageStore(data), "debian-12")).image
+    return Artefacts(
+        data=data,
+        kernel=kernel.vmlinux,
+        initramfs=await ensure_initramfs(data, kernel),
+        image=image.rootfs,
+        blank=await ensure_blank(data, DISK_BYTES),
+    )
+
+
+@pytest.fixture(scope="session")
+def workshop() -> Iterator[Path]:
+    """A folder with a short path: socket paths have 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix="fuse-", dir="/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+class Workbench:
+    """Makes plans and machines; everything is killed and removed at the end."""
+
+    def __init__(self, under_test: DriverUnderTest, artefacts: Artefacts, folder: Path) -> None:
+        self.under_test = under_test
+        self.artefacts = artefacts
+        self.folder = folder
+        self.driver = under_test.make(folder)
+        self._vmms: list[Vmm] = []
+
+    async def plan(self, *, disks: bool = True, parameters: str = "", **changes) -> BootPlan:
+        """Plan a machine of its own; `changes` are fields of BootPlan."""
+        machine_id = f"m-{secrets.token_hex(5)}"
+        run_dir = self.folder / machine_id
+        run_dir.mkdir()
+        fields: dict = {
+            "machine_id": machine_id,
+            "cpus": 1,
+            "memory_mib": 256,
+            "kernel": self.artefacts.kernel,
+            "initramfs": self.artefacts.initramfs,
+            "command_line": f"fuse.nonce={render_nonce(machine_id)} {parameters}".strip(),
+            "run_dir": run_dir,
+            "console_log": run_dir / "console.log",
+        }
+        if disks:
+            overlay = await create_overlay(self.artefacts.blank, run_dir / "overlay")
+            fields |= {"image": self.artefacts.image, "overlay": overlay.path, "overlay_format": overlay.format}
+        return BootPlan(**(fields | changes))
+
+    async def boot(self, plan: BootPlan | None = None, **changes) -> Vmm:
+        """Boot a machine that is killed after the test."""
+        vmm = await self.driver.boot(plan or await self.plan(**changes))
+        self._vmms.append(vmm)
+        return vmm
+
+    async def close(self) -> None:
+        """Kill every machine of this bench."""
+        for vmm in self._vmms:
+            with contextlib.suppress(ConnectionError):
+                await vmm.kill()
+            await vmm.close()
+
+
+def render_nonce(machine_id: str) -> str:
+    """Return the nonce that a machine of the bench is given."""
+    return machine_id.removeprefix("m-").ljust(32, "0")
+
+
+class Agent:
+    """The few calls that the suite needs."""
+
+    def __init__(self, vmm: Vmm) -> None:
+        self.http = AgentClient(vmm.open_stream)
+
+    async def health(self) -> dict:
+        async with asyncio.timeout(BOOT_S), await self.http.request("GET", "/health") as response:
+            assert response.status == 200
+            return json.loads(await response.read())
+
+    async def shell(self, text: str) -> str:
+        """Run a command that must succeed and return its output."""
+        body = json.dumps({"shell": text}).encode()
+        async with asyncio.timeout(BOOT_S), await self.http.request("POST", "/exec", body=body) as response:
+            answer = json.loads(await response.read())
+        assert response.status == 200, answer
+        output = base64.b64decode(answer["stdout_b64"]).decode()
+        assert answer["exit_code"] == 0, (answer, base64.b64decode(answer["stderr_b64"]))
+        return output
+
+
+class Shared(msgspec.Struct, frozen=True):
+    """The machine that many tests share."""
+
+    plan: BootPlan
+    process: VmmProcess
+
+
+@pytest.fixture(scope="session")
+def shared(under_test: DriverUnderTest, guest_artefacts: Artefacts, workshop: Path) -> Iterator[Shared]:
+    """A running machine with disks."""
+    bench = Workbench(under_test, guest_artefacts, workshop)
+
+    async def start() -> Shared:
+        plan = await bench.plan()
+        vmm = await bench.driver.boot(plan)
+        try:
+            await Agent(vmm).health()
+        except BaseException:
+            await vmm.kill()
+            raise
+        await vmm.close()
+        return Shared(plan, vmm.process)
+
+    async def stop(machine: Shared) -> None:
+        vmm = await bench.driver.adopt(machine.plan, machine.process)
+        if vmm is not None:
+            await vmm.kill()
+
+    machine = asyncio.run(start())
+    yield machine
+    asyncio.run(stop(machine))
+    shutil.rmtree(machine.plan.run_dir)
+
+
+@pytest.fixture
+async def vmm(shared: Shared, under_test: DriverUnderTest, workshop: Path) -> AsyncIterator[Vmm]:
+    """The shared machine, adopted for this test."""
+    adopted = await under_test.make(workshop).adopt(shared.plan, shared.process)
+    assert adopted is not None
+    yield adopted
+    await adopted.close()
+
+
+@pytest.fixture
+def agent(vmm: Vmm) -> Agent:
+    return Agent(vmm)
+
+
+@pytest.fixture
+async def bench(
+    under_test: DriverUnderTest, guest_artefacts: Artefacts, workshop: Path, leaks: None
+) -> AsyncIterator[Workbench]:
+    """Machines of this test alone. Afterwards nothing may be left of them."""
+    folder = workshop / secrets.token_hex(3)
+    folder.mkdir()
+    made = Workbench(under_test, guest_artefacts, folder)
+    yield made
+    await made.close()
+    for path in folder.glob("*/overlay"):
+        await delete_overlay(path)
+    left = [p for p in folder.rglob("*") if not p.is_dir() and not p.name.startswith(("console.log", "tsc.json"))]
+    shutil.rmtree(folder)
+    assert not left, f"left behind: {left}"
+
+
+@pytest.fixture(autouse=True)
+def leaks(workshop: Path) -> Iterator[None]:
+    """Fail a test that leaves processes or descriptors."""
+    before = open_descriptors(), vmm_processes(workshop)
+    yield
+    after = open_descriptors(), vmm_processes(workshop)
+    for pid in after[1] - before[1]:
+        os.kill(pid, signal.SIGKILL)
+    assert after[1] <= before[1], "a VMM was left running"
+    assert len(after[0]) <= len(before[0]), f"descriptors left open: {sorted(set(after[0]) - set(before[0]))}"
+
+
+def open_descriptors() -> list[str]:
+    """Return what our open descriptors point to, epoll and the loop's own pair left out."""
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = str(entry.readlink())
+            if not target.startswith(("/proc/", "anon_inode:[eventpoll]")):
+                found.append(target)
+    return found
+
+
+def vmm_processes(folder: Path) -> set[int]:
+    """Return the processes that were started with a file of ours."""
+    pids = (int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit())
+    return {pid for pid in pids if any(str(folder) in word for word in command_line_of(pid)[:60] if pid != os.getpid())}
+
+
+@pytest.fixture
+def agent_of() -> Callable[[Vmm], Agent]:
+    """Talk to the agent of a machine."""
+    return Agent
+
+
+@pytest.fixture
+def nonce_of() -> Callable[[str], str]:
+    """The nonce that the agent of a machine must repeat."""
+    return render_nonce

@@ -1,0 +1,391 @@
+"""What every driver does. Machines are real: each test says in its name what a host daemon relies on."""
+
+import asyncio
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from fusevm.host.channel import AgentClient
+from fusevm.host.process import identify, observe_usage
+from fusevm.host.vmm.driver import BootPlan
+from fusevm.model.errors import BootFailed, PathTooLong, VmmMissing
+from fusevm.wire.http1 import Connection
+
+#: Generous: two cores, software emulation, and whatever else the machine does.
+BOOT_S = 120
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+
+
+# -- talking to the agent ----------------------------------------------------------------------------------------------
+
+
+async def test_the_right_guest_answers(agent, shared, nonce_of):
+    health = await agent.health()
+    assert health["ok"]
+    assert health["nonce"] == nonce_of(shared.plan.machine_id)
+    assert health["protocol"].startswith("1.")
+
+
+async def test_commands_run_in_the_image_with_the_overlay(agent):
+    assert "bookworm" in await agent.shell("cat /etc/os-release")
+    await agent.shell("echo kept > /root/file && sync")
+    assert await agent.shell("cat /root/file") == "kept\n"
+    kib = int(await agent.shell("df -k --output=size / | tail -1"))
+    assert kib > 900_000  # a blank of 1 GiB
+
+
+async def test_two_hundred_streams_at_once(vmm):
+    async def ask() -> str:
+        connection = Connection(await vmm.open_stream())
+        async with await connection.request("GET", "/health") as response:
+            nonce = json.loads(await response.read())["nonce"]
+        await connection.close()
+        return nonce
+
+    async with asyncio.timeout(BOOT_S):
+        answers = await asyncio.gather(*(ask() for _ in range(200)))
+    assert len(set(answers)) == 1
+
+
+async def test_bytes_survive_up_and_down(agent):
+    payload = os.urandom(6 << 20)
+
+    async def pieces():
+        for at in range(0, len(payload), 100_000):
+            yield payload[at : at + 100_000]
+
+    async with asyncio.timeout(BOOT_S):
+        async with await agent.http.request("PUT", "/files?path=/tmp/big", body=pieces()) as response:
+            written = json.loads(await response.read())
+        async with await agent.http.request("GET", "/files?path=/tmp/big") as response:
+            back = await response.read()
+    await agent.shell("rm /tmp/big")
+    assert written["sha256"] == hashlib.sha256(payload).hexdigest()
+    assert back == payload
+
+
+async def test_a_stream_that_nobody_reads_does_not_block_the_others(agent):
+    await agent.shell("head -c 20000000 /dev/zero > /tmp/zeros")
+    async with asyncio.timeout(BOOT_S):
+        lazy = await agent.http.request("GET", "/files?path=/tmp/zeros")
+        for _ in range(10):
+            assert (await agent.health())["ok"]
+        assert len(await lazy.read()) == 20_000_000
+    await agent.shell("rm /tmp/zeros")
+
+
+async def test_fifty_disconnects_and_reconnects(shared, under_test, workshop, agent_of, nonce_of):
+    driver = under_test.make(workshop)
+    nonces = set()
+    for i in range(50):
+        vmm = await driver.adopt(shared.plan, shared.process)
+        async with asyncio.timeout(BOOT_S):
+            if i % 3:  # also connections that are dropped before they are agreed on
+                nonces.add((await agent_of(vmm).health())["nonce"])
+        await vmm.close()
+    assert nonces == {nonce_of(shared.plan.machine_id)}
+
+
+# -- daemons come and go -----------------------------------------------------------------------------------------------
+
+#: A daemon that takes over a machine, starts to talk to it and is killed in the middle.
+DAEMON = """
+import asyncio, sys
+from pathlib import Path
+import msgspec
+sys.path.insert(0, sys.argv[1])
+from conftest import DRIVERS
+from fusevm.host.channel import AgentClient
+from fusevm.host.vmm.driver import BootPlan
+from fusevm.model.machine import VmmProcess
+
+async def main():
+    driver = DRIVERS[sys.argv[2]].make(Path(sys.argv[3]))
+    plan = msgspec.json.decode(sys.argv[4], type=BootPlan)
+    if sys.argv[6] == "boot":
+        vmm = await driver.boot(plan)
+        print(msgspec.json.encode(vmm.process).decode(), flush=True)
+        await asyncio.sleep(60)
+    vmm = await driver.adopt(plan, msgspec.json.decode(sys.argv[5], type=VmmProcess))
+    agent = AgentClient(vmm.open_stream)
+    async def pieces():
+        while True:
+            yield bytes(100_000)
+            print("going", flush=True)
+    match sys.argv[6]:
+        case "upload":
+            await agent.request("PUT", "/files?path=/tmp/torn", body=pieces())
+        case "download":
+            response = await agent.request("GET", "/files?path=/dev/zero")
+            response = await agent.request("POST", "/exec", body=b'{"shell": "head -c 60000000 /dev/zero"}')
+            print("going", flush=True)
+            async for chunk in response.chunks():
+                print("going", flush=True)
+        case "exec":
+            asyncio.get_running_loop().call_later(0.3, lambda: print("going", flush=True))
+            await agent.request("POST", "/exec", body=b'{"shell": "exec sleep 4242"}')
+
+asyncio.run(main())
+"""
+
+
+class Daemon:
+    """A process that does something with a machine until it is killed."""
+
+    def __init__(self, name: str, folder: Path, plan: BootPlan, process, deed: str) -> None:
+        words = [sys.executable, "-c", DAEMON, str(Path(__file__).parent), name, str(folder)]
+        words += [msgspec.json.encode(plan).decode(), msgspec.json.encode(process).decode(), deed]
+        self._process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+    async def line(self) -> str:
+        async with asyncio.timeout(BOOT_S):
+            return await asyncio.to_thread(self._process.stdout.readline)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+@pytest.mark.parametrize("deed", ["upload", "exec", "download"])
+async def test_a_daemon_killed_in_the_middle_leaves_a_machine_that_answers_rightly(
+    shared, under_test, workshop, deed, agent_of, nonce_of
+):
+    for lines in (1, 2, 5):
+        daemon = Daemon(under_test.name, workshop, shared.plan, shared.process, deed)
+        for _ in range(lines if deed == "upload" else 1):
+            assert "going" in await daemon.line()
+        daemon.kill()
+        vmm = await under_test.make(workshop).adopt(shared.plan, shared.process)
+        try:
+            agent = agent_of(vmm)
+            assert (await agent.health())["nonce"] == nonce_of(shared.plan.machine_id)
+            assert await agent.shell("echo right") == "right\n"
+            assert (
+                await agent.shell("ls /tmp/torn 2>&1 || true")
+                == "ls: cannot access '/tmp/torn': No such file or directory\n"
+            )
+            left = await agent.shell("for i in $(seq 100); do pgrep -f 'sleep 424[2]' || break; sleep 0.1; done")
+            assert not left.strip().endswith("\n" * 100)
+            assert not await agent.shell("pgrep -f 'sleep 424[2]' || true")
+        finally:
+            await vmm.close()
+
+
+async def test_a_machine_outlives_the_daemon_that_started_it(bench, agent_of, nonce_of):
+    plan = await bench.plan()
+    daemon = Daemon(bench.under_test.name, bench.folder, plan, None, "boot")
+    process = msgspec.json.decode(await daemon.line(), type=type(identify(os.getpid())))
+    daemon.kill()
+    assert identify(process.pid) == process
+    vmm = await bench.driver.adopt(plan, process)
+    try:
+        assert (await agent_of(vmm).health())["nonce"] == nonce_of(plan.machine_id)
+        os.kill(process.pid, signal.SIGKILL)  # no child of ours: its end is noticed all the same
+        async with asyncio.timeout(10):
+            assert await vmm.wait_exit()
+    finally:
+        await vmm.kill()
+        await vmm.close()
+    assert identify(process.pid) is None
+
+
+async def test_a_second_driver_adopts_what_the_first_let_go(bench, shared, agent_of):
+    second = bench.under_test.make(bench.folder)
+    first_hold = await bench.driver.adopt(shared.plan, shared.process)
+    await first_hold.close()
+    vmm = await second.adopt(shared.plan, shared.process)
+    assert vmm.process == shared.process
+    assert (await agent_of(vmm).health())["ok"]
+    await vmm.close()
+    with pytest.raises(ConnectionError):
+        await vmm.open_stream()
+
+
+async def test_only_exactly_that_process_is_adopted(bench, shared):
+    change = msgspec.structs.replace
+    other_plan = change(shared.plan, machine_id="m-other")
+    own = identify(os.getpid())
+    for plan, process in [
+        (shared.plan, change(shared.process, start_ticks=shared.process.start_ticks + 1)),
+        (shared.plan, change(shared.process, boot_id="another-boot")),
+        (shared.plan, change(shared.process, pid=2**22 - 1)),
+        (shared.plan, own),
+        (other_plan, shared.process),
+    ]:
+        assert await bench.driver.adopt(plan, process) is None
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+async def test_kill_returns_when_the_process_is_gone(bench):
+    vmm = await bench.boot()
+    await vmm.kill()
+    assert identify(vmm.process.pid) is None
+    await vmm.kill()
+    assert "killed" in await vmm.wait_exit()
+    with pytest.raises(ConnectionError):
+        await vmm.open_stream()
+    assert await bench.driver.adopt(await bench.plan(), vmm.process) is None
+
+
+async def test_an_end_from_outside_is_noticed_by_everyone_who_waits(bench):
+    vmm = await bench.boot()
+    waiting = [asyncio.ensure_future(vmm.wait_exit()) for _ in range(3)]
+    opening = asyncio.ensure_future(vmm.open_stream())
+    await asyncio.sleep(0.2)
+    os.kill(vmm.process.pid, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        reasons = await asyncio.gather(*waiting)
+        with pytest.raises(ConnectionError, match="SIGKILL"):
+            await opening
+    assert len(set(reasons)) == 1
+    assert "SIGKILL" in reasons[0]
+
+
+async def test_a_cancelled_wait_harms_nobody(bench, agent_of):
+    vmm = await bench.boot()
+    for call in (vmm.wait_exit, vmm.open_stream):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await call()
+    assert (await agent_of(vmm).health())["ok"]
+
+
+async def test_a_guest_that_shuts_down_ends_the_vmm(bench, agent_of):
+    vmm = await bench.boot()
+    async with asyncio.timeout(BOOT_S):
+        agent = agent_of(vmm)
+        async with await agent.http.request("POST", "/shutdown", body=b"{}") as response:
+            assert response.status == 202
+        assert await vmm.wait_exit() == "the guest shut down"
+
+
+async def test_a_kernel_panic_is_the_reason_of_the_end(bench, agent_of):
+    vmm = await bench.boot()
+    async with asyncio.timeout(BOOT_S):
+        agent = agent_of(vmm)
+        with pytest.raises(ConnectionError):
+            await agent.shell("echo c > /proc/sysrq-trigger; sleep 100")
+        assert "panicked: sysrq triggered crash" in await vmm.wait_exit()
+
+
+async def test_an_agent_that_cannot_start_says_why_at_once(bench):
+    plan = await bench.plan()
+    overlay = plan.run_dir / "overlay"
+    overlay.unlink()
+    overlay.write_bytes(bytes(1 << 20))
+    vmm = await bench.boot(msgspec.structs.replace(plan, overlay_format="raw"))
+    async with asyncio.timeout(BOOT_S):
+        with pytest.raises(ConnectionError, match=r"the guest agent gave up: .*overlay"):
+            await vmm.open_stream()
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_missing_program_is_named_with_its_remedy(bench):
+    with pytest.raises(VmmMissing, match="install"):
+        await bench.under_test.make_missing().boot(await bench.plan())
+
+
+@pytest.mark.parametrize("content", ["nothing", "noise", "half"])
+async def test_a_corrupt_kernel_fails_the_boot_and_leaves_nothing(bench, content):
+    real = bench.artefacts.kernel.read_bytes()
+    kernel = bench.folder / "kernel"
+    kernel.write_bytes({"nothing": b"", "noise": os.urandom(1 << 20), "half": real[: len(real) // 3]}[content])
+    plan = await bench.plan(kernel=kernel)
+    try:
+        with pytest.raises(BootFailed) as caught:
+            await bench.boot(plan)
+        assert plan.machine_id in str(caught.value)
+    finally:
+        kernel.unlink()
+
+
+async def test_a_socket_path_that_is_too_long_is_refused(bench):
+    plan = await bench.plan()
+    deep = plan.run_dir / ("d" * 60) / ("e" * 60)
+    deep.mkdir(parents=True)
+    with pytest.raises(PathTooLong):
+        await bench.boot(msgspec.structs.replace(plan, run_dir=deep))
+
+
+async def test_what_a_dead_machine_left_in_its_run_directory_does_not_stop_the_next_start(bench, agent_of):
+    plan = await bench.plan()
+    first = await bench.boot(plan)
+    files = [p for p in plan.run_dir.iterdir() if p.name not in ("overlay", "console.log")]
+    assert files
+    await first.kill()
+    for path in files:
+        path.write_bytes(b"stale")
+    second = await bench.boot(plan)
+    assert (await agent_of(second).health())["ok"]
+
+
+async def test_a_cancelled_boot_leaves_nothing(bench):
+    for delay in (0.0, 0.005, 0.02):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(delay):
+                await bench.driver.boot(await bench.plan())
+    await asyncio.sleep(0.2)  # a process that was being started is killed when it has
+
+
+# -- resources ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_flooded_console_is_bounded_and_the_guest_goes_on(bench, agent_of):
+    limit = 64 << 10
+    vmm = await bench.boot(plan := await bench.plan(console_bytes=limit))
+    agent = agent_of(vmm)
+    async with asyncio.timeout(BOOT_S):
+        await agent.shell("timeout 5 sh -c 'yes flood > /dev/ttyS0' || true")
+        await agent.shell("echo last words > /dev/ttyS0")
+        assert (await agent.health())["ok"]
+    sizes = [p.stat().st_size for p in plan.run_dir.glob("console.log*")]
+    assert limit // 4 < sum(sizes) <= limit
+    async with asyncio.timeout(BOOT_S):
+        while b"last words" not in plan.console_log.read_bytes():
+            await asyncio.sleep(0.05)
+
+
+async def test_a_machine_that_nobody_talks_to_uses_little_cpu(shared, under_test, workshop, record_property, agent_of):
+    vmm = await under_test.make(workshop).adopt(shared.plan, shared.process)
+    await agent_of(vmm).health()
+    figures = {}
+    for state in ("connected", "disconnected"):
+        if state == "disconnected":
+            await vmm.close()
+        await asyncio.sleep(0.5)
+        before = observe_usage(shared.process.pid).cpu_s
+        await asyncio.sleep(2)
+        figures[state] = round(observe_usage(shared.process.pid).cpu_s - before, 2)
+    record_property("idle_cpu_s_in_2_s", figures)
+    print(f"cpu seconds in 2 s: {figures}")
+    assert figures["disconnected"] < 0.5
+
+
+async def test_several_cpus_and_odd_memory(bench, agent_of):
+    vmm = await bench.boot(cpus=2, memory_mib=301)
+    agent = agent_of(vmm)
+    assert (await agent.shell("nproc")).strip() == "2"
+    kib = int(await agent.shell("awk '/MemTotal/ {print $2}' /proc/meminfo"))
+    assert 220 << 10 < kib <= 301 << 10
+
+
+async def test_agent_connections_are_reused(vmm):
+    client = AgentClient(vmm.open_stream)
+    async with asyncio.timeout(BOOT_S):
+        for _ in range(5):
+            async with await client.request("GET", "/metrics") as response:
+                text = (await response.read()).decode()
+    await client.close()
+    assert "streams" in text

@@ -1,0 +1,211 @@
+"""A control plane on a real loopback server in the test's event loop, in front of fake hosts.
+
+When a server ends, two things are checked of every test: no invariant of the core is broken, and every error that was
+answered is in its route's table.
+"""
+
+import asyncio
+import contextlib
+import inspect
+import socket
+import sqlite3
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import httpx
+import msgspec
+from fusevm.control.app import build_app
+from fusevm.control.clock import Clock
+from fusevm.control.config import ControlConfig, HostSetting, check
+from fusevm.control.main import HttpServer, base_url, bind, open_plane, run_server, server_config
+from fusevm.control.plane import Plane
+from fusevm.control.store import transactions as tx
+from fusevm.control.store.sqlite import SqliteStore
+from fusevm.core.invariants import World, violations
+from fusevm.core.policy import Policy
+from fusevm.core.reconcile import ObservedMachine
+from fusevm.model.environment import Environment
+from fusevm.model.fact import Fact
+from fusevm.model.host import Resources
+from fusevm.testing.fake_host import FakeHost
+from fusevm.wire.routes import ROUTES, errors_of
+from fusevm.wire.sse import Message, MessageDecoder
+
+TIMEOUT_S = 10.0
+FAST = {"poll_s": 0.05, "heartbeat_s": 0.05, "reconcile_s": 0.05, "keepalive_s": 0.2, "lease_s": 3.0, "wait_s": 5.0}
+#: Reached by the matcher before a route is known.
+BEFORE_ROUTING = {"route_not_found", "method_not_allowed", "unknown_action"}
+
+
+class Running:
+    """A server under test."""
+
+    def __init__(self, url: str, plane: Plane, http: httpx.AsyncClient, hosts: Mapping[str, FakeHost]) -> None:
+        self.url = url
+        self.plane = plane
+        self.http = http
+        self.hosts = hosts
+
+    @property
+    def host(self) -> FakeHost:
+        return next(iter(self.hosts.values()))
+
+    async def create(self, task_id: str = "t1", **body: Any) -> dict[str, Any]:
+        answer = await self.http.post("/v1/environments", json={"task_id": task_id, **body})
+        assert answer.status_code == 201, answer.text
+        return answer.json()
+
+    async def get(self, task_id: str = "t1", **params: str) -> httpx.Response:
+        return await self.http.get(f"/v1/environments/fuse-{task_id}", params=params)
+
+    async def delete(self, task_id: str = "t1") -> httpx.Response:
+        return await self.http.delete(f"/v1/environments/fuse-{task_id}")
+
+    async def act(self, task_id: str, action: str, body: Any = None, **headers: str) -> httpx.Response:
+        url = f"/v1/environments/fuse-{task_id}?action={action}"
+        return await self.http.post(url, json=body, headers=headers)
+
+    async def record(self, uid: str) -> Environment:
+        found = await self.plane.store.get(uid)
+        assert found is not None
+        return found
+
+
+def config(hosts: Mapping[str, FakeHost], **changes: Any) -> ControlConfig:
+    settings = tuple(HostSetting(id=host_id, url="http://127.0.0.1:1") for host_id in hosts)
+    return ControlConfig(**{"listen": "127.0.0.1:0", "hosts": settings, **FAST, **changes})
+
+
+@contextlib.asynccontextmanager
+async def running(
+    *hosts: FakeHost,
+    clock: Clock | None = None,
+    checked: bool = True,
+    headers: dict[str, str] | None = None,
+    **changes: Any,
+) -> AsyncIterator[Running]:
+    """A server; without hosts, one FakeHost `h1`. `checked=False` for tests that break the store on purpose."""
+    by_id = {host.id: host for host in hosts or (FakeHost("h1"),)}
+    settings = config(by_id, **changes)
+    check(settings)
+    listener, stop = bind(settings), asyncio.Event()
+    url = base_url(settings, listener)
+    async with (
+        _closing(listener),
+        open_plane(settings, clock=clock, clients=by_id) as plane,
+        httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, headers=headers, verify=False) as http,  # noqa: S501
+        asyncio.TaskGroup() as group,
+    ):
+        server = HttpServer(server_config(settings, build_app(plane)))
+        group.create_task(run_server(plane, server, listener, stop))
+        await server.up.wait()
+        try:
+            yield Running(url, plane, http, by_id)
+            check_errors_in_tables(plane)
+            if checked:
+                assert await broken_rules(plane, by_id) == []
+        finally:
+            await http.aclose()
+            stop.set()
+
+
+@contextlib.asynccontextmanager
+async def _closing(listener: socket.socket) -> AsyncIterator[None]:
+    with listener:
+        yield
+
+
+async def until(condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
+    """Poll until the condition (plain or async) is true; its value."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            value = condition()
+            if inspect.isawaitable(value):
+                value = await value
+            if value:
+                return value
+            await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def stream(server: Running, path: str, **options: Any) -> AsyncIterator[AsyncIterator[Message]]:
+    """Messages of an event stream."""
+    async with server.http.stream("GET", path, **options) as response:
+        assert response.status_code == 200, await response.aread()
+        assert response.headers["content-type"].startswith("text/event-stream")
+        yield messages(response)
+
+
+async def messages(response: httpx.Response) -> AsyncIterator[Message]:
+    decoder = MessageDecoder()
+    async for chunk in response.aiter_bytes():
+        for message in decoder.feed(chunk):
+            yield message
+
+
+async def next_message(source: AsyncIterator[Message]) -> tuple[str, dict[str, Any]]:
+    """(id, JSON) of the next message."""
+    async with asyncio.timeout(TIMEOUT_S):
+        message = await anext(source)
+    return message.id, msgspec.json.decode(message.data)
+
+
+async def rest_of(source: AsyncIterator[Message]) -> list[dict[str, Any]]:
+    async with asyncio.timeout(TIMEOUT_S):
+        return [msgspec.json.decode(message.data) async for message in source]
+
+
+def check_errors_in_tables(plane: Plane) -> None:
+    allowed = {route.name: {cls.reason for cls in errors_of(route)} for route in ROUTES}
+    for metric in plane.metrics.errors.collect():
+        for sample in metric.samples:
+            route, reason = sample.labels.get("route"), sample.labels.get("reason")
+            if route is not None and reason not in BEFORE_ROUTING:
+                assert reason in allowed.get(route, {"forbidden"}), f"{route} answered {reason}"
+
+
+async def world(store: SqliteStore, hosts: Mapping[str, FakeHost] | None = None) -> World:
+    """One consistent reading of the whole store, and of the fake hosts."""
+
+    def read(db: sqlite3.Connection) -> World:
+        records = [tx.decode_row(row) for row in db.execute("select doc from environments")]
+        placed = db.execute("select uid, host_id, cpus, ram_mb, storage_gb, vm_count from placements").fetchall()
+        facts: defaultdict[str, list[Fact]] = defaultdict(list)
+        for row in db.execute("select doc from events order by position"):
+            fact = msgspec.json.decode(row[0], type=Fact)
+            facts[fact.uid].append(fact)
+        return World(
+            environments={record.uid: record for record in records if record is not None},
+            hosts={host.id: host for host in tx.list_hosts(db)},
+            placements={
+                row[0]: (row[1], Resources(cpus=row[2], ram_mb=row[3], storage_gb=row[4], vm_count=row[5]))
+                for row in placed
+            },
+            facts={uid: tuple(found) for uid, found in facts.items()},
+        )
+
+    found: World = await store._writer.read(read)
+    machines = {host.id: observed(host) for host in (hosts or {}).values() if not host.is_down}
+    return msgspec.structs.replace(found, machines=machines)
+
+
+def observed(host: FakeHost) -> tuple[ObservedMachine, ...]:
+    return tuple(
+        ObservedMachine(
+            id=machine.id,
+            cluster=machine.cluster,
+            uid=machine.uid,
+            incarnation=machine.incarnation,
+            phase=machine.phase,
+        )
+        for machine in host.table.values()
+    )
+
+
+async def broken_rules(plane: Plane, hosts: Mapping[str, FakeHost]) -> list[str]:
+    assert isinstance(plane.store, SqliteStore)
+    return violations(await world(plane.store, hosts), plane.config.policy)
+
+
+__all__ = ["Policy", "Running", "config", "next_message", "rest_of", "running", "stream", "until", "world"]
