@@ -257,6 +257,27 @@ async def test_a_sweep_at_work_leaves_the_pools_own_slots_alone():
 
 
 @private_network
+async def test_a_warm_slot_that_somebody_has_damaged_is_replaced():
+    async with opened(warm=3) as network:
+        await network.settle()
+        sh(f"ip netns del {PLAN.prefix}-0 && ip link del {PLAN.prefix}-v1")
+        assert await network.ensure() is True
+        await network.settle()
+        assert await network.ensure() is False
+        for index in range(3):
+            assert_complete(await network.acquire(index))
+
+
+@private_network
+async def test_a_kept_slot_beyond_a_smaller_range_does_not_keep_the_daemon_from_opening():
+    network = HostNetwork(NetworkPlan(prefix=PLAN.prefix, range="10.211.0.0/29"), warm=0)
+    failures = await network.open({1: Network(), 2: Network()})
+    assert list(failures) == [2]
+    assert list(network.candidates()) == [0]
+    await network.close()
+
+
+@private_network
 async def test_one_slot_that_cannot_be_made_does_not_keep_the_others():
     async with opened(warm=0) as network:
         # Our name for the other end is taken inside by a directory that no namespace can be mounted on.

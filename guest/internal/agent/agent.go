@@ -4,7 +4,7 @@ package agent
 
 import (
 	"context"
-	"errors"
+	"io"
 	"log"
 	"net"
 	"net/http"
@@ -59,7 +59,7 @@ func New(config Config) *Agent {
 	for pattern, handler := range a.handlers() {
 		a.routes.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			if err := handler(w, r); err != nil {
-				sendFault(w, err)
+				sendFault(w, r, err)
 			}
 		})
 	}
@@ -178,10 +178,15 @@ func gone(r *http.Request) (context.Context, context.CancelFunc) {
 	return ctx, cancel
 }
 
-func sendFault(w http.ResponseWriter, err error) {
+// politeness is how much of a request's body is still read before an error is
+// answered: many clients look for an answer only when they have sent everything,
+// and then find the connection broken.
+const politeness = 8 << 20
+
+func sendFault(w http.ResponseWriter, r *http.Request, err error) {
 	f := fault.Of(err)
-	if errors.Is(err, http.ErrAbortHandler) {
-		panic(http.ErrAbortHandler)
+	if r.Method == http.MethodPut && r.Header.Get("Expect") == "" {
+		io.CopyN(io.Discard, r.Body, politeness)
 	}
 	send(w, f.Status(), f.Body())
 }

@@ -239,7 +239,7 @@ func TestExec(t *testing.T) {
 
 func TestExecKeepsTheFirstBytesAndCountsTheRest(t *testing.T) {
 	s := newServer(t)
-	for _, limit := range []int{1, 2, 3, 100, base64Step, base64Step + 1, 500000} {
+	for _, limit := range []int{1, 2, 3, 100, keeperPiece, keeperPiece + 1, 500000} {
 		r := s.run(object{"shell": "seq 1 100000; printf xy >&2", "max_output_bytes": limit})
 		total := 588895
 		if len(r.out) != limit || r.body["total"].(object)["stdout"] != float64(total) || r.body["truncated"].(object)["stdout"] != true {

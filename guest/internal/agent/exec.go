@@ -6,27 +6,63 @@ import (
 	"encoding/json"
 	"io"
 	"net/http"
+	"runtime/debug"
 	"strconv"
 
+	"fused/internal/console"
 	"fused/internal/fault"
 	"fused/internal/process"
 )
 
-// keeper keeps the first bytes of a stream and counts all.
+// worthReturning is the size from which memory is given back to the kernel at
+// once.
+const worthReturning = 4 << 20
+
+// keeper keeps the first bytes of a stream and counts all. It keeps them in
+// pieces: one growing slice would take up to three times the memory.
 type keeper struct {
-	limit int64
-	kept  []byte
-	total int64
+	limit  int64
+	pieces [][]byte
+	kept   int64
+	total  int64
 }
+
+// keeperPiece is a multiple of three, so that base64 needs no padding between
+// pieces.
+const keeperPiece = 48 << 10
 
 func (k *keeper) take(p []byte) {
 	k.total += int64(len(p))
-	if room := k.limit - int64(len(k.kept)); room > 0 {
-		k.kept = append(k.kept, p[:min(room, int64(len(p)))]...)
+	p = p[:min(int64(len(p)), k.limit-k.kept)]
+	k.kept += int64(len(p))
+	for len(p) > 0 {
+		last := len(k.pieces) - 1
+		if last < 0 || len(k.pieces[last]) == keeperPiece {
+			// Small outputs are the rule: the first piece grows as needed.
+			k.pieces = append(k.pieces, nil)
+			last++
+		}
+		n := min(len(p), keeperPiece-len(k.pieces[last]))
+		k.pieces[last] = append(k.pieces[last], p[:n]...)
+		p = p[n:]
 	}
 }
 
-func (k *keeper) truncated() bool { return k.total > int64(len(k.kept)) }
+func (k *keeper) truncated() bool { return k.total > k.kept }
+
+func (k *keeper) encodedLen() int { return base64.StdEncoding.EncodedLen(int(k.kept)) }
+
+// writeBase64 sends what was kept. Errors show at the end of the answer.
+func (k *keeper) writeBase64(w io.Writer) {
+	buf := make([]byte, base64.StdEncoding.EncodedLen(int(min(k.kept, keeperPiece))))
+	for _, piece := range k.pieces {
+		n := base64.StdEncoding.EncodedLen(len(piece))
+		base64.StdEncoding.Encode(buf[:n], piece)
+		if _, err := w.Write(buf[:n]); err != nil {
+			return
+		}
+	}
+}
 
 // exec runs a command to its end and answers with everything at once.
 func (a *Agent) exec(w http.ResponseWriter, r *http.Request) error {
@@ -54,7 +90,13 @@ func (a *Agent) exec(w http.ResponseWriter, r *http.Request) error {
 	if r.Context().Err() != nil {
 		abort(r)
 	}
-	return sendResult(w, exit, &stdout, &stderr)
+	err = sendResult(w, exit, &stdout, &stderr)
+	if stdout.kept+stderr.kept > worthReturning {
+		// An idle agent collects no garbage: the machine would miss this memory.
+		stdout, stderr = keeper{}, keeper{}
+		console.Go("memory", debug.FreeOSMemory)
+	}
+	return err
 }
 
 // sendResult streams the answer: a JSON encoder would need the output three
@@ -74,31 +116,15 @@ func sendResult(w http.ResponseWriter, exit process.Exit, stdout, stderr *keeper
 	const outKey, errKey = `,"stdout_b64":"`, `","stderr_b64":"`
 	head = append(head[:len(head)-1], outKey...)
 	tail = append([]byte(`",`), tail[1:]...)
-	encoded := base64.StdEncoding.EncodedLen(len(stdout.kept)) + base64.StdEncoding.EncodedLen(len(stderr.kept))
+	encoded := stdout.encodedLen() + stderr.encodedLen()
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Content-Length", strconv.Itoa(len(head)+encoded+len(errKey)+len(tail)))
 	w.Write(head)
-	writeBase64(w, stdout.kept)
+	stdout.writeBase64(w)
 	io.WriteString(w, errKey)
-	writeBase64(w, stderr.kept)
+	stderr.writeBase64(w)
 	w.Write(tail)
 	return nil
-}
-
-// base64Step is a multiple of three, so that no padding falls in between.
-const base64Step = 48 << 10
-
-func writeBase64(w io.Writer, data []byte) {
-	buf := make([]byte, base64.StdEncoding.EncodedLen(min(len(data), base64Step)))
-	for len(data) > 0 {
-		step := data[:min(len(data), base64Step)]
-		data = data[len(step):]
-		n := base64.StdEncoding.EncodedLen(len(step))
-		base64.StdEncoding.Encode(buf[:n], step)
-		if _, err := w.Write(buf[:n]); err != nil {
-			return
-		}
-	}
 }
 
 func (a *Agent) startProcess(w http.ResponseWriter, r *http.Request) error {
@@ -163,6 +189,8 @@ func (a *Agent) feedProcess(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	// The answer must not wait for the rest of a body that a person types.
+	http.NewResponseController(w).EnableFullDuplex()
 	if background.Input() == nil {
 		return stdinClosed(r.PathValue("pid"))
 	}

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"fused/internal/console"
 	"fused/internal/execframe"
@@ -25,6 +26,8 @@ const (
 	// 64 KiB; then the client has to wait.
 	inputPieces = 16
 	inputPiece  = 64 << 10
+	// goneGrace bounds the time that output for a client that has gone may take.
+	goneGrace = 5 * time.Second
 )
 
 // signalBody accepts a name or a number.
@@ -139,6 +142,8 @@ func (c *conversation) listen() {
 	case <-c.command.Finished():
 	default:
 		c.command.HangUp()
+		// Nobody may be left to take the output that is on its way.
+		c.conn.SetWriteDeadline(time.Now().Add(goneGrace))
 	}
 }
 

@@ -65,6 +65,9 @@ func (m *Machine) name() error {
 	if err := m.Names.Check(); err != nil {
 		return err
 	}
+	if m.Names.Hostname == "" {
+		syscall.Sethostname([]byte("localhost")) // "(none)" irritates programs
+	}
 	if err := m.Names.Apply("/"); err != nil {
 		return fmt.Errorf("write the host files: %w", err)
 	}

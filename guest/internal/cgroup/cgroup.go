@@ -100,12 +100,15 @@ func (g *Group) Processes() []int {
 
 // Release removes the group, now or when its last process has ended.
 func (g *Group) Release() {
-	if g == nil || os.Remove(g.path) == nil {
+	if g == nil {
 		return
 	}
-	g.tree.mu.Lock()
-	defer g.tree.mu.Unlock()
-	g.tree.stale = append(g.tree.stale, g.path)
+	if os.Remove(g.path) != nil {
+		g.tree.mu.Lock()
+		g.tree.stale = append(g.tree.stale, g.path)
+		g.tree.mu.Unlock()
+	}
+	g.tree.Sweep()
 }
 
 // Sweep removes groups whose background work has ended meanwhile.

@@ -3,8 +3,10 @@ package mux
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
+	"runtime/debug"
 	"sync"
 )
 
@@ -52,9 +54,20 @@ func NewSession(port Port) *Session {
 	s := &Session{port: port, streams: map[uint32]*Stream{}}
 	s.acceptOK = sync.NewCond(&s.mu)
 	s.writeOK = sync.NewCond(&s.mu)
-	go s.readLoop()
-	go s.writeLoop()
+	go s.guard(s.readLoop)
+	go s.guard(s.writeLoop)
 	return s
+}
+
+// guard turns a panic into the end of the session: in PID 1 the alternative is
+// a kernel panic.
+func (s *Session) guard(loop func()) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			s.fail(fmt.Errorf("mux: panic: %v\n%s", cause, debug.Stack()))
+		}
+	}()
+	loop()
 }
 
 // Accept returns the next stream that the host opened.
@@ -63,7 +76,7 @@ func (s *Session) Accept() (net.Conn, error) {
 	defer s.mu.Unlock()
 	for {
 		if s.closed != nil {
-			return nil, net.ErrClosed
+			return nil, s.closed
 		}
 		if len(s.backlog) > 0 {
 			stream := s.backlog[0]

@@ -424,14 +424,9 @@ func TestTwoBulkStreamsShareThePortEvenly(t *testing.T) {
 	s, h := newPair(t)
 	h.connect(1)
 	h.send(Frame{Open, 1, nil}, Frame{Open, 2, nil})
+	endless := make([]byte, 32<<20)
 	for _, st := range []*Stream{accept(t, s), accept(t, s)} {
-		go func() {
-			for {
-				if _, err := st.Write(make([]byte, 1<<20)); err != nil {
-					return
-				}
-			}
-		}()
+		go st.Write(endless) // one write, so that only the session decides
 	}
 	time.Sleep(20 * time.Millisecond)
 	got := map[uint32]int{}
@@ -440,7 +435,7 @@ func TestTwoBulkStreamsShareThePortEvenly(t *testing.T) {
 		got[f.Stream] += len(f.Payload)
 		h.send(Frame{Window, f.Stream, grant(uint32(len(f.Payload)))})
 	}
-	if ratio := float64(got[1]) / float64(got[2]); ratio < 0.7 || ratio > 1.4 {
+	if ratio := float64(got[1]) / float64(got[2]); ratio < 0.8 || ratio > 1.25 {
 		t.Fatalf("shares: %v", got)
 	}
 }
@@ -611,7 +606,7 @@ func TestAHangUpEndsTheStreamsAndTheNextHostIsServed(t *testing.T) {
 	p.input <- append(hello(2), Append(nil, Frame{Open, 1, nil})...)
 	accept(t, s)
 	close(p.input)
-	if _, err := s.Accept(); !errors.Is(err, net.ErrClosed) {
+	if _, err := s.Accept(); !errors.Is(err, io.EOF) {
 		t.Fatalf("accept after the port's end: %v", err)
 	}
 }

@@ -1,0 +1,27 @@
+"""The host daemon's configuration from settings."""
+
+from collections.abc import Mapping
+
+from fusevm.cli.places import find_places
+from fusevm.cli.settings import Loaded
+from fusevm.host.config import HostConfig
+
+
+def host_config(loaded: Loaded, environ: Mapping[str, str], data: str | None = None) -> HostConfig:
+    """Build it. Without a data root of its own the daemon uses the places of `fuse up`. Raises BadSetting."""
+    places = find_places(data, environ)
+    given = loaded["data_root"]
+    return HostConfig(
+        data_root=given or places.host,
+        artefact_root=loaded["artefact_root"] or (None if given else places.data),
+        run_dir=loaded["run_dir"],
+        listen=loaded["host_listen"],
+        plain_http=loaded["plain_http"],
+        driver=loaded["driver"],
+        kernel=loaded["kernel"],
+        network_range=loaded["network_range"],
+        egress_interface=loaded["egress_interface"],
+        instance=loaded["instance"],
+        user_network=loaded["user_network"],
+        max_machines=loaded["max_machines"],
+    )

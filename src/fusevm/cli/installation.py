@@ -1,0 +1,375 @@
+"""An installation of Fuse in one folder: prepared, started, looked after, emptied. One `fuse up` at a time."""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Self
+
+import msgspec
+
+from fusevm.cli.failures import UNAVAILABLE, CliError
+from fusevm.cli.places import Places
+from fusevm.cli.processes import Identity, end, identify, is_running
+from fusevm.cli.settings import Loaded
+from fusevm.cli.stack import Program, Stack
+from fusevm.model.errors import DataRootInUse, Error, PortInUse
+from fusevm.sdk.client import Fuse
+
+#: The host daemon probes its driver at the first start.
+HOST_START_S, CONTROL_START_S = 90.0, 30.0
+HOST_HEALTHY_S = 30.0
+_PREDECESSOR_S = 25.0
+_READY_SILENCE_S = 2.0
+
+
+class UpRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """`up.json`: who runs the installation. Remains after a crash, and is then out of date."""
+
+    supervisor: Identity
+    children: list[Identity] = []
+    url: str = ""
+
+
+class HostFile(msgspec.Struct, frozen=True, kw_only=True):
+    """What the host daemon writes about itself (`host.json`)."""
+
+    urls: list[str] = []
+    driver: str = ""
+    driver_reason: str = ""
+
+    @property
+    def url(self) -> str:
+        """Where it listens on TCP."""
+        return next((url for url in self.urls if not url.startswith("unix:")), "")
+
+
+class Running(msgspec.Struct, frozen=True, kw_only=True):
+    """A stack that serves."""
+
+    url: str
+    token: str
+    driver: str
+    driver_reason: str
+    places: Places
+
+    def describe(self, image: str) -> list[str]:
+        """What a person needs to know."""
+        why = f" ({self.driver_reason})" if self.driver_reason else ""
+        return [
+            f"URL     {self.url}",
+            f"Token   {self.token}",
+            f"Driver  {self.driver or 'unknown'}{why}",
+            f"Data    {self.places.data}",
+            f"Try     fuse run {image or 'IMAGE'} -- uname -a",
+        ]
+
+
+class Installation:
+    """Holds the folder's lock from start to end. Use as a context manager: what was started ends with it."""
+
+    def __init__(self, places: Places, control: Loaded, host: Loaded, say: Callable[[str], None]) -> None:
+        self.places = places
+        self._control = control
+        self._host = host
+        self._say = say
+        self._stack = Stack(say)
+        self._lock: IO[str] | None = None
+        self._running: Running | None = None
+
+    def __enter__(self) -> Self:
+        make_folders(self.places)
+        self._lock = take_lock(self.places)
+        try:
+            end_predecessor(self.places, self._say)
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.__exit__()
+        self.places.record.unlink(missing_ok=True)
+        if self._lock is not None:
+            self._lock.close()
+
+    def prepare(self, image: str) -> None:
+        """Make what machines are made from, where it is missing. Shows its progress."""
+        from fusevm.cli.building import Narrator, carry_out, ensure_parts  # noqa: PLC0415 - builders load much
+        from fusevm.cli.progress import Meter  # noqa: PLC0415 - as above
+
+        with Meter() as meter:
+            artefacts = self._host["artefact_root"] or self.places.data
+            carry_out(ensure_parts(artefacts, self._host["kernel"], image, Narrator(meter)))
+
+    def start(self) -> Running:
+        """Start both programs and wait until they serve. Raises PortInUse, CliError."""
+        host_listen = choose_address(self._host, "host_listen", "127.0.0.1:8090")
+        listen = choose_address(self._control, "listen", "127.0.0.1:8080")
+        self._save_record()
+        save_settings(self.places, self._host)
+        self._stack.start(self._host_program(host_listen), HOST_START_S)
+        self._save_record()
+        found = self._read_host()
+        token = read_or_make_token(self.places.token, self._control["auth_token"])
+        ready_file = self.places.control / "ready"
+        ready_file.unlink(missing_ok=True)
+        self._stack.start(self._control_program(listen, token, found.url, ready_file), CONTROL_START_S)
+        url = ready_file.read_text().strip()
+        self._running = Running(
+            url=url, token=token, driver=found.driver, driver_reason=found.driver_reason, places=self.places
+        )
+        self._save_record()
+        self._wait_for_host()
+        return self._running
+
+    def check(self) -> None:
+        """Start again what has ended; call it now and then."""
+        if self._stack.check():
+            self._save_record()
+
+    def stop(self) -> None:
+        """End both programs. Idempotent."""
+        self._stack.stop()
+
+    def client(self) -> Fuse:
+        """A client of what runs. Proxies play no role."""
+        if self._running is None:
+            raise CliError("nothing runs", code=UNAVAILABLE)
+        return Fuse(self._running.url, self._running.token, ca_file=self._control["tls_cert"] or None, environ={})
+
+    def count_environments(self) -> int | None:
+        """How many are live; None when nobody answers."""
+        try:
+            with self.client() as fuse:
+                return sum(1 for _ in fuse.environments.list())
+        except (Error, CliError):
+            return None
+
+    def destroy_all(self) -> None:
+        """Destroy every environment and wait for their end. Raises CliError when one stays."""
+        from fusevm.cli.removing import remove_all  # noqa: PLC0415 - threads, for this only
+
+        with self.client() as fuse:
+            ids = [one.id for one in fuse.environments.list()]
+            if remove_all(fuse, ids, done=lambda env_id: self._say(f"{env_id} destroyed")):
+                raise CliError("not every environment could be destroyed", hint="see above; `fuse down` tries again")
+
+    def remove_traces(self) -> None:
+        """Remove what the host daemon keeps on this machine for its next start. Only after everything has ended."""
+        from fusevm.cli import teardown  # noqa: PLC0415 - the daemon's parts are only for this
+        from fusevm.cli.host_settings import host_config  # noqa: PLC0415 - as above
+
+        config = msgspec.structs.replace(host_config(self._host, os.environ), data_root=self.places.host)
+        if teardown.has_machines(config):
+            self._say(f"machines are left below {self.places.host}; their network stays")
+            return
+        teardown.remove_traces(config)
+        self.places.settings.unlink(missing_ok=True)
+
+    def remove_state(self, *, is_whole: bool) -> None:
+        """Remove what runs leave behind, or the whole folder; kernels and images stay. Only after everything ended."""
+        if is_whole:
+            shutil.rmtree(self.places.data, ignore_errors=True)
+            return
+        for folder in (self.places.host, self.places.control, self.places.logs):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.places.token, self.places.record, self.places.lock):
+            file.unlink(missing_ok=True)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _host_program(self, listen: str) -> Program:
+        marker = self.places.host / "host.json"
+        marker.unlink(missing_ok=True)
+        environ = to_environ(self._host) | {
+            "FIRECRACKER_HOST_ROOT_DIR": str(self.places.host),
+            "FUSE_ARTEFACT_ROOT": str(self._host["artefact_root"] or self.places.data),
+            "FUSE_HOST_LISTEN": listen,
+        }
+        return Program(
+            name="host daemon",
+            arguments=["host", "serve", "--config", os.devnull],
+            environ=environ,
+            log=self.places.logs / "host.log",
+            is_ready=marker.exists,
+        )
+
+    def _control_program(self, listen: str, token: str, host_url: str, ready_file: Path) -> Program:
+        uid = control_uid()
+        if uid is not None:
+            os.chown(self.places.control, uid, -1)
+        environ = to_environ(self._control) | {
+            "ORCH_LISTEN": listen,
+            "ORCH_AUTH_TOKEN": token,
+            "DATABASE_URL": f"sqlite://{self.places.control / 'fuse.db'}",
+            "FIRECRACKER_BASE_URL": host_url,
+            "FIRECRACKER_TOKEN": (self.places.host / "token").read_text().strip(),
+        }
+        user = [] if uid is None else ["--user", str(uid)]
+        return Program(
+            name="control plane",
+            arguments=["serve", "--config", os.devnull, "--ready-file", str(ready_file), *user],
+            environ=environ,
+            log=self.places.logs / "control.log",
+            is_ready=ready_file.exists,
+        )
+
+    def _read_host(self) -> HostFile:
+        try:
+            return msgspec.json.decode((self.places.host / "host.json").read_bytes(), type=HostFile)
+        except (OSError, msgspec.DecodeError) as error:
+            raise CliError(f"the host daemon says nothing useful about itself: {error}") from error
+
+    def _wait_for_host(self) -> None:
+        """Until the control plane has seen its host, creates would be refused."""
+        ends_at = time.monotonic() + HOST_HEALTHY_S
+        with self.client() as fuse:
+            while not any(host.health == "ok" for host in fuse.hosts.list()):
+                if time.monotonic() > ends_at:
+                    raise CliError(
+                        "the control plane does not reach the host daemon",
+                        hint=f"see {self.places.logs / 'control.log'}",
+                        code=UNAVAILABLE,
+                    )
+                self.check()
+                time.sleep(0.1)
+
+    def _save_record(self) -> None:
+        supervisor = identify(os.getpid())
+        assert supervisor is not None  # noqa: S101 - we are running
+        children = [child.identity for child in self._stack.children if child.identity is not None]
+        url = self._running.url if self._running is not None else ""
+        record = UpRecord(supervisor=supervisor, children=children, url=url)
+        fresh = self.places.record.with_suffix(".new")
+        fresh.write_bytes(msgspec.json.encode(record))
+        fresh.replace(self.places.record)
+
+
+def make_folders(places: Places) -> None:
+    """The folders, private where they hold secrets. The control plane's user must get through the outermost one."""
+    places.data.mkdir(mode=0o755, parents=True, exist_ok=True)
+    for folder in (places.host, places.control, places.logs):
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def take_lock(places: Places) -> IO[str]:
+    """Be the only one. Raises DataRootInUse with the pid of the other."""
+    lock = places.lock.open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        record = load_record(places)
+        lock.close()
+        raise DataRootInUse(path=str(places.data), pid=str(record.supervisor.pid) if record else "unknown") from error
+    return lock
+
+
+def load_record(places: Places) -> UpRecord | None:
+    """What `up.json` says, or None."""
+    try:
+        return msgspec.json.decode(places.record.read_bytes(), type=UpRecord)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def save_settings(places: Places, host: Loaded) -> None:
+    """Remember how the host daemon runs, for a `fuse down` that has to start it again."""
+    given = {setting.name: to_text(host[setting.name]) for setting in host.table if host.is_given(setting.name)}
+    places.settings.write_bytes(msgspec.json.encode(given))
+
+
+def load_settings(places: Places) -> dict[str, str | bool | None]:
+    """How the host daemon ran last, as flags."""
+    try:
+        return msgspec.json.decode(places.settings.read_bytes(), type=dict[str, str | bool | None])
+    except (OSError, msgspec.DecodeError):
+        return {}
+
+
+def end_predecessor(places: Places, say: Callable[[str], None]) -> None:
+    """Wait for the daemons of a `fuse up` that was killed; they end by themselves, or are ended."""
+    record = load_record(places)
+    left = [child for child in record.children if is_running(child)] if record else []
+    if not left:
+        return
+    say("the daemons of an earlier `fuse up` are still ending ...")
+    for child in left:
+        if not end(child, signal.SIGTERM, _PREDECESSOR_S):
+            end(child, signal.SIGKILL, 5.0)
+
+
+def choose_address(loaded: Loaded, name: str, default: str) -> str:
+    """The address asked for, which must be free; else the default, or another port when that is taken.
+
+    The port is settled here, so that a program that is started again comes back under the same address.
+    """
+    address: str = loaded[name] if loaded.is_given(name) else default
+    host, _, port = address.rpartition(":")
+    found = free_port(host.strip("[]"), int(port))
+    if found is None and loaded.is_given(name):
+        raise PortInUse(address=address, setting=loaded.source(name))
+    return f"{host}:{found or free_port(host.strip('[]'), 0)}"
+
+
+def free_port(host: str, port: int) -> int | None:
+    """The port if we could listen there (0: some free one), else None."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+        except OSError:
+            return None
+        return int(sock.getsockname()[1])
+
+
+def read_or_make_token(path: Path, given: str) -> str:
+    """The master token: the one given, else the installation's own, made once (0600)."""
+    if given:
+        return given
+    with contextlib.suppress(FileNotFoundError):
+        token = path.read_text().strip()
+        if token:
+            return token
+    token = secrets.token_urlsafe(32)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(fd, "w") as file:
+        file.write(token + "\n")
+    return token
+
+
+def to_environ(loaded: Loaded) -> dict[str, str]:
+    """The values that were given, as variables for a child; secrets thus never show in the process list.
+
+    Empty means unset, whatever our own environment says.
+    """
+    table = loaded.table
+    return {one.env: to_text(loaded[one.name]) if loaded.is_given(one.name) else "" for one in table}
+
+
+def to_text(value: object) -> str:
+    """A setting's value as one would write it."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def control_uid() -> int | None:
+    """As whom the control plane runs when we are root: `fuse` if there is such a user, else a number of its own just
+    below those of the machines. None: as we are."""
+    if os.geteuid() != 0:
+        return None
+    import pwd  # noqa: PLC0415 - only as root
+
+    from fusevm.host.config import HostConfig  # noqa: PLC0415 - as above
+
+    with contextlib.suppress(KeyError):
+        return pwd.getpwnam("fuse").pw_uid
+    return HostConfig(data_root=Path("/")).uid_base - 1

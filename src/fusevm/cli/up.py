@@ -1,0 +1,115 @@
+"""`fuse up`: the whole of Fuse on this machine, in the foreground."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType as StackFrame
+from typing import Any
+
+import click
+
+from fusevm.cli import settings
+from fusevm.cli.connection import Context, context_path, remove_context, save_context
+from fusevm.cli.ephemeral import apart_from_others, temporary_places
+from fusevm.cli.failures import report
+from fusevm.cli.options import State
+from fusevm.cli.output import say
+from fusevm.cli.places import data_option, find_places
+from fusevm.cli.setting_options import config_option, settings_options
+
+_FROM_CONTROL = ("listen", "auth_token", "tls_cert", "tls_key", "allowed_hosts", "log_level", "token_encryption_key")
+_FROM_HOST = tuple(setting.name for setting in settings.HOST if setting.name not in ("data_root", "plain_http"))
+CONTROL_SETTINGS = tuple(setting for setting in settings.CONTROL if setting.name in _FROM_CONTROL)
+HOST_SETTINGS = tuple(setting for setting in settings.HOST if setting.name in _FROM_HOST)
+_CHECK_S = 0.5
+
+
+@click.command()
+@data_option
+@click.option(
+    "--image", default="debian-12", show_default=True, metavar="NAME", help="Image to have ready; '' for none."
+)
+@click.option(
+    "--ephemeral",
+    is_flag=True,
+    help="In a temporary folder unless --data names one; at the end all environments and their data are removed.",
+)
+@click.option("--no-context", is_flag=True, help="Do not make this the default server of this user's commands.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@config_option
+@settings_options(CONTROL_SETTINGS)
+@settings_options(HOST_SETTINGS)
+@click.pass_obj
+def up(
+    state: State,
+    /,
+    *,
+    data: str | None,
+    image: str,
+    ephemeral: bool,
+    no_context: bool,
+    debug: bool,
+    config_file: Path | None,
+    **flags: Any,
+) -> int:
+    """Start Fuse on this machine: host daemon and control plane, in the foreground.
+
+    As root machines get their own network, users and limits. What they are made from is fetched and built the first
+    time. Ctrl-C stops Fuse; the machines keep running, and the next `fuse up` finds them again. `fuse down` ends them.
+    """
+    from fusevm.cli.installation import Installation  # noqa: PLC0415 - only for this command
+
+    state.is_debug = state.is_debug or debug
+    control = settings.load("control", flags, os.environ, config_file)
+    host = settings.load("host", flags, os.environ, config_file)
+    places = find_places(data, os.environ)
+    if ephemeral and data is None:
+        flags = flags | apart_from_others(host, places.data)
+        host = settings.load("host", flags, os.environ, config_file)
+        places = temporary_places()
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGHUP, _interrupt)
+    context = context_path(os.environ)
+    with Installation(places, control, host, say=say) as installation:
+        installation.prepare(image)
+        running = installation.start()
+        if not no_context:
+            save_context(context, Context(url=running.url, token=running.token, data_root=str(places.data)))
+        for line in running.describe(image):
+            print(line, flush=True)
+        say("Ctrl-C stops Fuse" + ("" if ephemeral else "; machines keep running. `fuse down` ends them, too"))
+        try:
+            while True:
+                time.sleep(_CHECK_S)
+                installation.check()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            if ephemeral:
+                installation.destroy_all()
+                remove_context(context, running.url)
+                installation.stop()
+                installation.remove_traces()
+            else:
+                _tell_what_stays(installation.count_environments())
+    if ephemeral:
+        installation.remove_state(is_whole=data is None)
+    return 0
+
+
+def _interrupt(number: int, stack: StackFrame | None) -> None:
+    del number, stack
+    raise KeyboardInterrupt
+
+
+def _tell_what_stays(count: int | None) -> None:
+    print(file=sys.stderr)
+    if count is None:
+        report("the control plane does not answer; machines that run keep running", "`fuse up` finds them again")
+    elif count:
+        noun = "environment keeps" if count == 1 else "environments keep"
+        say(f"{count} {noun} running. `fuse up` finds them again; `fuse down` destroys them")
+    else:
+        say("Fuse has stopped; no environment was left")

@@ -1,0 +1,314 @@
+"""The synchronous client.
+
+    with Fuse("http://127.0.0.1:8080", token) as fuse:
+        env = fuse.environments.create(image="debian-12")
+        print(fuse.environments.exec(env.id, ["uname", "-a"]).stdout)
+        fuse.environments.delete(env.id)
+
+Every failure is an error of `fusevm.model.errors` (or `sdk.failures`). Calls that may be repeated are repeated after
+lost connections; `sdk.core` says which ones these are. One client may be used by several threads.
+"""
+
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, Unpack
+
+from fusevm.model.environment import State
+from fusevm.model.errors import NotFound, Timeout
+from fusevm.sdk import core
+from fusevm.sdk.address import Dialer, parse_address
+from fusevm.sdk.channel import Channel
+from fusevm.sdk.core import Argv, CreateFields, LogSource
+from fusevm.sdk.files import Archive, Files
+from fusevm.sdk.processes import Processes
+from fusevm.wire.guest import ExecRequest
+from fusevm.wire.rest import (
+    EnvironmentBody,
+    EnvironmentPage,
+    EventBody,
+    ExecAnswer,
+    HostBody,
+    HostPage,
+    Ready,
+    Version,
+)
+from fusevm.wire.sse import MessageDecoder
+
+if TYPE_CHECKING:
+    from fusevm.sdk.session import Session
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+#: Event streams carry a comment every 15 s; three missing ones mean that the stream is dead.
+EVENTS_SILENCE_S = 50.0
+#: Silence that ends the reading of past events.
+PAST_SILENCE_S = 0.5
+_POLL_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+class Environments:
+    """`/v1/environments` and what lies below."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def create(
+        self, task_id: str = "", *, deadline_s: float = 300.0, **fields: Unpack[CreateFields]
+    ) -> EnvironmentBody:
+        """Create an environment and return it once it runs; without a task id it gets a random one.
+
+        Safe against lost answers: one Idempotency-Key covers all tries. Raises BootFailed when it does not come up,
+        Timeout after `deadline_s` (it may then still come up).
+        """
+        request = core.make_create_request(task_id or make_task_id(), fields)
+        created = self._channel.get(core.create_environment(request, key=make_key()))
+        return self.wait_until_running(created, deadline_s=deadline_s)
+
+    def begin(self, task_id: str = "", **fields: Unpack[CreateFields]) -> EnvironmentBody:
+        """Ask for an environment and return at once, state `provisioning`."""
+        request = core.make_create_request(task_id or make_task_id(), fields)
+        return self._channel.get(core.create_environment(request, key=make_key(), wait=False))
+
+    def wait_until_running(self, environment: EnvironmentBody, *, deadline_s: float = 300.0) -> EnvironmentBody:
+        """Return it when it no longer is `provisioning`. Raises BootFailed, Timeout."""
+        ends_at = time.monotonic() + deadline_s
+        for pause in poll_pauses():
+            if environment.state != State.PROVISIONING:
+                break
+            if time.monotonic() > ends_at:
+                raise Timeout(what=f"the start of {environment.id}", limit_s=round(deadline_s))
+            time.sleep(pause)
+            environment = self.get(environment.id, uid=environment.uid)
+        core.raise_unless_up(environment)
+        return environment
+
+    def list(
+        self, *, task_id: str = "", state: str = "", host_id: str = "", ended: bool = False
+    ) -> Iterator[EnvironmentBody]:
+        """All environments that match, page by page as they are taken."""
+        cursor = ""
+        while True:
+            page = self.page(task_id=task_id, state=state, host_id=host_id, ended=ended, limit=200, cursor=cursor)
+            yield from page.environments
+            cursor = page.next_cursor
+            if not cursor:
+                return
+
+    def page(
+        self,
+        *,
+        task_id: str = "",
+        state: str = "",
+        host_id: str = "",
+        ended: bool = False,
+        limit: int | None = None,
+        cursor: str = "",
+    ) -> EnvironmentPage:
+        """One page; `next_cursor` leads to the next one."""
+        call = core.list_environments(
+            task_id=task_id, state=state, host_id=host_id, ended=ended, limit=limit, cursor=cursor
+        )
+        return self._channel.get(call)
+
+    def get(self, env_id: str, *, uid: str = "") -> EnvironmentBody:
+        """The live environment, or with `uid` that one, ended or not. Raises EnvironmentNotFound, EnvironmentEnded."""
+        return self._channel.get(core.get_environment(env_id, uid=uid))
+
+    def delete(self, env_id: str, *, wait: bool = True, deadline_s: float = 300.0) -> None:
+        """Destroy an environment. Returns when it is gone, or with `wait=False` when that is certain to happen."""
+        is_gone = self._channel.call(core.delete_environment(env_id, wait=wait))
+        if is_gone is not False or not wait:
+            return
+        ends_at = time.monotonic() + deadline_s
+        for pause in poll_pauses():
+            try:
+                self.get(env_id)
+            except NotFound:
+                return
+            if time.monotonic() > ends_at:
+                raise Timeout(what=f"destroying {env_id}", limit_s=round(deadline_s))
+            time.sleep(pause)
+
+    def drain(self, env_id: str) -> EnvironmentBody:
+        """Begin the end: the machine stays for inspection until it is deleted."""
+        return self._channel.get(core.drain_environment(env_id))
+
+    def exec(
+        self,
+        env_id: str,
+        cmd: Argv | None = None,
+        *,
+        shell: str = "",
+        env: dict[str, str] | None = None,
+        cwd: str = "",
+        user: str = "",
+        timeout_ms: int = 0,
+        stdin: bytes = b"",
+        binary: bool = False,
+    ) -> ExecAnswer:
+        """Run a command (`cmd`, or `shell` as text for sh) to its end and return output and exit code.
+
+        `timeout_ms` 0: 60 s, at most 600 s. `core.output_of` gives the output as bytes. For more than 16 MiB of output,
+        for live output or longer commands use `exec_stream`.
+        """
+        body = core.make_exec_body(
+            cmd, shell=shell, env=env, cwd=cwd, user=user, timeout_ms=timeout_ms, stdin=stdin, binary=binary
+        )
+        return self._channel.get(core.exec_environment(env_id, body))
+
+    def exec_stream(
+        self,
+        env_id: str,
+        cmd: Argv | None = None,
+        *,
+        shell: str = "",
+        env: dict[str, str] | None = None,
+        cwd: str = "",
+        user: str = "",
+        timeout_ms: int = 0,
+        tty: bool = False,
+        rows: int = 24,
+        cols: int = 80,
+    ) -> "Session":
+        """Run a command with its streams: input, output as it comes, signals, terminal. `timeout_ms` 0: no limit."""
+        request = ExecRequest(
+            cmd=cmd or [],
+            shell=shell,
+            env=env or {},
+            cwd=cwd,
+            user=user,
+            timeout_ms=timeout_ms,
+            tty=tty,
+            rows=rows,
+            cols=cols,
+        )
+        return self._channel.session(core.exec_target(env_id), request)
+
+    def shell(self, env_id: str, cmd: Argv | None = None, *, rows: int = 24, cols: int = 80) -> "Session":
+        """Open a terminal with a login shell, or with `cmd`."""
+        return self._channel.session(core.shell_target(env_id, rows=rows, cols=cols, cmd=cmd), None)
+
+    def events(self, env_id: str = "", *, uid: str = "", last_event_id: str = "") -> Iterator[EventBody]:
+        """The events of one environment (of all with an empty id): first its current state, then each as it happens.
+
+        Ends after the terminal event. With `last_event_id` what was missed comes first. A broken connection raises
+        ConnectionLost; go on from the last id seen.
+        """
+        request = core.watch_events(env_id, uid=uid, last_event_id=last_event_id)
+        yield from self._messages(request, EVENTS_SILENCE_S)
+
+    def _messages(self, request: core.Request, silence_s: float) -> Iterator[EventBody]:
+        read = core.json_reader(EventBody)
+        decoder = MessageDecoder()
+        with self._channel.stream(request, silence_s) as response:
+            for chunk in response.chunks():
+                for message in decoder.feed(chunk):
+                    yield read(core.Answer(status=200, body=message.data.encode()))
+
+    def past_events(self, env_id: str, *, uid: str) -> Iterator[EventBody]:
+        """What has happened to one environment so far, from its first event."""
+        try:
+            request = core.watch_events(env_id, uid=uid, last_event_id=core.first_event_id(uid))
+            yield from self._messages(request, PAST_SILENCE_S)
+        except Timeout:
+            return  # a live environment's stream goes on; what is past comes at once
+
+    def logs(self, env_id: str, *, source: LogSource = "console", follow: bool = False) -> Iterator[bytes]:
+        """The log of one source in pieces; with `follow` until the environment ends."""
+        request = core.read_logs(env_id, source=source, follow=follow)
+        with self._channel.stream(request, None if follow else core.QUICK_TIMEOUT_S) as response:
+            yield from response.chunks()
+
+    def files(self, env_id: str) -> Files:
+        """The files of a machine."""
+        return Files(self._channel, env_id)
+
+    def archive(self, env_id: str) -> Archive:
+        """Whole folders of a machine, as tar."""
+        return Archive(self._channel, env_id)
+
+    def processes(self, env_id: str) -> Processes:
+        """The background processes of a machine."""
+        return Processes(self._channel, env_id)
+
+
+class Hosts:
+    """`/v1/hosts`."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def list(self) -> Iterator[HostBody]:
+        """All hosts, page by page as they are taken."""
+        cursor = ""
+        while True:
+            page = self.page(limit=200, cursor=cursor)
+            yield from page.hosts
+            cursor = page.next_cursor
+            if not cursor:
+                return
+
+    def page(self, *, limit: int | None = None, cursor: str = "") -> HostPage:
+        """One page; `next_cursor` leads to the next one."""
+        return self._channel.get(core.list_hosts(limit=limit, cursor=cursor))
+
+    def get(self, host_id: str) -> HostBody:
+        """One host. Raises HostNotFound."""
+        return self._channel.get(core.get_host(host_id))
+
+
+class Fuse:
+    """A connection to one control plane. Close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        token: str = "",
+        *,
+        ca_file: str | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        """Nothing is sent yet. `environ` (default: the process's) names proxies, which loopback addresses never use."""
+        dialer = Dialer(parse_address(base_url), ca_file=ca_file, environ=os.environ if environ is None else environ)
+        self._channel = Channel(dialer, token)
+        self.environments = Environments(self._channel)
+        self.hosts = Hosts(self._channel)
+
+    def version(self) -> Version:
+        """What the server is; needs no token."""
+        return self._channel.get(core.get_version())
+
+    def ready(self) -> Ready:
+        """Whether the server can work, with the checks behind it; needs no token."""
+        return self._channel.get(core.get_ready())
+
+    def close(self) -> None:
+        """Close idle connections. Idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def make_key() -> str:
+    """A fresh Idempotency-Key."""
+    return secrets.token_hex(16)
+
+
+def make_task_id(prefix: str = "env") -> str:
+    """A fresh task id for whoever does not care."""
+    return f"{prefix}-{secrets.token_hex(4)}"
+
+
+def poll_pauses() -> Iterator[float]:
+    """Seconds between looks at something slow: soon at first, then every second."""
+    yield from _POLL_S
+    while True:
+        yield _POLL_S[-1]
