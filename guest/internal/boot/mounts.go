@@ -36,13 +36,15 @@ func mountUserFilesystems() error {
 		{"devpts", "/dev/pts", "devpts", noSuid | noExec, "gid=5,mode=620,ptmxmode=666"},
 		{"tmpfs", "/dev/shm", "tmpfs", noSuid | noDev, "mode=1777"},
 		{"tmpfs", "/run", "tmpfs", noSuid | noDev, "mode=755"},
-		{"tmpfs", "/tmp", "tmpfs", noSuid | noDev, "mode=1777"},
 	})
 	if err != nil {
 		return err
 	}
-	if err := os.Mkdir("/run/lock", 0o777); err == nil {
-		os.Chmod("/run/lock", 0o777|os.ModeSticky)
+	// /tmp belongs to the disk, whose size the user chose; memory would be too small for what programs put there.
+	for _, shared := range []string{"/run/lock", "/tmp"} {
+		if err := os.Mkdir(shared, 0o777); err == nil {
+			os.Chmod(shared, 0o777|os.ModeSticky)
+		}
 	}
 	// devtmpfs knows devices only; these links are otherwise made by udev.
 	for name, target := range map[string]string{

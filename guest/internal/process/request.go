@@ -2,6 +2,7 @@ package process
 
 import (
 	"maps"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -15,11 +16,12 @@ import (
 
 // Limits of a request.
 const (
-	MaxOutput   = 16 << 20
-	defaultRows = 24
-	defaultCols = 80
-	defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-	shell       = "/bin/sh"
+	MaxOutput    = 16 << 20
+	maxTimeoutMS = math.MaxInt64 / int64(time.Millisecond) // what a time.Duration holds
+	defaultRows  = 24
+	defaultCols  = 80
+	defaultPath  = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+	shell        = "/bin/sh"
 )
 
 // Request is the "exec request" of the protocol.
@@ -96,8 +98,8 @@ func (r *Request) check() error {
 		return fault.BadRequest("cmd", "give exactly one of cmd (a list with the program first) and shell (a text)")
 	case r.Shell != nil && strings.ContainsRune(*r.Shell, 0):
 		return fault.BadRequest("shell", "shell must not contain NUL")
-	case r.TimeoutMS < 0:
-		return fault.BadRequest("timeout_ms", "timeout_ms must not be negative")
+	case r.TimeoutMS < 0 || r.TimeoutMS > maxTimeoutMS:
+		return fault.BadRequest("timeout_ms", "timeout_ms must be between 0 (no limit) and "+strconv.FormatInt(maxTimeoutMS, 10))
 	case r.MaxOutputBytes < 0:
 		return fault.BadRequest("max_output_bytes", "max_output_bytes must not be negative")
 	}
