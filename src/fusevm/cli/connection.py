@@ -55,13 +55,13 @@ def load_context(path: Path) -> Context | None:
         ) from error
 
 
-def save_context(path: Path, context: Context) -> None:
-    """Replace the context atomically; only its owner can read it."""
+def save_private(path: Path, value: msgspec.Struct) -> None:
+    """Replace a JSON file with a token in it atomically; only its owner can read it."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".context-")  # 0600 from the start
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(context)) + b"\n")
+            file.write(msgspec.json.format(msgspec.json.encode(value)) + b"\n")
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -59,6 +59,10 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     driver_reason: str
     places: Places
 
+    def connection(self) -> dict[str, str]:
+        """What a client needs, and where it all is."""
+        return {"url": self.url, "token": self.token, "data_root": str(self.places.data)}
+
     def describe(self, image: str) -> list[str]:
         """What a person needs to know."""
         why = f" ({self.driver_reason})" if self.driver_reason else ""

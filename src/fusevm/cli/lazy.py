@@ -7,6 +7,10 @@ from typing import Any
 import click
 
 
+class ReaderGone(Exception):
+    """Whoever read our output has gone. (click ends the program with status 1 when it sees a BrokenPipeError.)"""
+
+
 class LazyGroup(click.Group):
     """Subcommands by `module:attribute`, with the help line beside them so that help imports nothing."""
 
@@ -25,6 +29,12 @@ class LazyGroup(click.Group):
         module, attribute = self._lazy[cmd_name][0].split(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise ReaderGone from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         del ctx

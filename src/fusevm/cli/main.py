@@ -11,7 +11,7 @@ import click
 
 from fusevm import __version__
 from fusevm.cli.failures import INTERRUPTED, OTHER, PIPE_CLOSED, CliError, report, report_error
-from fusevm.cli.lazy import LazyGroup
+from fusevm.cli.lazy import LazyGroup, ReaderGone
 from fusevm.cli.options import State
 from fusevm.model.errors import Error
 
@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
-    except BrokenPipeError:
+    except ReaderGone:
         return PIPE_CLOSED
     except Exception as error:  # noqa: BLE001 - the boundary of the program: nobody gets to see a traceback unasked
         if state.is_debug:

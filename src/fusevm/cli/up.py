@@ -9,9 +9,10 @@ from types import FrameType as StackFrame
 from typing import Any
 
 import click
+import msgspec
 
 from fusevm.cli import settings
-from fusevm.cli.connection import Context, context_path, remove_context, save_context
+from fusevm.cli.connection import Context, context_path, remove_context, save_private
 from fusevm.cli.ephemeral import apart_from_others, temporary_places
 from fusevm.cli.failures import report
 from fusevm.cli.options import State
@@ -37,6 +38,7 @@ _CHECK_S = 0.5
     help="In a temporary folder unless --data names one; at the end all environments and their data are removed.",
 )
 @click.option("--no-context", is_flag=True, help="Do not make this the default server of this user's commands.")
+@click.option("--ready-file", default="", hidden=True, help="Written with what runs, as JSON (0600), once it serves.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @config_option
 @settings_options(CONTROL_SETTINGS)
@@ -50,6 +52,7 @@ def up(
     image: str,
     ephemeral: bool,
     no_context: bool,
+    ready_file: str,
     debug: bool,
     config_file: Path | None,
     **flags: Any,
@@ -76,7 +79,9 @@ def up(
         installation.prepare(image)
         running = installation.start()
         if not no_context:
-            save_context(context, Context(url=running.url, token=running.token, data_root=str(places.data)))
+            save_private(context, Context(**running.connection()))
+        if ready_file:
+            save_private(Path(ready_file), Ready(**running.connection(), instance=host["instance"]))
         for line in running.describe(image):
             print(line, flush=True)
         say("Ctrl-C stops Fuse" + ("" if ephemeral else "; machines keep running. `fuse down` ends them, too"))
@@ -97,6 +102,16 @@ def up(
     if ephemeral:
         installation.remove_state(is_whole=data is None)
     return 0
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True):
+    """What `--ready-file` tells to programs that start us."""
+
+    url: str
+    token: str
+    data_root: str
+    #: Starts the name of every kernel object.
+    instance: str
 
 
 def _interrupt(number: int, stack: StackFrame | None) -> None:

@@ -1,0 +1,310 @@
+"""The measurements of `fuse bench`. Raw and Fuse alternate within each; times by the monotonic clock."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fusevm.cli.failures import CliError
+from fusevm.cli.measurement_report import Comparison, Results
+from fusevm.cli.raw_channel import RawMachine
+from fusevm.host.disk.overlay import create_overlay
+from fusevm.host.images.blank import ensure_blank
+from fusevm.host.images.initramfs import ensure_initramfs
+from fusevm.host.images.kernel import KernelStore
+from fusevm.host.images.store import ImageStore
+from fusevm.sdk.client import Fuse
+from fusevm.wire.frames import FrameType
+
+RAW_SCRIPT = Path(__file__).with_name("raw_vmm.py")
+DISK_BYTES = 4 << 30
+MEMORY_MIB = 512
+_START_TIMEOUT_S = 900
+_STOP_TIMEOUT_S = 60
+#: Raw machines whose only use is the round trip of a request.
+_ROUND_BATCHES = 3
+_STREAM_REPEATS = 5
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """How much to measure."""
+
+    boots: int
+    rounds: int
+    size_bytes: int
+    image: str
+
+
+class Parts(msgspec.Struct, frozen=True, kw_only=True):
+    """What both kinds of machine are made of."""
+
+    kernel: Path
+    initramfs: Path
+    image: Path
+    blank: Path
+
+
+class Stack:
+    """A Fuse of its own (`fuse up --ephemeral`), and ways to talk to each of its layers."""
+
+    def __init__(self, url: str, token: str, data_root: Path) -> None:
+        self.fuse = Fuse(url, token)
+        self._socket = data_root / "host" / "firecracker-host.sock"
+        self._address = url.split("//")[1]
+        self.headers = {"authorization": f"Bearer {token}"}
+
+    def host_connection(self) -> http.client.HTTPConnection:
+        """A connection to the host daemon, past the control plane."""
+        connection = http.client.HTTPConnection("localhost", timeout=120)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.connect(str(self._socket))
+        return connection
+
+    def control_connection(self) -> http.client.HTTPConnection:
+        """A connection to the control plane, past the SDK."""
+        return http.client.HTTPConnection(self._address, timeout=120)
+
+    def machine_of(self, env_id: str) -> tuple[str, dict[str, str]]:
+        """Id of an environment's machine, and the fence with which the host lets us touch it."""
+        uid = self.fuse.environments.get(env_id).uid
+        machines = ask(self.host_connection(), "GET", "/machines", {})["machines"]
+        machine = next(one for one in machines if one["uid"] == uid)
+        fence = {"fuse-cluster": machine["cluster"], "fuse-uid": uid, "fuse-action-seq": "1000"}
+        return machine["id"], fence | {"fuse-incarnation": str(machine["incarnation"])}
+
+
+def measure_all(plan: Plan) -> Results:
+    """Start a stack, measure everything, leave nothing behind."""
+    with local_stack(plan.image) as (stack, parts):
+        comparisons = [*measure_boots(stack, parts, plan)]
+        comparisons += measure_rounds(stack, parts, plan)
+        comparisons += asyncio.run(measure_streams(stack, parts, plan))
+        host = next(stack.fuse.hosts.list())
+    about = {
+        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+        "driver": host.driver,
+        "environment": f"1 vCPU, {MEMORY_MIB} MiB, image {plan.image}",
+    }
+    return Results(about=about, comparisons=comparisons)
+
+
+@contextlib.contextmanager
+def local_stack(image: str) -> Iterator[tuple[Stack, Parts]]:
+    """`fuse up --ephemeral` as a child; ended, with all it made, at the end."""
+    with tempfile.TemporaryDirectory(prefix="fuse-bench-") as folder:
+        ready = Path(folder) / "ready.json"
+        words = ["-m", "fusevm", "up", "--ephemeral", "--no-context", "--image", image, "--ready-file", str(ready)]
+        child = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL)
+        try:
+            found = _wait_for(ready, child)
+            data_root = Path(found["data_root"])
+            yield Stack(found["url"], found["token"], data_root), asyncio.run(_find_parts(image))
+        finally:
+            child.send_signal(signal.SIGINT)
+            child.wait(_STOP_TIMEOUT_S)
+
+
+def _wait_for(ready: Path, child: "subprocess.Popen[bytes]") -> dict[str, str]:
+    ends_at = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < ends_at:
+        if child.poll() is not None:
+            raise CliError("Fuse did not start", hint="`fuse up --ephemeral` says why")
+        if ready.exists():
+            found: dict[str, str] = json.loads(ready.read_text())
+            return found
+        time.sleep(0.1)
+    raise CliError("Fuse did not start in time")
+
+
+async def _find_parts(image: str) -> Parts:
+    from fusevm.cli.places import find_places  # noqa: PLC0415 - only here
+
+    data = find_places(None, os.environ).data
+    kernel = await KernelStore(data).ensure()
+    found = await ImageStore(data).resolve(image)
+    return Parts(
+        kernel=kernel.vmlinux,
+        initramfs=await ensure_initramfs(data, kernel),
+        image=found.rootfs,
+        blank=await ensure_blank(data, DISK_BYTES),
+    )
+
+
+# -- boots --------------------------------------------------------------------------------------------------------
+
+
+def measure_boots(stack: Stack, parts: Parts, plan: Plan) -> Iterator[Comparison]:
+    """Cold starts: process start to the first word of the agent, and create to the first result of a command."""
+    raw_boot, raw_exec, fuse_boot, fuse_exec = [], [], [], []
+    for number in range(plan.boots):
+        raw = run_raw(parts, command="true", rounds=0)
+        raw_boot.append(raw["hello_s"] * 1000)
+        raw_exec.append(raw["first_answer_s"] * 1000)
+        started = time.perf_counter()
+        environment = stack.fuse.environments.create(f"bench-boot-{number}", image=plan.image, ram_mb=MEMORY_MIB)
+        stack.fuse.environments.exec(environment.id, shell="true")  # noqa: S604 - in the machine
+        fuse_exec.append((time.perf_counter() - started) * 1000)
+        fuse_boot.append(environment.timings.boot_ms if environment.timings is not None else 0.0)
+        stack.fuse.environments.delete(environment.id)
+    yield Comparison(what="boot to channel", unit="ms", raw=raw_boot, fuse=fuse_boot)
+    yield Comparison(what="create to first exec result", unit="ms", raw=raw_exec, fuse=fuse_exec, budget=150)
+
+
+def run_raw(parts: Parts, *, command: str, rounds: int) -> dict[str, Any]:
+    """One machine of the raw script, with a fresh disk."""
+    with tempfile.TemporaryDirectory(prefix="fuse-bench-", dir="/var/tmp") as folder:
+        overlay = Path(folder) / "overlay.qcow2"
+        asyncio.run(create_overlay(parts.blank, overlay))
+        files = [parts.kernel, parts.initramfs, parts.image, overlay]
+        options = ["--memory", str(MEMORY_MIB), "--rounds", str(rounds), *(["--exec", command] if command else [])]
+        words = [sys.executable, str(RAW_SCRIPT), *map(str, files), *options]
+        done = subprocess.run(words, check=False, capture_output=True, timeout=_START_TIMEOUT_S)
+        if done.returncode != 0:
+            raise CliError("the raw VMM failed", hint=done.stderr.decode(errors="replace")[-500:])
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+
+# -- round trips --------------------------------------------------------------------------------------------------
+
+
+def measure_rounds(stack: Stack, parts: Parts, plan: Plan) -> Iterator[Comparison]:
+    """A request without a process, and a command, through each layer."""
+    environment = stack.fuse.environments.create("bench-rounds", image=plan.image, ram_mb=MEMORY_MIB)
+    machine, fence = stack.machine_of(environment.id)
+    host, control = stack.host_connection(), stack.control_connection()
+    guest, public = f"/machines/{machine}/guest", f"/v1/environments/{environment.id}"
+    body = {"shell": "true"}
+    calls: dict[tuple[str, str], Callable[[], object]] = {
+        ("agent call", "host"): lambda: ask(host, "GET", f"{guest}/processes", fence),
+        ("agent call", "control plane"): lambda: ask(control, "GET", f"{public}/processes", stack.headers),
+        ("exec", "host"): lambda: ask(host, "POST", f"{guest}/exec", fence, body),
+        ("exec", "control plane"): lambda: ask(control, "POST", f"{public}?action=exec", stack.headers, body),
+    }
+    samples: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    raw: dict[str, list[float]] = {"agent call": [], "exec": []}
+    share = max(1, plan.rounds // _ROUND_BATCHES)
+    for _ in range(_ROUND_BATCHES):
+        raw["agent call"] += [s * 1000 for s in run_raw(parts, command="", rounds=share)["round_s"]]
+        raw["exec"] += [s * 1000 for s in run_raw(parts, command="true", rounds=share)["round_s"]]
+        for _ in range(share):
+            for key, call in calls.items():
+                samples[key].append(timed(call))
+    stack.fuse.environments.delete(environment.id)
+    for (what, layer), found in samples.items():
+        budget = 3 if layer == "host" else 6
+        yield Comparison(what=f"{what}, through the {layer}", unit="ms", raw=raw[what], fuse=found, budget=budget)
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Milliseconds that it takes."""
+    started = time.perf_counter()
+    call()
+    return (time.perf_counter() - started) * 1000
+
+
+def ask(
+    connection: http.client.HTTPConnection, method: str, target: str, headers: dict[str, str], body: object = None
+) -> Any:
+    """One exchange on a kept connection."""
+    data = None if body is None else json.dumps(body).encode()
+    connection.request(method, target, body=data, headers=headers | {"content-type": "application/json"})
+    response = connection.getresponse()
+    answer = response.read()
+    if response.status >= 300:
+        raise CliError(f"{method} {target}: {response.status}", hint=answer.decode(errors="replace")[:300])
+    return json.loads(answer) if answer else None
+
+
+# -- streams ------------------------------------------------------------------------------------------------------
+
+
+async def measure_streams(stack: Stack, parts: Parts, plan: Plan) -> list[Comparison]:
+    """Files and command output in bulk: straight on the channel, and through host daemon and control plane."""
+    environment = await asyncio.to_thread(
+        stack.fuse.environments.create, "bench-streams", image=plan.image, ram_mb=MEMORY_MIB
+    )
+    ways = await asyncio.to_thread(_ways, stack, environment.id, plan.size_bytes)
+    raw: dict[str, list[float]] = {way: [] for way, _ in ways}
+    fuse: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    with tempfile.TemporaryDirectory(prefix="fb-", dir="/run" if os.geteuid() == 0 else None) as name:
+        folder = Path(name)
+        await create_overlay(parts.blank, folder / "overlay.qcow2")
+        straight = RawMachine(
+            parts.kernel,
+            parts.initramfs,
+            parts.image,
+            overlay=folder / "overlay.qcow2",
+            folder=folder,
+            memory_mib=MEMORY_MIB,
+        )
+        mib = plan.size_bytes / (1 << 20)
+        async with straight as machine:
+            for _ in range(_STREAM_REPEATS):
+                for way, found in raw.items():
+                    found.append(mib / await machine.transfer(way, plan.size_bytes))
+                for key, call in ways.items():
+                    fuse[key].append(mib / (await asyncio.to_thread(timed, call) / 1000))
+    await asyncio.to_thread(stack.fuse.environments.delete, environment.id)
+    return [
+        Comparison(what=f"{way}, through the {layer}", unit="MiB/s", raw=raw[way], fuse=found, budget=0.8)
+        for (way, layer), found in fuse.items()
+    ]
+
+
+def _ways(stack: Stack, env_id: str, size: int) -> dict[tuple[str, str], Callable[[], object]]:
+    """How bulk goes through each layer."""
+    machine, fence = stack.machine_of(env_id)
+    at_host = f"/machines/{machine}/guest/files?path=/root/bench"
+    public = f"/v1/environments/{env_id}/files?path=/root/bench"
+    return {
+        ("upload", "host"): lambda: upload(stack.host_connection(), at_host, fence, size),
+        ("upload", "control plane"): lambda: upload(stack.control_connection(), public, stack.headers, size),
+        ("download", "host"): lambda: download(stack.host_connection(), at_host, fence, size),
+        ("download", "control plane"): lambda: download(stack.control_connection(), public, stack.headers, size),
+        ("output", "control plane"): lambda: output(stack.fuse, env_id, size),
+    }
+
+
+def upload(connection: http.client.HTTPConnection, target: str, headers: dict[str, str], size: int) -> None:
+    """Write a file of zeros."""
+    with contextlib.closing(connection):
+        connection.request("PUT", target, body=bytes(size), headers=headers)
+        response = connection.getresponse()
+        answer = response.read()
+        if response.status != 200:
+            raise CliError(f"upload: {response.status}", hint=answer.decode(errors="replace")[:300])
+
+
+def download(connection: http.client.HTTPConnection, target: str, headers: dict[str, str], size: int) -> None:
+    """Read that file."""
+    with contextlib.closing(connection):
+        connection.request("GET", target, headers=headers)
+        response = connection.getresponse()
+        buffer, left = bytearray(1 << 20), size
+        while left:
+            count = response.readinto(buffer)
+            if not count:
+                raise CliError(f"the download ended {left} bytes early")
+            left -= count
+
+
+def output(fuse: Fuse, env_id: str, size: int) -> None:
+    """Read what a command writes."""
+    with fuse.environments.exec_stream(env_id, ["head", "-c", str(size), "/dev/zero"]) as session:
+        received = sum(len(frame.payload) for frame in session.frames() if frame.type is FrameType.STDOUT)
+    if received != size:
+        raise CliError(f"{received} bytes of output came of {size}")
