@@ -15,7 +15,7 @@ from fusevm.model.environment import State
 #: Each is searched completely.
 CLUSTERS = {
     "lost, repeated and late answers": Cluster(faults=frozenset({"boot", "unknown", "time", "drain"})),
-    "a task that is created anew": Cluster(tasks=("a", "b", "a"), faults=frozenset({"unknown"})),
+    "a task that is created anew": Cluster(tasks=("a", "b", "a"), hosts=1, room=2, faults=frozenset({"unknown"})),
     "one host for the same task": Cluster(
         tasks=("a", "a"), hosts=1, room=2, faults=frozenset({"boot", "unknown", "time"})
     ),

@@ -53,14 +53,16 @@ def namespace_path(name: str) -> str:
 class _Echo(asyncio.DatagramProtocol):
     """Answers each datagram with the sender's address and the data, and remembers who sent."""
 
-    def __init__(self, senders: list[str]) -> None:
+    def __init__(self, senders: list[str], peers: list[tuple[asyncio.DatagramTransport, tuple[str, int]]]) -> None:
         self._senders = senders
+        self._peers = peers
 
     def connection_made(self, transport: asyncio.DatagramTransport) -> None:
         self._transport = transport
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         self._senders.append(addr[0])
+        self._peers.append((self._transport, addr))
         self._transport.sendto(addr[0].encode() + b" " + data, addr)
 
 
@@ -96,6 +98,13 @@ class Internet:
     senders: list[str] = field(default_factory=list)
     #: Questions that arrived at the name server.
     asked: list[bytes] = field(default_factory=list)
+    #: Whom the echo service has answered by datagram, from where.
+    peers: list[tuple[asyncio.DatagramTransport, tuple[str, int]]] = field(default_factory=list)
+
+    def send_again(self, data: bytes) -> None:
+        """Send a datagram to the last that sent one."""
+        transport, addr = self.peers[-1]
+        transport.sendto(data, addr)
 
 
 @contextlib.asynccontextmanager
@@ -112,7 +121,7 @@ async def internet() -> AsyncIterator[Internet]:
     world = Internet()
     async with contextlib.AsyncExitStack() as stack:
         for address in (SERVER, NAME_SERVER, NEIGHBOUR, METADATA):
-            await serve_echo(stack, namespace_path("internet"), world.senders, address)
+            await serve_echo(stack, namespace_path("internet"), world.senders, address, world.peers)
         loop = asyncio.get_running_loop()
         names = await run_inside(namespace_path("internet"), lambda: _bound(socket.SOCK_DGRAM, NAME_SERVER, 53))
         transport, _ = await loop.create_datagram_endpoint(lambda: _Names(world.asked), sock=names)
@@ -123,7 +132,11 @@ async def internet() -> AsyncIterator[Internet]:
 
 
 async def serve_echo(
-    stack: contextlib.AsyncExitStack, path: str | None, senders: list[str], address: str = "0.0.0.0"
+    stack: contextlib.AsyncExitStack,
+    path: str | None,
+    senders: list[str],
+    address: str = "0.0.0.0",
+    peers: list[tuple[asyncio.DatagramTransport, tuple[str, int]]] | None = None,
 ) -> None:
     """Serve echo by TCP and UDP in a namespace, or on the host (None)."""
     loop = asyncio.get_running_loop()
@@ -132,7 +145,9 @@ async def serve_echo(
         bind = functools.partial(_bound, kind, address, ECHO_PORT)
         return await run_inside(path, bind) if path else bind()
 
-    transport, _ = await loop.create_datagram_endpoint(lambda: _Echo(senders), sock=await make(socket.SOCK_DGRAM))
+    answered = [] if peers is None else peers
+    datagram = await make(socket.SOCK_DGRAM)
+    transport, _ = await loop.create_datagram_endpoint(lambda: _Echo(senders, answered), sock=datagram)
     stack.callback(transport.close)
     await serve_stream(stack, await make(socket.SOCK_STREAM), _echo)
 

@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import errno
+import socket
+import struct
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +30,9 @@ from network_lab import (
     sh,
 )
 
+from fusevm.host.net.namespace import run_inside
 from fusevm.host.net.network import HostNetwork
+from fusevm.host.net.tables import MAX_CONNECTIONS
 from fusevm.model.environment import Network
 
 OFFLINE = Network(internet=False)
@@ -125,6 +130,7 @@ async def test_packets_with_a_foreign_source_are_dropped_at_the_tap(tmp_path):
             with pytest.raises(TimeoutError):
                 await guest.udp(SERVER, source=source)
         guest.ip("link set eth0 address 06:00:0a:d0:00:77")
+        guest.ip(f"neigh replace {guest.slot.gateway} lladdr {guest.slot.gateway_mac} dev eth0 nud permanent")
         with pytest.raises((TimeoutError, OSError)):
             await guest.udp(SERVER)
         assert world.internet.senders == []
@@ -176,6 +182,78 @@ async def test_switching_the_internet_off_cuts_open_connections_and_dns_at_once(
 
 
 @private_network
+async def test_without_the_internet_not_even_one_packet_passes_in_either_direction(tmp_path):
+    async with two_machines(tmp_path) as world:
+        loop = asyncio.get_running_loop()
+        with await world.guest.open_socket(socket.SOCK_DGRAM) as datagram:
+            await loop.sock_connect(datagram, (SERVER, 7))
+            await loop.sock_sendall(datagram, b"one")
+            async with asyncio.timeout(2):
+                await loop.sock_recv(datagram, 100)
+            await world.network.set_policy(world.guest.slot, OFFLINE)
+            arrived = len(world.internet.senders)
+            for _ in range(3):
+                with contextlib.suppress(OSError):
+                    await loop.sock_sendall(datagram, b"two")
+                await asyncio.sleep(0.05)
+            assert len(world.internet.senders) == arrived
+            world.internet.send_again(b"three")
+            # Errors that the refusals have left on the socket are not what is looked for.
+            assert await nothing_comes(datagram)
+            await world.network.set_policy(world.guest.slot, Network())
+            world.internet.send_again(b"four")
+            async with asyncio.timeout(2):
+                assert (await loop.sock_recv(datagram, 100)).endswith(b"four")
+
+
+async def nothing_comes(datagram: socket.socket) -> bool:
+    deadline = asyncio.get_running_loop().time() + 0.5
+    while asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.02)
+        try:
+            datagram.recv(100)
+        except BlockingIOError:
+            continue
+        except OSError:
+            continue
+        return False
+    return True
+
+
+@private_network
+async def test_nobody_outside_opens_a_connection_to_a_machine(tmp_path):
+    async with two_machines(tmp_path) as world, contextlib.AsyncExitStack() as stack:
+        heard: list[str] = []
+        slot = world.guest.slot
+        # Only the host's rules are looked at: a process in the namespace, without the namespace's own rules.
+        sh(f"nsenter --net={slot.namespace_path} nft flush ruleset")
+        await serve_echo(stack, slot.namespace_path, heard)
+        sh(f"ip -n internet route add {PLAN.range} via {HOST_ADDRESS}")
+        stranger = Guest(slot)
+        stranger.namespace = "internet"
+        assert await stranger.is_refused(slot.address)
+        assert heard == []
+        with socket.socket() as connection:  # the host itself may
+            connection.setblocking(False)
+            async with asyncio.timeout(2):
+                await asyncio.get_running_loop().sock_connect(connection, (slot.address, 7))
+            assert await say(connection, b"hi") == f"{slot.host_address} hi"
+
+
+@private_network
+async def test_a_machine_reaches_no_other_network_of_the_host(tmp_path):
+    async with two_machines(tmp_path) as world, contextlib.AsyncExitStack() as stack:
+        heard: list[str] = []
+        sh("ip netns add side && ip link add side0 type veth peer name side1 netns side")
+        sh("ip addr add 192.0.2.1/24 dev side0 && ip link set side0 up")
+        sh("ip -n side addr add 192.0.2.2/24 dev side1 && ip -n side link set side1 up")
+        sh(f"ip -n side route add {PLAN.range} via 192.0.2.1")
+        await serve_echo(stack, "/run/netns/side", heard)
+        assert await world.guest.is_refused("192.0.2.2"), "a public address, but not behind the uplink"
+        assert heard == []
+
+
+@private_network
 async def test_a_machine_may_start_without_the_internet(tmp_path):
     async with two_machines(tmp_path) as world:
         slot = await world.network.acquire(2, OFFLINE)
@@ -211,7 +289,7 @@ async def test_a_flushed_rule_set_is_repaired(tmp_path):
 
 
 @private_network
-async def test_ipv6_gets_nowhere(tmp_path):
+async def test_ipv6_does_not_exist_for_a_machine(tmp_path):
     async with two_machines(tmp_path) as world:
         world.guest.ip("link set eth0 addrgenmode eui64")
         world.guest.ip("addr add fd00::2/64 dev eth0 nodad")
@@ -219,3 +297,84 @@ async def test_ipv6_gets_nowhere(tmp_path):
         assert sh(f"{inside} sh -c 'cat /proc/sys/net/ipv6/conf/*/disable_ipv6 | sort -u'") == "1\n"
         assert "inet6" not in sh(f"ip -n {world.guest.slot.namespace} addr show")
         assert "inet6" not in sh(f"ip addr show dev {world.guest.slot.veth}")
+
+
+@private_network
+async def test_ipv6_from_a_slots_namespace_is_dropped_by_the_host(tmp_path):
+    async with two_machines(tmp_path) as world:
+        slot = world.guest.slot
+        sh(f"nsenter --net={slot.namespace_path} sh -c 'echo 0 > /proc/sys/net/ipv6/conf/{slot.peer}/disable_ipv6'")
+        sh(f"ip -n {slot.namespace} addr add fd99::2/64 dev {slot.peer} nodad")
+        sh(f"ip -n {slot.namespace} neigh add fd99::1 lladdr 02:00:00:00:00:01 dev {slot.peer}")
+        sh(f'nsenter --net={slot.namespace_path} {sys.executable} -c "{SEND_IPV6}"')
+        guard = sh(f"nft list chain inet {PLAN.table} guard")
+        assert "nfproto ipv6 counter packets 0" not in guard
+
+
+SEND_IPV6 = "import socket; socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).sendto(b'x', ('fd99::1', 7))"
+
+
+@private_network
+async def test_a_machine_has_a_bounded_number_of_connections(tmp_path):
+    async with two_machines(tmp_path) as world:
+        guest = world.guest
+        with await guest.connect(SERVER) as connection:
+
+            def flood() -> None:
+                for port in range(10_000, 10_000 + MAX_CONNECTIONS + 500):
+                    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram:
+                        datagram.bind((guest.slot.guest_address, port))
+                        datagram.sendto(b"x", (SERVER, 9))
+                    if port % 250 == 0:
+                        time.sleep(0.02)  # the tap's queue holds 500 frames
+
+            await run_inside(f"/run/netns/{guest.namespace}", flood)
+            await asyncio.sleep(0.5)
+            count = int(Path("/proc/sys/net/netfilter/nf_conntrack_count").read_text())
+            assert MAX_CONNECTIONS * 0.9 < count <= MAX_CONNECTIONS + 50
+            assert await say(connection, b"open ones") == f"{HOST_ADDRESS} open ones"
+            with pytest.raises(TimeoutError):
+                await guest.tcp(SERVER)
+            assert await world.other.tcp(SERVER)
+
+
+@private_network
+async def test_what_connection_tracking_cannot_place_does_not_leave_the_namespace(tmp_path):
+    async with two_machines(tmp_path) as world:
+        guest = world.guest
+
+        def send() -> None:
+            # A TCP segment with SYN and FIN (invalid to nf_conntrack_proto_tcp).
+            segment = struct.pack("!HHIIBBHHH", 1234, 80, 1, 1, 0x50, 0x03, 1024, 0, 0)
+            words = struct.unpack(
+                "!16H",
+                socket.inet_aton(guest.slot.guest_address)
+                + socket.inet_aton(SERVER)
+                + struct.pack("!BBH", 0, 6, len(segment))
+                + segment,
+            )
+            total = sum(words)
+            total = (total & 0xFFFF) + (total >> 16)
+            total = (total & 0xFFFF) + (total >> 16)
+            checked = segment[:16] + struct.pack("!H", ~total & 0xFFFF) + segment[18:]
+            with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
+                raw.sendto(checked, (SERVER, 0))
+
+        await run_inside(f"/run/netns/{guest.namespace}", send)
+        await asyncio.sleep(0.3)
+        guard = sh(f"nft list chain inet {PLAN.table} guard")
+        assert "@sources counter packets 0" in guard, "it would have left with the address of inside"
+
+
+@private_network
+async def test_a_machine_pings_its_gateway(tmp_path):
+    async with two_machines(tmp_path) as world:
+
+        def ping() -> bytes:
+            echo = bytes.fromhex("0800f7ff00000000")
+            with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as raw:
+                raw.settimeout(2)
+                raw.sendto(echo, (world.guest.slot.gateway, 0))
+                return raw.recv(100)[20:21]
+
+        assert await run_inside(f"/run/netns/{world.guest.namespace}", ping) == b"\0"

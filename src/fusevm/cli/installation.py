@@ -223,6 +223,7 @@ class Installation:
             environ=environ,
             log=self.places.logs / "control.log",
             is_ready=ready_file.exists,
+            umask=0o077,
         )
 
     def _read_host(self) -> HostFile:

@@ -38,6 +38,8 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     log: Path
     #: Raises nothing; True once it serves.
     is_ready: Callable[[], bool]
+    #: Of the files it makes.
+    umask: int = 0o022
 
 
 class Child:
@@ -63,6 +65,7 @@ class Child:
                 cwd="/",
                 pass_fds=[self._read_fd],
                 start_new_session=True,
+                umask=self.program.umask,
             )
         self.started_at = time.monotonic()
 

@@ -283,11 +283,10 @@ class Watchers:
     async def run(self) -> None:
         """Watch until cancelled."""
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._announce(await self._begin(group)))
             while True:
-                begun = await self._begin(group)
-                if not self.ready.is_set():
-                    group.create_task(self._announce(begun))
                 await asyncio.sleep(_jittered(self._pace.heartbeat_s))
+                await self._begin(group)
 
     async def _begin(self, group: asyncio.TaskGroup) -> list[Watch]:
         """Start watching what nobody watches."""

@@ -2,14 +2,18 @@
 
 `GuestChannel` connects, agrees on an epoch with the guest and opens streams; all protocol is in `wire.mux`. When the
 connection breaks, or the guest breaks the protocol, every stream fails with ConnectionError and the next `open_stream`
-connects again with a new epoch. `AgentClient` keeps HTTP connections for reuse. Nothing here polls, and nothing has a
-deadline: callers put `asyncio.timeout` around what they wait for.
+connects again with a new epoch. A greeting that the guest has read but not answered is repeated with another epoch.
+`AgentClient` keeps HTTP connections for reuse. Nothing here has a deadline: callers put `asyncio.timeout` around what
+they wait for.
 """
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import socket
+import struct
+import termios
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Protocol, cast
@@ -25,6 +29,10 @@ _READ_SIZE = 1 << 18
 #: them. Small: what waits there is ahead of the next keystroke of an interactive stream.
 _BATCH = 1 << 16
 _MAX_IDLE = 8
+#: How long the guest has to answer a greeting before it is repeated; doubled each time up to the second figure.
+_ANSWER_S, _MAX_ANSWER_S = 3.0, 60.0
+#: How long QEMU may take to accept while its backlog of one is full.
+_ACCEPT_S = 5
 
 
 class AgentStream(ByteStream, Protocol):
@@ -130,9 +138,11 @@ class GuestStream:
 class _Link(asyncio.BufferedProtocol):
     """One connection to the port, and its epoch."""
 
-    def __init__(self, channel: "GuestChannel") -> None:
+    def __init__(self, channel: "GuestChannel", answer_s: float) -> None:
         self._channel = channel
         self._session = Session(os.urandom(EPOCH_SIZE))
+        self._answer_s = answer_s
+        self._greeting: asyncio.TimerHandle | None = None
         self._streams: dict[int, GuestStream] = {}
         self._buffer = memoryview(bytearray(_READ_SIZE))
         self._transport: asyncio.Transport | None = None
@@ -149,7 +159,7 @@ class _Link(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=_BATCH)
-        self._write(self._session.greeting)
+        self._greet()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         del sizehint
@@ -164,6 +174,7 @@ class _Link(asyncio.BufferedProtocol):
             self.abort(f"the guest broke the channel protocol: {e}")
             return
         if self._session.is_synced and not self.synced.done():
+            self._stop_greeting()
             self.synced.set_result(None)
         for state in changed:
             self._wake(state)
@@ -217,6 +228,7 @@ class _Link(asyncio.BufferedProtocol):
         if self.failure:
             return
         self.failure = failure
+        self._stop_greeting()
         self._session.fail()
         if not self.synced.done():
             self.synced.set_exception(ConnectionError(failure))
@@ -224,6 +236,28 @@ class _Link(asyncio.BufferedProtocol):
         for stream in list(self._streams.values()):
             stream.wake()
         self._streams.clear()
+
+    def _greet(self) -> None:
+        """Send the greeting; if the guest has read it but does not answer, start over with another epoch.
+
+        A guest may lose a HELLO: that its last host has gone is told to it beside the bytes, not between them.
+        """
+        if self._greeting is None or self._is_all_read():
+            self._session = Session(os.urandom(EPOCH_SIZE))
+            self._write(self._session.greeting)
+        self._greeting = asyncio.get_running_loop().call_later(self._answer_s, self._greet)
+        self._answer_s = min(2 * self._answer_s, _MAX_ANSWER_S)
+
+    def _stop_greeting(self) -> None:
+        if self._greeting is not None:
+            self._greeting.cancel()
+
+    def _is_all_read(self) -> bool:
+        """True when nothing waits in the socket: a guest that is not up yet, or busy, has not read the greeting."""
+        if self._transport is None or self._transport.get_write_buffer_size():
+            return False
+        unread = fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return struct.unpack("i", unread) == (0,)
 
     def _wake(self, state: MuxStream) -> None:
         stream = self._streams.get(state.id)
@@ -242,8 +276,9 @@ class _Link(asyncio.BufferedProtocol):
 class GuestChannel:
     """The channel of one machine. Owned by its driver; `close` it. Only one may be connected to a socket at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, answer_s: float = _ANSWER_S) -> None:
         self._path = path
+        self._answer_s = answer_s
         self._link: _Link | None = None
         self._connecting = asyncio.Lock()
         self._is_closed = False
@@ -314,10 +349,10 @@ class GuestChannel:
             return self._link
 
     async def _connect(self, connected: socket.socket | None) -> _Link:
-        link = _Link(self)
+        link = _Link(self, self._answer_s)
         loop = asyncio.get_running_loop()
         try:
-            sock = connected if connected is not None else connect_unix(self._path)
+            sock = connected if connected is not None else await connect_unix(self._path)
             await loop.create_unix_connection(lambda: link, sock=sock)
         except OSError as e:
             raise ConnectionError(f"the guest channel {self._path} cannot be reached: {e.strerror or e}") from e
@@ -325,11 +360,40 @@ class GuestChannel:
         return link
 
 
-def connect_unix(path: Path) -> socket.socket:
-    """Connect to a listening Unix socket at once, whether or not its owner has accepted yet. Raises OSError."""
+def connect_now(path: Path) -> socket.socket:
+    """Connect to a listening Unix socket, whether or not its owner accepts. Raises OSError, at once."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         sock.connect(str(path))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def connect_unix(path: Path) -> socket.socket:
+    """Connect to a Unix socket; waits in a thread for a place in its backlog (QEMU's has one). Raises OSError."""
+    with contextlib.suppress(BlockingIOError):
+        return connect_now(path)
+    connecting = asyncio.ensure_future(asyncio.to_thread(_connect_patiently, path))
+    try:
+        return await asyncio.shield(connecting)
+    except asyncio.CancelledError:
+        connecting.add_done_callback(_close_unwanted)
+        raise
+
+
+def _close_unwanted(connecting: "asyncio.Future[socket.socket]") -> None:
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().close()
+
+
+def _connect_patiently(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _ACCEPT_S, 0))
+        sock.connect(str(path))
+        sock.setblocking(False)
     except BaseException:
         sock.close()
         raise

@@ -132,8 +132,9 @@ async def _exchange(vmm: Vmm, target: str, scope: Scope, incoming: Incoming, sen
 
 
 async def _answer(response: Response, method: str, send: Send) -> None:
-    if not 200 <= response.status < 300:
-        raise parse_error(response.status, b"" if method == "HEAD" else await response.read(_MAX_ERROR_BYTES))
+    # The error of a HEAD has no body to be told in: its status says what there is to say.
+    if not 200 <= response.status < 300 and method != "HEAD":
+        raise parse_error(response.status, await response.read(_MAX_ERROR_BYTES))
     headers = [(name.encode(), value.encode("latin-1")) for name, value in _passed_back(response.headers).items()]
     await send({"type": "http.response.start", "status": response.status, "headers": headers})
     if method != "HEAD":

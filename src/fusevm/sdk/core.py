@@ -51,6 +51,7 @@ Argv = list[str]
 JSON = "application/json"
 OCTETS = "application/octet-stream"
 _PAUSES_S = (0.05, 0.2, 0.6)
+_UNREACHABLE_TRIES = 2
 #: Tries, at most one per second, to learn the answer of a request that is still under way.
 _IN_PROGRESS_TRIES = 64
 
@@ -122,7 +123,9 @@ def pause_s(call: Call[Any], error: Error, attempt: int, jitter: float) -> float
         return None
     if isinstance(error, IdempotencyInProgress):
         return min(attempt * 0.1, 1.0) if attempt <= _IN_PROGRESS_TRIES else None
-    return _PAUSES_S[attempt - 1] * (0.5 + jitter) if attempt <= len(_PAUSES_S) else None
+    # Who refuses connections will mostly go on to do so, and people wait for this answer.
+    tries = _UNREACHABLE_TRIES if isinstance(error, ServerUnreachable) else len(_PAUSES_S)
+    return _PAUSES_S[attempt - 1] * (0.5 + jitter) if attempt <= tries else None
 
 
 def is_done(call: Call[Any], error: Error, attempt: int) -> bool:

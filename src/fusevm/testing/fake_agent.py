@@ -47,7 +47,7 @@ class _Pipe:
     async def get(self, limit: int) -> bytes:
         async with self._changed:
             await self._changed.wait_for(lambda: bool(self.data) or self.is_ended or self.is_broken)
-            if self.is_broken:
+            if self.is_broken and not self.data:
                 raise ConnectionResetError("the stream was reset")
             taken = bytes(self.data[:limit])
             del self.data[:limit]
@@ -86,9 +86,9 @@ class MemoryStream:
         await self._outgoing.end(is_broken=False)
 
     async def close(self) -> None:
-        """Reset both directions."""
-        for pipe in (self._incoming, self._outgoing):
-            await pipe.end(is_broken=True)
+        """Reset what is not over in order. What was sent before can still be read."""
+        await self._incoming.end(is_broken=True)
+        await self._outgoing.end(is_broken=not self._outgoing.is_ended)
 
 
 def memory_pair() -> tuple[MemoryStream, MemoryStream]:
@@ -281,6 +281,7 @@ class _Server:
         self.raw = stream
         self.headers: dict[str, str] = {}
         self._h11 = h11.Connection(h11.SERVER)
+        self._is_head = False
 
     async def next_request(self) -> h11.Request | None:
         if self._h11.our_state is h11.DONE:
@@ -292,6 +293,7 @@ class _Server:
         if not isinstance(event, h11.Request):
             return None
         self.headers = {name.decode(): value.decode() for name, value in event.headers}
+        self._is_head = event.method == b"HEAD"
         return event
 
     async def body(self) -> bytes:
@@ -305,7 +307,8 @@ class _Server:
             await self.body()
         fields = {"content-type": "application/json", **(headers or {}), "content-length": str(len(body))}
         await self._send(h11.Response(status_code=status, headers=[*fields.items()]))
-        await self._send(h11.Data(data=body))
+        if not self._is_head:
+            await self._send(h11.Data(data=body))
         await self._send(h11.EndOfMessage())
 
     async def stream(self, chunks: AsyncIterator[bytes]) -> None:

@@ -67,6 +67,13 @@ class FakeProcess:
                 task.cancel()
 
 
+async def _serve(agent: FakeAgent, stream: MemoryStream) -> None:
+    try:
+        await agent.serve(stream)
+    finally:
+        await stream.close()
+
+
 class FakeVmm:
     """One daemon's hold on a fake process."""
 
@@ -86,7 +93,7 @@ class FakeVmm:
             await self._running.ended.wait()
             raise ConnectionError("the VMM has gone")
         ours, theirs = memory_pair()
-        serving = asyncio.create_task(self._running.agent.serve(theirs), name="fake agent")
+        serving = asyncio.create_task(_serve(self._running.agent, theirs), name="fake agent")
         self._running.serving.add(serving)
         serving.add_done_callback(self._running.serving.discard)
         return ours

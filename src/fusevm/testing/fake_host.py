@@ -28,6 +28,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fusevm.control.host_api import Body, GuestRequest, ReplyLost
+from fusevm.control.race import first_of
 from fusevm.model.errors import (
     BadRange,
     Error,
@@ -435,18 +436,19 @@ class _HttpFake:
             await socket.send_denial_response(Response(render_flat(error), error.status))
             return
         await socket.accept()
-        async with asyncio.TaskGroup() as group:
-            incoming = group.create_task(_incoming(socket, terminal))
-            while (message := await terminal.receive()) is not None:
-                await socket.send_bytes(message)
-            incoming.cancel()
-        await socket.close()
+        with contextlib.suppress(WebSocketDisconnect):
+            await first_of(_outgoing(socket, terminal), _incoming(socket, terminal))
+            await socket.close()
+
+
+async def _outgoing(socket: WebSocket, terminal: FakeTerminal) -> None:
+    while (message := await terminal.receive()) is not None:
+        await socket.send_bytes(message)
 
 
 async def _incoming(socket: WebSocket, terminal: FakeTerminal) -> None:
-    with contextlib.suppress(WebSocketDisconnect):
-        while True:
-            await terminal.send(await socket.receive_bytes())
+    while True:
+        await terminal.send(await socket.receive_bytes())
 
 
 def _body(value: object, status: int = 200) -> Response:

@@ -36,6 +36,12 @@ class FlatError(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 _BY_REASON: dict[str, type[Error]] = {cls.reason: cls for cls in errors.error_classes()}
+#: For a reason of another version: what the code alone says, a group (`NotFound`) rather than one of its members.
+_BY_CODE: dict[tuple[str, int], type[Error]] = {
+    (cls.code, cls.status): cls
+    for cls in reversed([*errors.Error.__subclasses__(), *errors.error_classes()])
+    if cls.code != "internal"
+}
 _flat = msgspec.json.Decoder(FlatError)
 _envelope = msgspec.json.Decoder(Envelope)
 
@@ -81,7 +87,5 @@ def _make(status: int, code: str, message: str, details: dict[str, str]) -> Erro
     cls = _BY_REASON.get(details.get("reason", ""))
     if cls is not None:
         return cls.rebuild(message, details)
-    for candidate in _BY_REASON.values():
-        if candidate.code == code and candidate.status == status and code != "internal":
-            return candidate.rebuild(message, details)
-    return errors.Internal.rebuild(message, {"problem": message, **details})
+    cls = _BY_CODE.get((code, status), errors.Internal)
+    return cls.rebuild(message, {"problem": message, **details})

@@ -88,6 +88,7 @@ def guest_artefacts() -> Artefacts:
 
 
 async def _ensure_artefacts(data: Path) -> Artefacts:
+    agent = os.environ.get("FUSE_TEST_AGENT")
     kernel = await KernelStore(data).ensure()
     image = await ImageStore(data).find("debian-12")
     if image is None:
@@ -95,7 +96,7 @@ async def _ensure_artefacts(data: Path) -> Artefacts:
     return Artefacts(
         data=data,
         kernel=kernel.vmlinux,
-        initramfs=await ensure_initramfs(data, kernel),
+        initramfs=await ensure_initramfs(data, kernel, Path(agent) if agent else None),
         image=image.rootfs,
         blank=await ensure_blank(data, DISK_BYTES),
     )

@@ -97,7 +97,9 @@ class StoreMachine(RuleBasedStateMachine):
         is_stale=st.booleans(),
     )
     def feed(self, uid: str, kind: str, owner: str, is_stale: bool) -> None:
-        env = self.records[uid]
+        env = self.records.get(uid)
+        if env is None:
+            return  # purged
         try:
             step = lifecycle.step(env, self._event(kind, env), self.clock.now_ms(), POLICY)
         except WrongState:
@@ -140,7 +142,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(uid=uids, owner=st.sampled_from(OWNERS))
     def acquire(self, uid: str, owner: str) -> None:
-        env = self.records[uid]
+        env = self.records.get(uid)
+        if env is None:
+            return  # purged
         seq = env.pending.seq if env.pending is not None else env.action_seq
         held = self.leases.get(uid)
         is_free = env.pending is not None and (held is None or held[2] <= self.clock.now_ms())
@@ -166,13 +170,12 @@ class StoreMachine(RuleBasedStateMachine):
         self.run(self.store.close())
         self.store = self.run(self._open())
 
-    @rule(uid=uids)
-    def purge(self, uid: str) -> None:
-        if self.records[uid].is_terminal:
-            self.clock.advance(1)
-            purged = self.run(self.store.purge(0, 1000))
-            assert purged == sum(env.is_terminal for env in self.records.values())
-            self.records = {uid: env for uid, env in self.records.items() if not env.is_terminal}
+    @rule()
+    def purge(self) -> None:
+        self.clock.advance(1)
+        purged = self.run(self.store.purge(0, 1000))
+        assert purged == sum(env.is_terminal for env in self.records.values())
+        self.records = {uid: env for uid, env in self.records.items() if not env.is_terminal}
 
     @invariant()
     def the_store_agrees(self) -> None:
@@ -191,6 +194,6 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 StoreMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=40, stateful_step_count=40, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 TestStoreAgainstItsModel = StoreMachine.TestCase

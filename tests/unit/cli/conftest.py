@@ -21,10 +21,8 @@ def cli_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fake_api.FakeA
 
 
 @pytest.fixture
-def api(cli_api: fake_api.FakeApi, tmp_path: Path) -> fake_api.FakeApi:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    cli_api.reset(disk)
+def api(cli_api: fake_api.FakeApi, tmp_path_factory: pytest.TempPathFactory) -> fake_api.FakeApi:
+    cli_api.reset(tmp_path_factory.mktemp("machine"))
     return cli_api
 
 

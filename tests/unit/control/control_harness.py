@@ -72,8 +72,8 @@ class Running:
         return found
 
 
-def config(hosts: Mapping[str, FakeHost], **changes: Any) -> ControlConfig:
-    settings = tuple(HostSetting(id=host_id, url="http://127.0.0.1:1") for host_id in hosts)
+def config(fakes: Mapping[str, FakeHost], **changes: Any) -> ControlConfig:
+    settings = tuple(HostSetting(id=host_id, url="http://127.0.0.1:1") for host_id in fakes)
     return ControlConfig(**{"listen": "127.0.0.1:0", "hosts": settings, **FAST, **changes})
 
 

@@ -63,6 +63,17 @@ def test_a_whole_life_of_facts_breaks_no_rule():
     assert violations(world(replace(env, event_seq=5), facts={"u1": longer}), POLICY) == []
 
 
+def test_facts_of_the_same_millisecond_break_no_rule():
+    env = running()
+    facts = tuple(replace(fact, at_ms=NOW) for fact in told(env, State.PROVISIONING, State.RUNNING))
+    assert violations(world(env, facts={"u1": facts}), POLICY) == []
+
+
+def test_a_host_that_is_exactly_full_breaks_no_rule():
+    assert violations(world(running(cpus=16, ram_mb=4096, storage_gb=400)), POLICY) == []
+    assert violations(world(*[running(f"u{n}", ram_mb=128) for n in range(10)]), POLICY) == []
+
+
 # -- identities ----------------------------------------------------------------------------------------------------
 
 

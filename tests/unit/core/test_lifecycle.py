@@ -126,6 +126,7 @@ def test_an_unknown_outcome_repeats_the_boot_after_a_pause():
     assert found.actions == (again,)
     assert (again.attempt, again.seq, found.record.error) == (1, 2, "no answer")
     assert again.not_before_ms > LATER
+    assert found.record.updated_at_ms == LATER
     assert (again.incarnation, again.machine_id) == (1, "m-u1")
 
 
@@ -148,6 +149,16 @@ def test_a_boot_is_given_up_when_the_next_attempt_would_be_too_late():
     assert env.state is State.DESTROYING
     assert env.ending is not None
     assert (env.ending.state, env.ending.reason, env.error) == (State.FAILED, "boot_timeout", "no answer")
+
+
+def test_the_last_attempt_at_a_boot_begins_before_its_deadline():
+    event = OutcomeUnknown(cause="boot", seq=1, message="no answer")
+    again = step(provisioning(), event, LATER, POLICY).record.pending
+    assert again is not None
+    pause = again.not_before_ms - LATER
+    deadline = NOW + POLICY.boot_deadline_ms
+    assert step(provisioning(), event, deadline - pause - 1, POLICY).record.state is State.PROVISIONING
+    assert step(provisioning(), event, deadline - pause, POLICY).record.state is State.DESTROYING
 
 
 def test_a_destroy_is_never_given_up_and_asks_for_a_person_once():
@@ -240,6 +251,12 @@ def test_a_drained_environment_ends_when_nobody_deletes_it():
     assert (found.state, found.ending.reason, found.ending.state) == (State.DESTROYING, "linger", State.DESTROYED)
 
 
+def test_lingering_is_measured_from_the_drain():
+    env = replace(draining(max_runtime_seconds=-1), updated_at_ms=LATER)
+    assert next_deadline_ms(env, POLICY) == NOW + 2_000 + POLICY.linger_ms
+    assert next_deadline_ms(replace(env, draining_at_ms=None), POLICY) == LATER + POLICY.linger_ms
+
+
 # -- observations --------------------------------------------------------------------------------------------------
 
 GONE = [
@@ -287,7 +304,7 @@ def test_a_lost_host_ends_a_delete_as_the_user_wanted():
 def test_a_lost_host_supersedes_the_action_under_way():
     env = provisioning()
     lost = step(env, HostLost(cause="watch", host_id="h1"), LATER, POLICY).record
-    assert lost.action_seq > env.action_seq
+    assert lost.action_seq == env.action_seq + 1
     assert ignored(lost, BootSucceeded(cause="boot", seq=1))
 
 
@@ -331,7 +348,7 @@ def test_an_idle_environment_ends_never_before_its_timeout():
     last_use = env.last_activity_ms + POLICY.activity_grain_ms - 1  # too soon to be written
     env = step(env, ActivitySeen(cause="exec"), last_use, POLICY).record
     due = next_deadline_ms(env, POLICY)
-    assert due is not None
+    assert due == env.last_activity_ms + 60_000 + POLICY.activity_grain_ms
     assert due >= last_use + 60_000
     assert ignored(env, Tick(cause="tick"), due - 1)
     found = step(env, Tick(cause="tick"), due, POLICY).record
@@ -355,6 +372,10 @@ def test_a_boot_that_never_answers_ends_at_its_deadline():
     found = step(env, Tick(cause="tick"), NOW + POLICY.boot_deadline_ms, POLICY).record
     assert found.ending is not None
     assert (found.ending.reason, found.ending.state) == ("boot_timeout", State.FAILED)
+
+
+def test_a_runtime_limit_of_a_second_counts():
+    assert next_deadline_ms(running(max_runtime_seconds=1), POLICY) == NOW + 1_000
 
 
 def test_the_earliest_deadline_names_the_reason():

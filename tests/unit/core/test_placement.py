@@ -93,6 +93,13 @@ def test_a_host_without_a_resource_counts_as_full():
     assert score(empty, SPEC, POLICY) == 0.0
 
 
+def test_a_host_for_a_single_machine_is_empty_or_full():
+    single = host("h1", capacity=Resources(cpus=99, ram_mb=99999, storage_gb=9999, vm_count=2))
+    assert score(single, SPEC, POLICY) == 0.5
+    tiny = replace(single, capacity=replace(single.capacity, vm_count=1))
+    assert score(tiny, SPEC, replace(POLICY, placement="binpack")) == 1.0
+
+
 def test_a_pin_is_obeyed():
     assert place([host("h1"), host("h2")], replace(SPEC, host_id="h2"), POLICY) == "h2"
 

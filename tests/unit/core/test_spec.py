@@ -72,6 +72,22 @@ def test_what_is_asked_within_bounds_is_kept():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("max_runtime_seconds", 315_360_000),
+        ("idle_timeout_seconds", 315_360_000),
+        ("ram_mb", 1 << 24),
+        ("storage_gb", 1 << 20),
+        ("image", "x" * 512),
+        ("labels", {f"k{n}": "v" for n in range(64)}),
+        ("labels", {"k" * 63: "v" * 63}),
+    ],
+)
+def test_the_bounds_themselves_are_allowed(field: str, value: object):
+    assert getattr(complete(POLICY, **{field: value}), field) == value  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
         ("cpus", -1),
         ("cpus", 33),
         ("ram_mb", -1),

@@ -130,7 +130,7 @@ async def test_half_a_fence_is_refused(api: Api):
 async def test_every_answer_carries_a_request_id(api: Api):
     async with api.exchange("GET", "/health", {"x-request-id": "mine-1"}) as response:
         assert response.headers["x-request-id"] == "mine-1"
-    async with api.exchange("GET", "/nowhere", {"x-request-id": "a b\x7f"}) as response:
+    async with api.exchange("GET", "/nowhere", {"x-request-id": "a b"}) as response:
         assert len(response.headers["x-request-id"]) == 16
 
 

@@ -63,7 +63,8 @@ class Writer:
         if not self._is_closed:
             self._is_closed = True
             self._queue.put(None)
-            await asyncio.to_thread(self._thread.join)
+            if self._thread.ident is not None:
+                await asyncio.to_thread(self._thread.join)
 
     async def _put(self, job: Callable[[sqlite3.Connection], T], *, is_read: bool, after: Any) -> T:
         if self._is_closed:
@@ -112,7 +113,7 @@ def _transact(connection: sqlite3.Connection, items: list[_Item]) -> list[_Outco
         connection.execute("begin immediate")
         outcomes.extend(_in_savepoint(connection, item) for item in items)
         connection.execute("commit")
-    except sqlite3.Error as error:
+    except (sqlite3.Error, StoreFull) as error:
         if connection.in_transaction:
             connection.execute("rollback")
         return [_Outcome(item, None, translate(error)) for item in items]
@@ -123,7 +124,10 @@ def _in_savepoint(connection: sqlite3.Connection, item: _Item) -> _Outcome:
     connection.execute("savepoint job")
     outcome = _attempt(connection, item)
     if outcome.error is not None:
-        # A full disk may have rolled everything back already; then this raises and fails the whole batch.
+        if not connection.in_transaction:
+            # SQLite has rolled everything back by itself (lang_transaction.html, section 3.1): the whole batch failed.
+            lost = outcome.error
+            raise lost if isinstance(lost, StoreFull) else StoreFull(problem=f"the transaction was undone: {lost}")
         connection.execute("rollback to job")
     connection.execute("release job")
     return outcome
@@ -150,7 +154,9 @@ def _deliver(outcomes: list[_Outcome]) -> None:
             item.answer.set_result(value)
 
 
-def translate(error: sqlite3.Error) -> Exception:
+def translate(error: sqlite3.Error | StoreFull) -> Exception:
     """A database that cannot write is a clean 503; anything else stays what it is."""
+    if isinstance(error, StoreFull):
+        return StoreFull(problem=error.problem)
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return StoreFull(problem=str(error)) if code in _FULL_CODES else error

@@ -18,11 +18,11 @@ from typing import cast
 _TAIL_BYTES = 16 << 10
 _CHUNK = 1 << 16
 #: What reading costs beside the bytes: QEMU hands over one to four bytes at a time, each a turn of the event loop.
-_TURN_COST = 16
+_TURN_COST = 64
 #: Cost units that a machine may use at once (an entire verbose boot) and per second thereafter.
 _BURST, _RATE = 4 << 20, 64 << 10
 _PAUSE_S = 0.1
-_UNPRINTABLE = re.compile(r"[^\x20-\x7e\t]|\x1b\[[0-9;?]*[A-Za-z]")
+_UNPRINTABLE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e]")
 
 
 class ConsoleLog:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from fusevm.host.channel import connect_unix
+from fusevm.host.channel import connect_now
 from fusevm.host.run import SYSTEM_PATH
 from fusevm.host.vmm.driver import Confinement
 from fusevm.model.errors import PathTooLong, VmmMissing
@@ -83,7 +83,7 @@ def open_socket(path: Path) -> Socket:
         listener.bind(str(path))
         path.chmod(0o600)
         listener.listen(_BACKLOG)
-        return Socket(path=path, listener=listener, client=connect_unix(path))
+        return Socket(path=path, listener=listener, client=connect_now(path))
     except BaseException:
         listener.close()
         path.unlink(missing_ok=True)

@@ -172,8 +172,8 @@ class QemuVmm:
         self._log.load_tail()
         try:
             self._pipe = PipeReader(self._files.output, self._on_output)
-            self._console = await ConsoleReader.start(connect_unix(self._files.console), self._log)
-            self._qmp = await Qmp.start(connect_unix(self._files.qmp), self._on_event)
+            self._console = await ConsoleReader.start(await connect_unix(self._files.console), self._log)
+            self._qmp = await Qmp.start(await connect_unix(self._files.qmp), self._on_event)
             await self._channel.connect()
         except OSError as e:
             _log.warning("adopted VMM is not fully reachable", extra={"machine": self._id, "problem": str(e)})

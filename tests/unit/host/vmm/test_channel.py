@@ -2,11 +2,12 @@
 
 import asyncio
 import os
+import socket
 
 import pytest
 
-from fusevm.host.channel import AgentClient, GuestChannel, TooManyStreams, connect_unix
-from fusevm.wire.mux import INITIAL_CREDIT, MAX_STREAMS, Frame, FrameType, encode_frame
+from fusevm.host.channel import AgentClient, GuestChannel, TooManyStreams, connect_now, connect_unix
+from fusevm.wire.mux import INITIAL_CREDIT, MAX_STREAMS, Frame, FrameType, Session, encode_frame
 
 
 @pytest.fixture
@@ -169,6 +170,54 @@ async def test_open_stream_waits_for_a_guest_that_is_not_up_yet(make_guest, chan
     await opening
 
 
+async def test_a_greeting_that_the_guest_lost_is_repeated(make_guest, tmp_path):
+    guest = await make_guest()
+    guest.is_mute = True
+    channel = GuestChannel(tmp_path / "agent.sock", answer_s=0.02)
+    opening = asyncio.ensure_future(channel.open_stream())
+    while len(guest.epochs) < 3:
+        await asyncio.sleep(0.001)
+    guest.send(Frame(FrameType.HELLO, 0, guest.epochs[0]))  # too late: a newer one is under way
+    await asyncio.sleep(0.01)
+    assert not opening.done()
+    guest.is_mute = False
+    stream = await opening
+    await stream.write(b"x")
+    assert await stream.read(1) == b"x"
+    assert len(set(guest.epochs)) == len(guest.epochs)
+    assert guest.connections == 1
+    await channel.close()
+
+
+async def test_a_greeting_that_the_guest_has_not_read_is_not_repeated(tmp_path):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "agent.sock"))
+    listener.listen()
+    channel = GuestChannel(tmp_path / "agent.sock", answer_s=0.01)
+    await channel.connect()
+    await asyncio.sleep(0.1)
+    assert channel.stats.bytes_out == len(Session(bytes(16)).greeting)
+    await channel.close()
+    listener.close()
+
+
+async def test_a_full_backlog_is_waited_for(tmp_path):
+    path = tmp_path / "agent.sock"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(0)
+    first = connect_now(path)
+    with pytest.raises(BlockingIOError):
+        connect_now(path)
+    waiting = asyncio.ensure_future(connect_unix(path))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    accepted, _ = listener.accept()
+    second = await waiting
+    for end in (first, second, accepted, listener):
+        end.close()
+
+
 async def test_a_cancelled_open_does_not_break_the_others(make_guest, channel):
     guest = await make_guest()
     guest.is_mute = True
@@ -232,7 +281,7 @@ async def test_a_guest_that_breaks_the_protocol_is_disconnected(make_guest, chan
 
 async def test_a_connection_made_before_the_guest_existed_is_used(tmp_path, make_guest, channel):
     guest = await make_guest()
-    await channel.connect(connect_unix(guest.path))
+    await channel.connect(connect_now(guest.path))
     await channel.open_stream()
     assert guest.connections == 1
 

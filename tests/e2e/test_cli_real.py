@@ -1,0 +1,326 @@
+"""The commands against `fuse up` with real microVMs. One machine is shared; tests that end something come last."""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from clean_environ import clean_environ
+from local_stack import ARTEFACTS, LocalStack
+from terminal_window import FUSE, TerminalWindow
+
+from fusevm.cli.processes import identify
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="`fuse up` with its own network needs root"),
+    pytest.mark.timeout(900),
+]
+PROMPT = r"# $"
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+    folder = tmp_path_factory.mktemp("real")
+    local = LocalStack(folder, clean_environ(folder))
+    local.up()
+    try:
+        yield local
+    finally:
+        local.down()
+
+
+@pytest.fixture(scope="module")
+def machine(stack: LocalStack) -> str:
+    made = stack.fuse("env", "create", "debian-12", "--task-id", "shared")
+    assert (made.returncode, made.stdout) == (0, "fuse-shared\n"), made.stderr
+    return "shared"
+
+
+@pytest.fixture
+def window(stack: LocalStack, machine: str) -> Iterator[TerminalWindow]:
+    with TerminalWindow([*FUSE, "shell", machine], stack.environ, rows=30, cols=100) as opened:
+        opened.wait_for(PROMPT)
+        opened.type("PS1='# '; stty -echo; bind 'set enable-bracketed-paste off'; echo re''ady\n")
+        opened.wait_for("ready\r\n")
+        opened.wait_for(PROMPT)
+        yield opened
+
+
+# -- what is said ----------------------------------------------------------------------------------------------------
+
+
+def test_lists_show_the_machine(stack: LocalStack, machine: str) -> None:
+    lines = stack.fuse("env", "list").stdout.splitlines()
+    assert lines[0].split() == ["ID", "STATE", "IMAGE", "CPUS", "RAM", "DISK", "HOST", "AGE"]
+    assert lines[1].split()[:9] == ["fuse-shared", "running", "debian-12", "1", "512", "MiB", "4", "GiB", "default"]
+    listed = json.loads(stack.fuse("env", "list", "-o", "json").stdout)
+    assert [one["id"] for one in listed] == ["fuse-shared"]
+    assert listed[0]["timings"]["boot_ms"] > 0
+    assert "the machine came up" in stack.fuse("story", machine).stdout
+    hosts = json.loads(stack.fuse("host", "list", "-o", "json").stdout)
+    assert [(host["id"], host["health"]) for host in hosts] == [("default", "ok")]
+    assert "qemu" in stack.fuse("version").stdout
+    state = json.loads(stack.fuse("host", "state").stdout)
+    assert len(state["journal"]["entries"]) == 1
+
+
+def test_exit_codes(stack: LocalStack, machine: str) -> None:
+    assert stack.fuse("exec", "-n", machine, "--", "sh", "-c", "exit 37").returncode == 37
+    assert stack.fuse("exec", "-n", machine, "/no/such").returncode == 2
+    assert stack.fuse("env", "get", "nope").returncode == 3
+    assert stack.fuse("env", "create", "--task-id", machine).returncode == 4
+    assert stack.fuse("env", "create", "no-such-image").returncode == 2
+    assert stack.fuse("env", "list", "--token", "wrong").returncode == 6
+    assert stack.fuse("env", "list", "--url", "http://127.0.0.1:9").returncode == 5
+    timed_out = stack.fuse("exec", "-n", "--timeout", "1s", machine, "sleep", "60")
+    assert timed_out.returncode == 124
+
+
+def test_exec_has_streams_environment_and_user(stack: LocalStack, machine: str) -> None:
+    done = stack.fuse("exec", machine, "--", "sh", "-c", "cat; echo err >&2", input="in\n")
+    assert (done.stdout, done.stderr) == ("in\n", "err\n")
+    script = 'echo "$K $PWD $(id -u)"'
+    done = stack.fuse("exec", "-n", "-e", "K=v", "-w", "/tmp", "-u", "1234", machine, "--", "sh", "-c", script)
+    assert done.stdout == "v /tmp 1234\n"
+
+
+def test_exec_passes_bytes_through_unchanged(stack: LocalStack, machine: str) -> None:
+    data = os.urandom(4 << 20)
+    done = stack.fuse("exec", machine, "cat", input=data, text=False)
+    assert done.stdout == data  # type: ignore[comparison-overlap]  # text=False
+
+
+def test_the_console_is_a_log(stack: LocalStack, machine: str) -> None:
+    assert "fused: ready" in stack.fuse("logs", machine).stdout
+
+
+# -- a shell in a terminal -------------------------------------------------------------------------------------------
+
+
+def test_stty_size_follows_the_window(window: TerminalWindow) -> None:
+    window.type("stty size\n")
+    window.wait_for("30 100\r\n")
+    window.resize(41, 133)
+    time.sleep(0.5)
+    window.type("stty size\n")
+    window.wait_for("41 133\r\n")
+
+
+def test_ctrl_c_stops_sleep_and_not_the_shell(window: TerminalWindow) -> None:
+    window.type("sleep 1000\n")
+    time.sleep(1)
+    window.type("\x03")
+    window.wait_for(PROMPT, timeout_s=10)
+    window.type("echo sta''tus $?\n")
+    window.wait_for("status 130\r\n")
+    window.type("exit 37\n")
+    assert window.wait_end() == 37
+
+
+def test_a_paste_of_one_mebibyte_arrives_whole(window: TerminalWindow, stack: LocalStack, machine: str) -> None:
+    lines = b"".join(b"%06d %s\n" % (number, b"x" * 56) for number in range(16384))
+    window.type(f"stty -icanon -echo; head -c {len(lines)} > /root/pasted; stty icanon; echo wri''tten\n")
+    time.sleep(1)
+    window.type(lines, timeout_s=120)
+    window.wait_for("written\r\n", timeout_s=60)
+    done = stack.fuse("exec", "-n", machine, "sha256sum", "/root/pasted")
+    assert done.stdout.split()[0] == hashlib.sha256(lines).hexdigest()
+
+
+def test_a_large_output_arrives_whole(window: TerminalWindow) -> None:
+    window.type("seq 1 100000; echo e''nd\n")
+    window.wait_for("99999\r\n100000\r\nend\r\n", timeout_s=60)
+
+
+# -- copies ----------------------------------------------------------------------------------------------------------
+
+
+def test_files_and_folders_come_back_as_they_went(stack: LocalStack, machine: str, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "deep").mkdir(parents=True)
+    (tree / "deep/data").write_bytes(os.urandom(3_000_000))
+    (tree / "run.sh").write_text("#!/bin/sh\necho ran\n")
+    (tree / "run.sh").chmod(0o755)
+    (tree / "link").symlink_to("deep/data")
+    assert stack.fuse("cp", str(tree), f"{machine}:/root/copy").returncode == 0
+    assert stack.fuse("exec", "-n", machine, "/root/copy/run.sh").stdout == "ran\n"
+    back = stack.fuse("cp", f"{machine}:/root/copy", str(tmp_path / "back"))
+    assert back.returncode == 0, back.stderr
+    assert (tmp_path / "back/deep/data").read_bytes() == (tree / "deep/data").read_bytes()
+    assert (tmp_path / "back/link").readlink() == Path("deep/data")
+    assert (tmp_path / "back/run.sh").stat().st_mode & 0o777 == 0o755
+    done = stack.fuse("cp", "-", f"{machine}:/root/stdin", input="piped")
+    assert done.returncode == 0, done.stderr
+    assert stack.fuse("cp", "-q", f"{machine}:/root/stdin", "-").stdout == "piped"
+
+
+def test_a_copy_that_is_killed_leaves_no_partial_target(stack: LocalStack, machine: str, tmp_path: Path) -> None:
+    big = tmp_path / "big"
+    with big.open("wb") as file:
+        file.truncate(512 << 20)
+    for source, target in ((str(big), f"{machine}:/root/half"), (f"{machine}:/root/big", str(tmp_path / "half"))):
+        if source.startswith(machine):
+            made = stack.fuse("exec", "-n", machine, "--", "sh", "-c", "rm -f /root/half; truncate -s 1G /root/big")
+            assert made.returncode == 0, made.stderr
+        process = subprocess.Popen([*FUSE, "cp", "-q", source, target], env=stack.environ)
+        time.sleep(1.5)
+        assert process.poll() is None, "the copy was too quick for this test"
+        process.kill()
+        process.wait()
+    time.sleep(1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big"]
+    assert stack.fuse("exec", "-n", machine, "ls", "-A", "/root").stdout.split().count("half") == 0
+    assert stack.fuse("exec", "-n", machine, "rm", "/root/big").returncode == 0
+
+
+# -- run -------------------------------------------------------------------------------------------------------------
+
+
+def test_run_leaves_nothing(stack: LocalStack, machine: str) -> None:
+    done = stack.fuse("run", "-n", "debian-12", "--ram", "256M", "--", "sh", "-c", "hostname; exit 9")
+    assert done.returncode == 9, done.stderr
+    assert done.stdout.startswith("run-")
+    assert stack.fuse("env", "list", "-q").stdout == "fuse-shared\n"
+
+
+def test_ctrl_c_ends_run_and_its_machine(stack: LocalStack, machine: str) -> None:
+    with TerminalWindow([*FUSE, "run", "debian-12", "--", "sh", "-c", "echo up; exec sleep 1000"], stack.environ) as window:
+        window.wait_for("up\r\n", timeout_s=60)
+        window.type("\x03")
+        assert window.wait_end() == 130
+    assert stack.fuse("env", "list", "-q").stdout == "fuse-shared\n"
+
+
+# -- up and down: each test leaves the stack up ----------------------------------------------------------------------
+
+
+def test_a_second_up_is_refused(stack: LocalStack) -> None:
+    done = stack.fuse("up")
+    assert done.returncode == 4
+    assert f"{stack.data} is in use by another process (pid {stack.process.pid})" in done.stderr  # type: ignore[union-attr]
+
+
+def test_a_port_that_was_asked_for_must_be_free(stack: LocalStack, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = stack.fuse("up", "--data", str(tmp_path / "other"), "--listen", address, "--image", "")
+    assert done.returncode == 4
+    assert f"The address {address} is in use; choose another with --listen" in done.stderr
+
+
+def boot_id(stack: LocalStack, machine: str) -> str:
+    done = stack.fuse("exec", "-n", machine, "cat", "/proc/sys/kernel/random/boot_id")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_killed_up_finds_its_machines_again(stack: LocalStack, machine: str) -> None:
+    before = boot_id(stack, machine)
+    stack.end(signal.SIGKILL)
+    stack.up()
+    assert stack.fuse("env", "list", "-q").stdout == "fuse-shared\n"
+    assert boot_id(stack, machine) == before, "the same machine, not a new one"
+
+
+def test_ctrl_c_leaves_the_machines_running(stack: LocalStack, machine: str) -> None:
+    before = boot_id(stack, machine)
+    assert stack.end(signal.SIGINT) == 0
+    assert "1 environment keeps running" in stack.log.read_text()
+    assert stack.fuse("env", "list").returncode == 5
+    stack.up()
+    assert boot_id(stack, machine) == before
+
+
+def test_the_terminal_is_restored_when_the_control_plane_dies(stack: LocalStack, machine: str) -> None:
+    record = json.loads((stack.data / "up.json").read_text())
+    control = record["children"][1]["pid"]
+    with TerminalWindow(["/bin/sh", "-i"], stack.environ | {"PS1": "local> "}) as window:
+        window.wait_for("local> ")
+        modes = window.modes
+        window.type(f"{' '.join(FUSE)} shell {machine}\n")
+        window.wait_for("# ")
+        assert window.is_raw
+        os.kill(control, signal.SIGKILL)
+        window.wait_for("fuse: The connection to .* broke")
+        window.wait_for("local> ")
+        assert window.modes == modes
+    ends_at = time.monotonic() + 60
+    while stack.fuse("env", "list").returncode:
+        assert time.monotonic() < ends_at, "the control plane was not started again"
+    assert "the control plane ended (SIGKILL) and is started again" in stack.log.read_text()
+    ends_at = time.monotonic() + 60
+    while stack.fuse("exec", "-n", machine, "true").returncode:
+        assert time.monotonic() < ends_at, "the machine was lost"
+
+
+def test_the_daemons_have_different_users(stack: LocalStack) -> None:
+    record = json.loads((stack.data / "up.json").read_text())
+    users = [Path(f"/proc/{child['pid']}").stat().st_uid for child in record["children"]]
+    assert users[0] == 0
+    assert users[1] != 0
+    for secret in ("api-token", "host/token", "control/fuse.db"):
+        assert (stack.data / secret).stat().st_mode & 0o077 == 0
+
+
+def test_down_keep_leaves_the_machines(stack: LocalStack, machine: str) -> None:
+    before = boot_id(stack, machine)
+    assert stack.fuse("down", "--keep").returncode == 0
+    assert stack.process is not None
+    assert stack.process.wait(30) == 0
+    stack.up()
+    assert boot_id(stack, machine) == before
+
+
+def test_down_leaves_nothing(stack: LocalStack, machine: str) -> None:
+    del machine
+    done = stack.fuse("down")
+    assert done.returncode == 0, done.stderr
+    assert "fuse-shared destroyed" in done.stderr
+    assert stack.leftovers() == []
+    stack.up()
+
+
+def test_down_cleans_up_after_a_killed_up(stack: LocalStack) -> None:
+    assert stack.fuse("env", "create", "--task-id", "orphan").returncode == 0
+    stack.end(signal.SIGKILL)
+    done = stack.fuse("down")
+    assert done.returncode == 0, done.stderr
+    assert "fuse-orphan destroyed" in done.stderr
+    assert stack.leftovers() == []
+
+
+def test_the_quickstart_leaves_nothing(stack: LocalStack, tmp_path: Path) -> None:
+    environ = stack.base_environ | {"FUSE_DATA_DIR": str(ARTEFACTS)}
+    for name in ("FUSE_INSTANCE", "FUSE_NETWORK_RANGE", "FUSE_ARTEFACT_ROOT"):
+        del environ[name]
+    done = subprocess.run(
+        [sys.executable, "-m", "fusevm.cli.quickstart"],
+        env=environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "went in and came out unchanged" in done.stdout
+    assert "Nothing was left behind" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_quickstart_leaves_nothing(stack: LocalStack, tmp_path: Path) -> None:
+    environ = stack.base_environ | {"FUSE_DATA_DIR": str(ARTEFACTS), "TMPDIR": str(tmp_path)}
+    with TerminalWindow([sys.executable, "-m", "fusevm.cli.quickstart"], environ) as window:
+        window.wait_for("Running a Python program", timeout_s=300)
+        window.type("\x03")
+        assert window.wait_end(60) == 130
+    assert stack.leftovers() == []
+    assert identify(window.pid) is None

@@ -1,0 +1,65 @@
+"""Fixtures of the real tests. The host of a test is empty at its end, or the test fails."""
+
+import asyncio
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fusevm.host.images.initramfs import agent_path
+from fusevm.model.errors import VmmMissing
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from real_host import Box, Guest, Host, ensure_artefacts, make_fence
+
+
+@pytest.fixture(scope="session")
+def artefacts() -> Path:
+    """A data directory with kernel, initramfs and image; found, else made."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root for namespaces of its own")
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("qemu-system-x86_64 is not installed")
+    data = Path(os.environ.get("FUSE_TEST_DATA", "/var/cache/fuse-test"))
+    data.mkdir(parents=True, exist_ok=True)
+    try:
+        agent_path()
+    except VmmMissing as e:
+        pytest.skip(str(e))
+    asyncio.run(ensure_artefacts(data))
+    return data
+
+
+@pytest.fixture
+def host(artefacts: Path) -> Iterator[Host]:
+    """A host without a daemon, in a box of its own; at the end nothing of machines may be left."""
+    host = Host(Box(), artefacts, "fuseh")
+    try:
+        yield host
+        left = host.leftovers()
+        assert not left, (left, host.tail())
+    finally:
+        host.close()
+
+
+@pytest.fixture(scope="session")
+def shared_host(artefacts: Path) -> Iterator[Host]:
+    """A running daemon for tests that do not harm it."""
+    host = Host(Box(), artefacts, "fuses", warm_slots=1)
+    try:
+        asyncio.run(host.start())
+        yield host
+    finally:
+        host.close()
+
+
+@pytest.fixture(scope="session")
+def guest(shared_host: Host) -> Guest:
+    """A running machine for tests that do not harm it."""
+    fence = make_fence("shared")
+    asyncio.run(shared_host.create("m-shared", fence, env={"COLOUR": "blue"}))
+    return Guest(shared_host, "m-shared", fence)

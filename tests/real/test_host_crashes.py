@@ -1,0 +1,100 @@
+"""The daemon is killed (SIGKILL) at every point of a create, a stop and a delete; its next run puts it right."""
+
+import pytest
+from real_host import Guest, Host, make_fence, reason_of, until
+
+from fusevm.host.faults import CREATE_POINTS, DELETE_POINTS, STOP_POINTS
+from fusevm.wire.host_api import MachineBody
+
+pytestmark = pytest.mark.real
+
+FENCE = make_fence()
+#: From here on the VMM is in the journal, and a restarted daemon goes on with the boot.
+_RESUMED = ("create.booted", "create.answered", "create.running.writing", "create.running")
+
+
+async def _settled(host: Host) -> list[MachineBody]:
+    """The machines, once nothing is under way any more."""
+
+    async def is_settled() -> bool:
+        return all(machine.phase in ("running", "stopped", "failed") for machine in await host.machines())
+
+    await until(is_settled, 180)
+    return await host.machines()
+
+
+@pytest.mark.parametrize("point", CREATE_POINTS)
+async def test_a_create_survives_a_crash_at(host: Host, point: str):
+    await host.start(fault=point)
+    with pytest.raises(ConnectionError):
+        await host.create("m-1", FENCE)
+    assert await host.wait_end() == -9
+
+    await host.start()
+    machines = await _settled(host)
+    if point in _RESUMED:
+        assert [(machine.phase, machine.generation) for machine in machines] == [("running", 1)]
+    else:
+        assert machines == []
+        assert host.leftovers() == []
+    # Whoever got no answer asks again, and gets the machine.
+    machine = await host.create("m-1", FENCE)
+    assert (machine.phase, machine.uid, machine.incarnation) == ("running", "u1", 1)
+    assert await Guest(host, "m-1", FENCE).shell("echo works") == "works\n"
+    assert len([line for line in host.leftovers() if line.startswith("process")]) == 1
+    await host.delete("m-1", make_fence(action_seq=2))
+    assert await host.stop() == 0
+
+
+@pytest.mark.parametrize("point", DELETE_POINTS)
+async def test_a_delete_survives_a_crash_at(host: Host, point: str):
+    await host.start(fault=point)
+    await host.create("m-1", FENCE)
+    with pytest.raises(ConnectionError):
+        await host.delete("m-1", make_fence(action_seq=2))
+    assert await host.wait_end() == -9
+
+    await host.start()
+    machines = await _settled(host)
+    if point == "delete.intent.writing":
+        # The order was never accepted: the machine runs on.
+        assert [machine.phase for machine in machines] == ["running"]
+        assert await Guest(host, "m-1", FENCE).shell("echo works") == "works\n"
+    else:
+        assert machines == []
+        assert host.leftovers() == []
+    await host.delete("m-1", make_fence(action_seq=2))
+    assert await reason_of(host.create("m-1", FENCE)) == "stale_incarnation"
+    assert await host.stop() == 0
+
+
+@pytest.mark.parametrize("point", STOP_POINTS)
+async def test_a_stop_survives_a_crash_at(host: Host, point: str):
+    await host.start(fault=point)
+    await host.create("m-1", FENCE)
+    await Guest(host, "m-1", FENCE).shell("echo kept > /kept")
+    with pytest.raises(ConnectionError):
+        await host.ask("POST", "/machines/m-1/stop", make_fence(action_seq=2))
+    assert await host.wait_end() == -9
+
+    await host.start()
+    machines = await _settled(host)
+    wanted = "running" if point == "stop.intent.writing" else "stopped"
+    await until(lambda: True)
+    assert [machine.phase for machine in machines] == [wanted]
+    await host.ask("POST", "/machines/m-1/stop", make_fence(action_seq=2))
+    assert [line for line in host.leftovers() if not line.startswith("machine directory")] == []
+    await host.delete("m-1", make_fence(action_seq=3))
+    assert await host.stop() == 0
+
+
+async def test_a_crash_while_a_boot_is_undone_is_undone_once_more(host: Host):
+    for point in ("create.undone.writing", "create.undone"):
+        await host.start(fault=point)
+        with pytest.raises(ConnectionError):
+            await host.create("m-1", FENCE, boot_timeout_ms=300)
+        assert await host.wait_end() == -9
+        await host.start()
+        assert await _settled(host) == []
+        assert host.leftovers() == []
+        assert await host.stop() == 0

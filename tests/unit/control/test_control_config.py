@@ -1,0 +1,106 @@
+"""Settings that are refused, and why."""
+
+import pytest
+from fusevm.control.config import (
+    ControlConfig,
+    HostSetting,
+    accepted_hosts,
+    check,
+    database_path,
+    effective_listen,
+    parse_listen,
+)
+from fusevm.control.main import bind
+from fusevm.model.errors import BadSetting, PortInUse
+
+KEY, PIN = "ab" * 32, "0" * 64
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ControlConfig(),
+        ControlConfig(listen="127.0.0.1:0"),
+        ControlConfig(listen="[::1]:8080"),
+        ControlConfig(listen="localhost:80"),
+        ControlConfig(listen=":8080", auth_token="t"),
+        ControlConfig(listen="0.0.0.0:8080", auth_token="t"),
+        ControlConfig(require_auth=True, auth_token="t", encryption_key=KEY, database="/tmp/x.db"),
+        ControlConfig(database="sqlite:///tmp/x.db"),
+        ControlConfig(hosts=(HostSetting(id="a", url="https://10.0.0.1:8090", token=f"s.{PIN}"),)),
+        ControlConfig(hosts=(HostSetting(id="a", url="http://127.0.0.1:8090"),)),
+        ControlConfig(hosts=(HostSetting(id="a", url="unix:///run/x.sock"),)),
+    ],
+)
+def test_settings_that_are_fine(config: ControlConfig) -> None:
+    check(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "setting", "problem"),
+    [
+        (ControlConfig(listen=":8080"), "listen", "auth token"),
+        (ControlConfig(listen="0.0.0.0:8080"), "listen", "auth token"),
+        (ControlConfig(listen="192.168.1.1:8080"), "listen", "auth token"),
+        (ControlConfig(listen="fuse.example:8080"), "listen", "auth token"),
+        (ControlConfig(listen="8080"), "listen", "host:port"),
+        (ControlConfig(listen="127.0.0.1:99999"), "listen", "host:port"),
+        (ControlConfig(require_auth=True), "require_auth", "auth_token, encryption_key, database"),
+        (ControlConfig(require_auth=True, auth_token="t", database="/x"), "require_auth", "encryption_key"),
+        (ControlConfig(tls_cert="c.pem"), "tls_key", "together"),
+        (ControlConfig(tls_key="k.pem"), "tls_cert", "together"),
+        (ControlConfig(encryption_key="ab"), "encryption_key", "64 hex"),
+        (ControlConfig(encryption_key="zz" * 32), "encryption_key", "64 hex"),
+        (ControlConfig(database="postgres://x/y"), "database", "SQLite"),
+        (ControlConfig(wait_s=0), "wait_s", "greater"),
+        (ControlConfig(lease_s=-1), "lease_s", "greater"),
+        (ControlConfig(log_level="loud"), "log_level", "loud"),
+        (ControlConfig(hosts=(HostSetting(id="a", url="http://10.0.0.1"),)), "firecracker_url", "https"),
+        (ControlConfig(hosts=(HostSetting(id="a", url="https://x", token="s"),)), "FIRECRACKER_TOKEN", "64 hex"),
+        (ControlConfig(hosts=(HostSetting(id="a", url="x"),)), "firecracker_url", "https"),
+        (
+            ControlConfig(hosts=(HostSetting(id="a", url="unix:///a"), HostSetting(id="a", url="unix:///b"))),
+            "hosts",
+            "two hosts",
+        ),
+    ],
+)
+def test_settings_that_are_refused(config: ControlConfig, setting: str, problem: str) -> None:
+    with pytest.raises(BadSetting) as caught:
+        check(config)
+    assert caught.value.setting == setting
+    assert problem in caught.value.problem
+
+
+def test_the_default_address_depends_on_the_token() -> None:
+    assert effective_listen(ControlConfig()) == "127.0.0.1:8080"
+    assert effective_listen(ControlConfig(auth_token="t")) == ":8080"
+    assert parse_listen(":8080") == ("", 8080)
+    assert parse_listen("[::1]:80") == ("::1", 80)
+
+
+def test_the_database_is_a_path() -> None:
+    assert database_path(ControlConfig()) == ":memory:"
+    assert database_path(ControlConfig(database="sqlite:///var/fuse.db")) == "/var/fuse.db"
+
+
+def test_local_names_are_always_accepted() -> None:
+    assert accepted_hosts(ControlConfig(allowed_hosts=("Fuse.LAN",))) == {"localhost", "127.0.0.1", "::1", "fuse.lan"}
+
+
+def test_a_taken_port_is_named() -> None:
+    with bind(ControlConfig(listen="127.0.0.1:0")) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PortInUse) as caught:
+            bind(ControlConfig(listen=f"127.0.0.1:{port}"))
+        assert caught.value.setting == "--listen"
+
+
+def test_an_address_of_another_machine_cannot_be_listened_on() -> None:
+    with pytest.raises(BadSetting, match=r"203\.0\.113\.1"):
+        bind(ControlConfig(listen="203.0.113.1:0", auth_token="t"))
+
+
+def test_every_address_is_one_socket_for_both_families() -> None:
+    with bind(ControlConfig(listen=":0", auth_token="t")) as listener:
+        assert listener.getsockname()[0] in ("::", "0.0.0.0")

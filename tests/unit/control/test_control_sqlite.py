@@ -1,0 +1,224 @@
+"""What is particular to the SQLite store: one process per file, schema versions, full disks, group commit."""
+
+import asyncio
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fusevm.control.store import migrate
+from fusevm.control.store.sql import Migration, load_migrations, load_queries
+from fusevm.control.store.sqlite import SqliteStore
+from fusevm.control.store.writer import Writer
+from fusevm.core.policy import Policy
+from fusevm.model.errors import BadSetting, DataRootInUse, ShuttingDown, StoreFull
+from fusevm.testing.clock import FakeClock
+
+POLICY = Policy()
+
+
+async def _open(path: Path) -> SqliteStore:
+    return await SqliteStore.open(str(path), POLICY, FakeClock().now_ms)
+
+
+async def test_a_file_belongs_to_one_process(tmp_path: Path) -> None:
+    path = tmp_path / "fuse.db"
+    store = await _open(path)
+    with pytest.raises(DataRootInUse) as caught:
+        await _open(path)
+    assert caught.value.pid == str(os.getpid())
+    await store.close()
+    await store.close()
+    await (await _open(path)).close()
+
+
+async def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "fuse.db"
+    code = (
+        "import asyncio, os; from fusevm.control.store.sqlite import SqliteStore; from fusevm.core.policy import Policy\n"
+        f"asyncio.run(SqliteStore.open({str(path)!r}, Policy(), lambda: 1)); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    await (await _open(path)).close()
+
+
+async def test_the_file_is_durable_by_settings(tmp_path: Path) -> None:
+    store = await _open(tmp_path / "fuse.db")
+    mode = await store._writer.read(lambda db: db.execute("pragma journal_mode").fetchone()[0])
+    synchronous = await store._writer.read(lambda db: db.execute("pragma synchronous").fetchone()[0])
+    assert (mode, synchronous) == ("wal", 2)
+    await store.close()
+
+
+async def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "fuse.db"
+    await (await _open(path)).close()
+    with sqlite3.connect(path) as db:
+        db.execute("insert into schema_version values (99, '0099_later.sql', 'x', 1)")
+    db.close()
+    with pytest.raises(BadSetting, match="newer"):
+        await _open(path)
+    with sqlite3.connect(path) as db:
+        assert db.execute("select count(*) from schema_version").fetchone() == (2,)
+    db.close()
+
+
+async def test_a_schema_of_another_build_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "fuse.db"
+    await (await _open(path)).close()
+    with sqlite3.connect(path) as db:
+        db.execute("update schema_version set checksum = 'x'")
+    db.close()
+    with pytest.raises(BadSetting, match="another build"):
+        await _open(path)
+
+
+async def test_a_migration_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "fuse.db"
+    await (await _open(path)).close()
+    broken = Migration(2, "0002_broken.sql", "create table good (a text); create tabel bad (a text);", "x")
+    monkeypatch.setattr(migrate, "load_migrations", lambda: [*load_migrations(), broken])
+    with pytest.raises(BadSetting):
+        await _open(path)
+    with sqlite3.connect(path) as db:
+        assert db.execute("select count(*) from sqlite_master where name = 'good'").fetchone() == (0,)
+        assert db.execute("select max(version) from schema_version").fetchone() == (1,)
+    db.close()
+
+
+@pytest.mark.parametrize("content", [b"this is not a database, however long it may be" * 50])
+async def test_a_file_that_is_no_database_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "fuse.db"
+    path.write_bytes(content)
+    with pytest.raises(BadSetting, match=r"fuse\.db"):
+        await _open(path)
+    assert path.read_bytes() == content
+
+
+async def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadSetting, match="missing"):
+        await _open(tmp_path / "missing" / "fuse.db")
+
+
+async def test_a_full_disk_is_a_clean_error_and_nothing_is_lost(tmp_path: Path) -> None:
+    store = await _open(tmp_path / "fuse.db")
+    pages = await store._writer.read(lambda db: db.execute("pragma page_count").fetchone()[0])
+    await store._writer.read(lambda db: db.execute(f"pragma max_page_count = {pages + 2}").fetchone())
+    await store.put_secret("small", "a", "b")
+    results = await asyncio.gather(
+        *(store.put_secret("large", str(n), "x" * 3000) for n in range(20)), return_exceptions=True
+    )
+    assert any(isinstance(result, StoreFull) for result in results)
+    assert all(result is None or isinstance(result, StoreFull) for result in results)
+    await store._writer.read(lambda db: db.execute("pragma max_page_count = 100000").fetchone())
+    assert await store.get_secret("small", "a") == "b"
+    for number, result in enumerate(results):
+        assert (await store.get_secret("large", str(number)) is None) is (result is not None)
+    await store.put_secret("large", "again", "x" * 3000)
+    await store.close()
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs")
+async def test_a_really_full_disk(tmp_path: Path) -> None:
+    code = f"""
+import asyncio, ctypes, os, subprocess
+from fusevm.control.store.sqlite import SqliteStore
+from fusevm.core.policy import Policy
+from fusevm.model.errors import StoreFull
+if ctypes.CDLL(None, use_errno=True).unshare(0x20000): os._exit(77)
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", {str(tmp_path)!r}], check=True)
+async def main():
+    store = await SqliteStore.open({str(tmp_path / "fuse.db")!r}, Policy(), lambda: 1)
+    full = 0
+    for n in range(60):
+        try:
+            await store.put_secret("x", str(n), "x" * 50_000)
+        except StoreFull:
+            full += 1
+    assert full > 10, full
+    assert len(await store.get_secret("x", "0")) == 50_000
+    await store.ping()
+    await store.close()
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("mount namespaces are not allowed here")
+    assert done.returncode == 0, done.stderr
+
+
+async def test_jobs_that_arrive_together_share_a_commit() -> None:
+    commits = 0
+
+    def connect() -> sqlite3.Connection:
+        nonlocal commits
+        connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        connection.execute("create table t (a integer)")
+
+        def count(statement: str) -> None:
+            nonlocal commits
+            commits += statement == "commit"
+
+        connection.set_trace_callback(count)
+        return connection
+
+    writer = Writer(connect)
+    await writer.open()
+
+    def insert(value: int) -> int:
+        return value
+
+    async def one(value: int) -> int:
+        return await writer.run(lambda db: db.execute("insert into t values (?)", (value,)).lastrowid or 0)
+
+    assert sorted(await asyncio.gather(*(one(n) for n in range(200)))) == list(range(1, 201))
+    assert commits < 100
+    await writer.close()
+    with pytest.raises(ShuttingDown):
+        await one(1)
+
+
+async def test_a_job_that_raises_takes_nothing_of_its_neighbours_with_it() -> None:
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        connection.execute("create table t (a integer)")
+        return connection
+
+    def bad(db: sqlite3.Connection) -> None:
+        db.execute("insert into t values (-1)")
+        raise KeyError("bug")
+
+    writer = Writer(connect)
+    await writer.open()
+    jobs = [writer.run(lambda db: db.execute("insert into t values (1)").rowcount), writer.run(bad)] * 1
+    jobs += [writer.run(lambda db: db.execute("insert into t values (2)").rowcount)]
+    results = await asyncio.gather(*jobs, return_exceptions=True)
+    assert [type(result) for result in results] == [int, KeyError, int]
+    rows = await writer.read(lambda db: db.execute("select a from t order by a").fetchall())
+    assert rows == [(1,), (2,)]
+    await writer.close()
+    await writer.close()
+
+
+def test_every_query_is_used_and_every_used_query_exists() -> None:
+    import re
+
+    folder = Path(migrate.__file__).parent
+    used: set[str] = set()
+    for name in ("sqlite.py", "transactions.py"):
+        text = (folder / name).read_text()
+        used |= {word for word in re.findall(r'"(\w+)"', text) if word in load_queries()}
+    assert used == set(load_queries())
+
+
+def test_parameters_are_numbered_as_asyncpg_wants_them() -> None:
+    import re
+
+    for name, text in load_queries().items():
+        numbers = {int(number) for number in re.findall(r"\$(\d+)", text)}
+        assert numbers == set(range(1, len(numbers) + 1)), name
+        assert "?" not in text

@@ -1,0 +1,334 @@
+"""Actions, leases, superseding, and what survives a death."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from control_harness import FAST, observed, running, until, world
+from fusevm.control.entry import Entry
+from fusevm.control.metrics import Metrics
+from fusevm.control.signals import Signals
+from fusevm.control.store.protocol import Claim, Committed
+from fusevm.control.store.sqlite import SqliteStore
+from fusevm.control.worker import Worker
+from fusevm.core.invariants import violations
+from fusevm.core.policy import Policy
+from fusevm.core.spec import complete
+from fusevm.model.environment import DestroyRequested, Environment, State
+from fusevm.model.errors import BootFailed, HostRejected, StaleIncarnation, WrongCluster
+from fusevm.model.host import Host, Resources
+from fusevm.testing.clock import FakeClock
+from fusevm.testing.fake_host import FakeHost, lose_reply
+from msgspec.structs import replace
+
+POLICY = Policy(backoff_first_ms=100)
+CAPACITY = Resources(cpus=100, ram_mb=1 << 20, storage_gb=1000, vm_count=100)
+
+
+class Replica:
+    """Entry and worker of one process."""
+
+    def __init__(self, name: str, store: SqliteStore, hosts: dict[str, FakeHost], clock: FakeClock, lease_ms: int) -> None:
+        async def host_of(host_id: str) -> FakeHost:
+            return hosts[host_id]
+
+        self.metrics = Metrics()
+        claim = Claim(name, lease_ms)
+        self.entry = Entry(store, Signals(), POLICY, clock, claim)
+        self.worker = Worker(
+            store,
+            self.entry,
+            host_of,
+            cluster=store.cluster,
+            claim=claim,
+            clock=clock,
+            metrics=self.metrics,
+            poll_s=0.01,
+        )
+
+    async def create(self, task_id: str = "t1") -> Environment:
+        return await self.entry.begin(self.entry.new_identity(task_id), complete(POLICY), cause="test")
+
+
+class Bench:
+    """A store, a host, and as many replicas as wanted."""
+
+    def __init__(self, store: SqliteStore, clock: FakeClock) -> None:
+        self.store = store
+        self.clock = clock
+        self.host = FakeHost("h1")
+        self.replicas: list[Replica] = []
+        store.listener = self._spread
+
+    def _spread(self, committed: Committed) -> None:
+        for replica in self.replicas:
+            replica.worker.notice(committed.record, committed.leased_to)
+
+    def replica(self, name: str, lease_ms: int = 600) -> Replica:
+        self.replicas.append(Replica(name, self.store, {"h1": self.host}, self.clock, lease_ms))
+        return self.replicas[-1]
+
+    async def is_in(self, uid: str, *states: State) -> bool:
+        found = await self.store.get(uid)
+        return found is not None and found.state in states
+
+
+@contextlib.asynccontextmanager
+async def bench(path: str = ":memory:") -> AsyncIterator[Bench]:
+    clock = FakeClock()
+    store = await SqliteStore.open(path, POLICY, clock.now_ms)
+    try:
+        now_ms = clock.now_ms()
+        host = Host(id="h1", url="x", capacity=CAPACITY, created_at_ms=now_ms, updated_at_ms=now_ms)
+        if await store.host("h1") is None:
+            await store.save_host(host)
+        yield Bench(store, clock)
+        assert violations(await world(store), POLICY) == []
+    finally:
+        await store.close()
+
+
+@contextlib.asynccontextmanager
+async def at_work(*replicas: Replica) -> AsyncIterator[None]:
+    async with asyncio.TaskGroup() as group:
+        for replica in replicas:
+            group.create_task(replica.worker.run())
+        await asyncio.sleep(0)
+        try:
+            yield
+        finally:
+            for replica in replicas:
+                replica.worker.stop()
+
+
+async def test_the_replica_that_takes_a_create_performs_it() -> None:
+    async with bench() as at:
+        first = at.replica("first")
+        async with at_work(first):
+            env = await first.create()
+            await until(lambda: at.is_in(env.uid, State.RUNNING))
+        order = at.host.calls[0][1][1]
+        assert order.machine_id == env.machine_id
+        fence = at.host.calls[0][1][0]
+        assert (fence.cluster, fence.uid, fence.incarnation, fence.action_seq) == (at.store.cluster, env.uid, 1, 1)
+
+
+async def test_two_workers_on_one_store_never_both_act() -> None:
+    async with bench() as at:
+        taker, first, second = at.replica("taker"), at.replica("first"), at.replica("second")
+        envs = [await taker.create(f"t{n}") for n in range(20)]  # taker does not work, so its leases run out
+        async with at_work(first, second):
+            at.clock.advance(600)
+            for env in envs:
+                await until(lambda env=env: at.is_in(env.uid, State.RUNNING))  # type: ignore[misc]
+        assert at.host.count("create") == 20
+
+
+async def test_a_dead_holders_action_is_performed_again() -> None:
+    async with bench() as at:
+        dead, heir = at.replica("dead"), at.replica("heir")
+        env = await dead.create()
+        async with at_work(heir):
+            await until(lambda: heir.metrics.loop_failures is not None)
+            assert await at.is_in(env.uid, State.PROVISIONING)
+            at.clock.advance(600)
+            await until(lambda: at.is_in(env.uid, State.RUNNING))
+
+
+async def test_a_destroy_takes_over_from_another_replicas_boot() -> None:
+    async with bench() as at:
+        booting, destroying = at.replica("booting"), at.replica("destroying")
+        at.host.hold["create"] = asyncio.Event()
+        async with at_work(booting, destroying):
+            env = await booting.create()
+            await until(lambda: at.host.count("create") == 1)
+            await destroying.entry.feed(env.uid, DestroyRequested(cause="test"))
+            await until(lambda: at.is_in(env.uid, State.DESTROYED))
+            at.host.hold["create"].set()
+        assert at.host.table == {}
+
+
+async def test_an_outcome_that_comes_too_late_changes_nothing() -> None:
+    async with bench() as at:
+        replica = at.replica("r")
+        env = await replica.create()
+        ending = await replica.entry.feed(env.uid, DestroyRequested(cause="test"))
+        from fusevm.model.environment import BootSucceeded
+
+        assert await replica.entry.feed(env.uid, BootSucceeded(cause="late", seq=1)) == ending
+
+
+async def test_a_lost_lease_cancels_the_action() -> None:
+    async with bench() as at:
+        slow, heir = at.replica("slow", lease_ms=60), at.replica("heir")
+        at.host.hold["create"] = asyncio.Event()
+        async with at_work(slow):
+            env = await slow.create()
+            await until(lambda: at.host.count("create") == 1)
+            at.clock.advance(60)
+            assert await at.store.acquire(env.uid, 1, Claim("heir", 10_000)) is not None
+            await until(lambda: not slow.worker._jobs)
+        at.host.hold["create"].set()
+        async with at_work(heir):
+            await at.store.release("heir")
+            await until(lambda: at.is_in(env.uid, State.RUNNING))
+
+
+async def test_a_stopped_worker_gives_its_leases_back() -> None:
+    async with bench() as at:
+        first, second = at.replica("first"), at.replica("second")
+        at.host.hold["create"] = asyncio.Event()
+        async with at_work(first):
+            env = await first.create()
+            await until(lambda: at.host.count("create") == 1)
+        assert (await at.store.due(10)).actions == ((env.uid, 1),)
+        at.host.hold["create"].set()
+        async with at_work(second):
+            await until(lambda: at.is_in(env.uid, State.RUNNING))
+
+
+async def test_attempts_wait_for_their_time() -> None:
+    async with bench() as at:
+        replica = at.replica("r", lease_ms=10_000_000)
+        at.host.script("create", lose_reply)
+        async with at_work(replica):
+            env = await replica.create()
+
+            async def waits() -> bool:
+                found = await at.store.get(env.uid)
+                return found is not None and found.pending is not None and found.pending.attempt == 1
+
+            await until(waits)
+            assert at.host.count("create") == 1
+            at.clock.advance(200)
+            await until(lambda: at.is_in(env.uid, State.RUNNING))
+        assert at.host.count("create") == 2
+
+
+async def test_a_boot_is_given_up_at_its_deadline() -> None:
+    async with bench() as at:
+        replica = at.replica("r", lease_ms=10_000_000)
+        at.host.hold["create"] = asyncio.Event()
+        async with at_work(replica):
+            env = await replica.create()
+            await until(lambda: at.host.count("create") == 1)
+            at.clock.advance(POLICY.boot_deadline_ms)
+            await until(lambda: at.is_in(env.uid, State.FAILED))
+        ended = await at.store.get(env.uid)
+        assert ended is not None
+        assert ended.ending is not None
+        assert ended.ending.reason == "boot_timeout"
+
+
+async def test_the_runtime_limit_ends_an_environment() -> None:
+    async with bench() as at:
+        replica = at.replica("r", lease_ms=10_000_000)
+        async with at_work(replica):
+            env = await replica.create()
+            await until(lambda: at.is_in(env.uid, State.RUNNING))
+            at.clock.advance(env.spec.max_runtime_seconds * 1000)
+            await until(lambda: at.is_in(env.uid, State.DESTROYED))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (BootFailed(id="m", problem="panic"), "boot_failed"),
+        (StaleIncarnation(uid="u", incarnation=1, seen=2), "stale_incarnation"),
+        (WrongCluster(cluster="c1", asked="c2"), "wrong_cluster"),
+        (HostRejected(id="h1"), "host_rejected"),
+    ],
+)
+async def test_what_a_repetition_cannot_cure_ends_the_environment(error: Exception, reason: str) -> None:
+    async with bench() as at:
+        replica = at.replica("r")
+        at.host.script("create", error)
+        async with at_work(replica):
+            env = await replica.create()
+            await until(lambda: at.is_in(env.uid, State.FAILED))
+        ended = await at.store.get(env.uid)
+        assert ended is not None
+        assert ended.ending is not None
+        assert ended.ending.reason == reason
+
+
+async def test_a_bug_on_the_way_to_a_host_is_an_attempt_that_failed() -> None:
+    async with bench() as at:
+        replica = at.replica("r", lease_ms=10_000_000)
+        at.host.script("create", KeyError("bug"))
+        async with at_work(replica):
+            env = await replica.create()
+            await until(lambda: replica.metrics.loop_failures.labels("action")._value.get() == 1)
+            await until(lambda: at.clock.advance(100) or at.is_in(env.uid, State.RUNNING))
+
+
+async def test_a_machine_that_is_still_being_made_is_asked_for_again() -> None:
+    from fusevm.model.machine import Phase
+
+    async with bench() as at:
+        replica = at.replica("r", lease_ms=10_000_000)
+        at.host.boot_phase = Phase.CREATING
+        async with at_work(replica):
+            env = await replica.create()
+            await until(lambda: at.host.count("create") == 1)
+            at.host.table[env.machine_id] = replace(at.host.table[env.machine_id], phase=Phase.RUNNING)
+            await until(lambda: at.clock.advance(100) or at.is_in(env.uid, State.RUNNING))
+
+
+async def test_outcomes_outlive_a_store_that_cannot_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusevm.control import worker as module
+    from fusevm.model.errors import StoreFull
+
+    monkeypatch.setattr(module, "REPORT_PAUSE_S", 0.01)
+    async with bench() as at:
+        replica, commit = at.replica("r"), at.store.commit
+        failures = [StoreFull(problem="full"), StoreFull(problem="full")]
+
+        async def failing(*args: object) -> Environment:
+            if failures:
+                raise failures.pop()
+            return await commit(*args)  # type: ignore[arg-type]
+
+        at.store.commit = failing  # type: ignore[method-assign]
+        async with at_work(replica):
+            env = await replica.create()
+            await until(lambda: at.is_in(env.uid, State.RUNNING))
+        assert replica.metrics.loop_failures.labels("report")._value.get() == 2
+
+
+async def test_pending_actions_survive_a_crash_of_the_process(tmp_path: Path) -> None:
+    path = str(tmp_path / "fuse.db")
+    async with bench(path) as at:
+        crashed = at.replica("crashed")
+        booting, ending = await crashed.create("booting"), await crashed.create("ending")
+        await crashed.entry.feed(ending.uid, DestroyRequested(cause="test"))
+        cluster, host = at.store.cluster, at.host
+    async with bench(path) as at:
+        assert at.store.cluster == cluster
+        at.host = host
+        heir = at.replica("heir")
+        async with at_work(heir):
+            at.clock.advance(600)
+            await until(lambda: at.is_in(booting.uid, State.RUNNING))
+            await until(lambda: at.is_in(ending.uid, State.DESTROYED))
+        assert [machine.id for machine in observed(host)] == [booting.machine_id]
+
+
+async def test_a_server_that_starts_again_goes_on(tmp_path: Path) -> None:
+    path = str(tmp_path / "fuse.db")
+    host = FakeHost("h1")
+    host.hold["create"] = asyncio.Event()
+    async with running(host, database=path, wait_s=0.05) as server:
+        made = await server.create()
+        assert made["state"] == "provisioning"
+    host.hold["create"].set()
+    async with running(host, database=path) as server:
+
+        async def is_running() -> bool:
+            return bool((await server.get()).json()["state"] == "running")
+
+        await until(is_running)
+        assert (await server.get()).json()["uid"] == made["uid"]
+        assert FAST["lease_s"] > 1  # the leases were given back, not waited for

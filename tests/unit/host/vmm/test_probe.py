@@ -1,0 +1,82 @@
+"""Choosing an accelerator: what is tried, what is remembered."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fusevm.host.vmm.probe import choose_accelerator
+from fusevm.model.errors import VmmMissing
+
+
+@pytest.fixture
+def host(tmp_path):
+    """A host whose KVM opens, with a QEMU that notes its starts and fails."""
+    for name in ("kernel", "initramfs", "kvm"):
+        (tmp_path / name).write_text(name)
+    qemu = tmp_path / "qemu"
+    qemu.write_text(f"#!/bin/sh\necho run >> {tmp_path}/runs\necho 'no MSR 0x10a' >&2\nexit 3\n")
+    qemu.chmod(0o755)
+    return tmp_path
+
+
+def runs(host: Path) -> int:
+    return len((host / "runs").read_text().split()) if (host / "runs").exists() else 0
+
+
+async def choose(host: Path, **changes):
+    arguments = {"program": str(host / "qemu"), "kvm": host / "kvm"} | changes
+    return await choose_accelerator(host / "kernel", host / "initramfs", host, **arguments)
+
+
+async def test_without_kvm_nothing_is_tried(host):
+    choice = await choose(host, kvm=host / "nothing")
+    assert choice.accelerator == "tcg"
+    assert "No such file" in choice.why
+    assert runs(host) == 0
+
+
+async def test_a_kvm_that_fails_gives_emulation_and_its_words_and_is_not_tried_again(host):
+    first = await choose(host)
+    assert first.accelerator == "tcg"
+    assert "status 3: no MSR 0x10a" in first.why
+    assert await choose(host) == first
+    assert runs(host) == 1
+    assert json.loads((host / "accelerator.json").read_text())["choice"]["accelerator"] == "tcg"
+
+
+@pytest.mark.parametrize("name", ["kernel", "initramfs", "qemu"])
+async def test_another_kernel_initramfs_or_qemu_is_tried_anew(host, name):
+    await choose(host)
+    with (host / name).open("a") as file:
+        file.write("# changed\n")
+    await choose(host)
+    assert runs(host) == 2
+
+
+async def test_a_damaged_cache_only_costs_a_probe(host):
+    await choose(host)
+    (host / "accelerator.json").write_text("{")
+    await choose(host)
+    assert runs(host) == 2
+
+
+async def test_a_machine_that_does_not_answer_is_given_up_and_killed(host):
+    (host / "qemu").write_text(f"#!/bin/sh\necho $$ > {host}/pid\nexec sleep 60\n")
+    choice = await choose(host, timeout_s=0.5)
+    assert "no answer from the agent within 0.5 s" in choice.why
+    assert not Path(f"/proc/{(host / 'pid').read_text().strip()}").exists()
+
+
+async def test_a_missing_qemu_is_an_error(host):
+    with pytest.raises(VmmMissing):
+        await choose(host, program="no-such-qemu")
+
+
+async def test_nothing_is_left_in_the_temporary_folder(host, monkeypatch):
+    folder = host / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    await choose(host)
+    assert os.listdir(folder) == []  # noqa: PTH208
