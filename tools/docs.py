@@ -1,9 +1,10 @@
-"""Write the parts of the documentation that are derived from code. `--check` only compares (that is what the test does)."""
+"""Write the parts of the documentation that are derived from code. `--check` only compares, as the test does."""
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from fusevm.core.diagram import render_states
 from fusevm.model.errors import error_classes, field_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,8 +15,9 @@ def render_errors() -> str:
     lines = [
         "# Errors",
         "",
-        "Every answer that is no success carries `code` (short, the contract's) and `details.reason` (ours, stable). The other details",
-        "are the fields listed here, as strings. Host daemon and guest agent use the same codes and reasons. Generated from `fusevm.model.errors`.",
+        "Every answer that is no success carries `code` (short, the contract's) and `details.reason` (ours, stable).",
+        "The other details are the fields listed here, as strings. Host daemon and guest agent use the same codes and",
+        "reasons. Generated from `fusevm.model.errors`.",
         "",
         "| code | reason | status | retry helps | message | details |",
         "|---|---|---|---|---|---|",
@@ -28,7 +30,7 @@ def render_errors() -> str:
     return "\n".join(lines) + "\n"
 
 
-DOCUMENTS: dict[str, Callable[[], str]] = {"docs/errors.md": render_errors}
+DOCUMENTS: dict[str, Callable[[], str]] = {"docs/errors.md": render_errors, "docs/states.md": render_states}
 
 
 def stale() -> list[str]:

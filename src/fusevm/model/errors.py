@@ -380,7 +380,7 @@ class SchemaTooNew(Conflict):
     """A newer program has written this database; an older one would damage it."""
 
     reason = "schema_too_new"
-    template = "{path} has schema {found}, this program knows {known}; start the newer program again, or upgrade this one"
+    template = "{path} has schema {found}, this program knows {known}; start the newer program, or upgrade this one"
     path: str
     found: int
     known: int
