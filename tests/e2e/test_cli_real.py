@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 PROMPT = r"# $"
+FOREVER = ["sh", "-c", "echo up; exec sleep 1000"]
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def test_run_leaves_nothing(stack: LocalStack, machine: str) -> None:
 
 
 def test_ctrl_c_ends_run_and_its_machine(stack: LocalStack, machine: str) -> None:
-    with TerminalWindow([*FUSE, "run", "debian-12", "--", "sh", "-c", "echo up; exec sleep 1000"], stack.environ) as window:
+    with TerminalWindow([*FUSE, "run", "debian-12", "--", *FOREVER], stack.environ) as window:
         window.wait_for("up\r\n", timeout_s=60)
         window.type("\x03")
         assert window.wait_end() == 130

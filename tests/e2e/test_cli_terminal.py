@@ -13,6 +13,7 @@ from starlette.responses import StreamingResponse
 from terminal_window import FUSE, TerminalWindow
 
 PROMPT = r"\$ $"
+FOREVER = ["sh", "-c", "echo up; exec sleep 1000"]
 
 
 @pytest.fixture
@@ -202,7 +203,7 @@ def test_a_background_job_is_not_stopped_for_input(environ: dict[str, str]) -> N
 
 
 def test_ctrl_c_during_run_destroys_the_machine(environ: dict[str, str], api: FakeApi) -> None:
-    with TerminalWindow([*FUSE, "run", "-n", "debian-12", "--", "sh", "-c", "echo up; exec sleep 1000"], environ) as window:
+    with TerminalWindow([*FUSE, "run", "-n", "debian-12", "--", *FOREVER], environ) as window:
         window.wait_for("up\r\n")
         assert len(api.environments) == 2
         window.type("\x03")
@@ -226,7 +227,7 @@ def test_ctrl_c_during_create_destroys_the_machine(environ: dict[str, str], api:
 
 
 def test_sigterm_during_run_destroys_the_machine(environ: dict[str, str], api: FakeApi) -> None:
-    with TerminalWindow([*FUSE, "run", "-n", "debian-12", "--", "sh", "-c", "echo up; exec sleep 1000"], environ) as window:
+    with TerminalWindow([*FUSE, "run", "-n", "debian-12", "--", *FOREVER], environ) as window:
         window.wait_for("up\r\n")
         os.kill(window.pid, signal.SIGTERM)
         assert window.wait_end() == 143

@@ -1,6 +1,7 @@
 """Fixtures of the real tests. The host of a test is empty at its end, or the test fails."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import sys
@@ -14,7 +15,7 @@ from fusevm.model.errors import VmmMissing
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from real_host import Box, Guest, Host, ensure_artefacts, make_fence
+from real_host import Box, Guest, Host, ensure_artefacts, make_fence, until
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +41,17 @@ def host(artefacts: Path) -> Iterator[Host]:
     host = Host(Box(), artefacts, "fuseh")
     try:
         yield host
-        left = host.leftovers()
+        left = asyncio.run(_wait_empty(host))
         assert not left, (left, host.tail())
     finally:
         host.close()
+
+
+async def _wait_empty(host: Host) -> list[str]:
+    """What is left when the kernel has had its time to take network devices apart."""
+    with contextlib.suppress(TimeoutError):
+        await until(lambda: not host.leftovers(), 5)
+    return host.leftovers()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """The daemon is killed (SIGKILL) at every point of a create, a stop and a delete; its next run puts it right."""
 
+import json
+
 import pytest
 from real_host import Guest, Host, make_fence, reason_of, until
 
@@ -17,10 +19,15 @@ async def _settled(host: Host) -> list[MachineBody]:
     """The machines, once nothing is under way any more."""
 
     async def is_settled() -> bool:
-        return all(machine.phase in ("running", "stopped", "failed") for machine in await host.machines())
+        entries = json.loads(await host.ask("GET", "/state"))["journal"]["entries"]
+        return not any(entry["operation"] for entry in entries)
 
     await until(is_settled, 180)
     return await host.machines()
+
+
+def _nothing_but_disks(host: Host) -> bool:
+    return all(line.startswith("machine directory") for line in host.leftovers())
 
 
 @pytest.mark.parametrize("point", CREATE_POINTS)
@@ -36,7 +43,7 @@ async def test_a_create_survives_a_crash_at(host: Host, point: str):
         assert [(machine.phase, machine.generation) for machine in machines] == [("running", 1)]
     else:
         assert machines == []
-        assert host.leftovers() == []
+        await until(lambda: host.leftovers() == [])
     # Whoever got no answer asks again, and gets the machine.
     machine = await host.create("m-1", FENCE)
     assert (machine.phase, machine.uid, machine.incarnation) == ("running", "u1", 1)
@@ -62,7 +69,7 @@ async def test_a_delete_survives_a_crash_at(host: Host, point: str):
         assert await Guest(host, "m-1", FENCE).shell("echo works") == "works\n"
     else:
         assert machines == []
-        assert host.leftovers() == []
+        await until(lambda: host.leftovers() == [])
     await host.delete("m-1", make_fence(action_seq=2))
     assert await reason_of(host.create("m-1", FENCE)) == "stale_incarnation"
     assert await host.stop() == 0
@@ -80,10 +87,9 @@ async def test_a_stop_survives_a_crash_at(host: Host, point: str):
     await host.start()
     machines = await _settled(host)
     wanted = "running" if point == "stop.intent.writing" else "stopped"
-    await until(lambda: True)
     assert [machine.phase for machine in machines] == [wanted]
     await host.ask("POST", "/machines/m-1/stop", make_fence(action_seq=2))
-    assert [line for line in host.leftovers() if not line.startswith("machine directory")] == []
+    await until(lambda: _nothing_but_disks(host))
     await host.delete("m-1", make_fence(action_seq=3))
     assert await host.stop() == 0
 
@@ -96,5 +102,5 @@ async def test_a_crash_while_a_boot_is_undone_is_undone_once_more(host: Host):
         assert await host.wait_end() == -9
         await host.start()
         assert await _settled(host) == []
-        assert host.leftovers() == []
+        await until(lambda: host.leftovers() == [])
         assert await host.stop() == 0

@@ -60,7 +60,7 @@ async def test_the_life_of_a_machine_across_daemons(host: Host):
     assert (repeated.phase, repeated.generation) == ("running", 1)
 
     await host.ask("POST", "/machines/m-1/stop", make_fence(action_seq=2))
-    assert [line for line in host.leftovers() if not line.startswith("machine directory")] == []
+    await until(lambda: all(line.startswith("machine directory") for line in host.leftovers()))
     await host.ask("POST", "/machines/m-1/start", make_fence(action_seq=3))
     assert await guest.shell("cat /kept") == "kept\n"
     assert (await host.machine("m-1")).generation == 2

@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 import errno
+import functools
+import re
 import socket
 import struct
 import sys
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,7 +309,9 @@ async def test_ipv6_from_a_slots_namespace_is_dropped_by_the_host(tmp_path):
         sh(f"ip -n {slot.namespace} neigh add fd99::1 lladdr 02:00:00:00:00:01 dev {slot.peer}")
         sh(f'nsenter --net={slot.namespace_path} {sys.executable} -c "{SEND_IPV6}"')
         guard = sh(f"nft list chain inet {PLAN.table} guard")
-        assert "nfproto ipv6 counter packets 0" not in guard
+        dropped = re.search(r"nfproto ipv6 counter packets (\d+)", guard)
+        assert dropped is not None
+        assert int(dropped[1]) > 0
 
 
 SEND_IPV6 = "import socket; socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).sendto(b'x', ('fd99::1', 7))"
@@ -320,18 +323,21 @@ async def test_a_machine_has_a_bounded_number_of_connections(tmp_path):
         guest = world.guest
         with await guest.connect(SERVER) as connection:
 
-            def flood() -> None:
-                for port in range(10_000, 10_000 + MAX_CONNECTIONS + 500):
+            def send(first: int) -> None:
+                for port in range(first, first + 200):
                     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram:
                         datagram.bind((guest.slot.guest_address, port))
                         datagram.sendto(b"x", (SERVER, 9))
-                    if port % 250 == 0:
-                        time.sleep(0.02)  # the tap's queue holds 500 frames
 
-            await run_inside(f"/run/netns/{guest.namespace}", flood)
-            await asyncio.sleep(0.5)
+            limit = f"nsenter --net={guest.slot.namespace_path} nft list chain ip fuse forward | grep 'ct count'"
+            first = 10_000
+            # Frames that a busy test loses on the way only make it longer.
+            while "counter packets 0" in sh(limit) and first < 60_000:
+                await run_inside(f"/run/netns/{guest.namespace}", functools.partial(send, first))
+                first += 200
+                await asyncio.sleep(0.005)
             count = int(Path("/proc/sys/net/netfilter/nf_conntrack_count").read_text())
-            assert MAX_CONNECTIONS * 0.9 < count <= MAX_CONNECTIONS + 50
+            assert MAX_CONNECTIONS - 50 < count <= MAX_CONNECTIONS + 50
             assert await say(connection, b"open ones") == f"{HOST_ADDRESS} open ones"
             with pytest.raises(TimeoutError):
                 await guest.tcp(SERVER)

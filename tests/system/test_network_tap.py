@@ -34,11 +34,17 @@ async def test_work_inside_a_namespace_leaves_the_process_outside():
     assert [thread for thread in threading.enumerate() if thread.name.startswith("netns:")] == []
 
 
+def raise_timeout() -> None:
+    raise TimeoutError("its own")
+
+
 @private_network
 async def test_a_failure_inside_is_raised_outside():
     sh("ip netns add a")
     with pytest.raises(ZeroDivisionError):
         await run_inside(namespace_path("a"), lambda: 1 // 0)
+    with pytest.raises(TimeoutError, match="its own"):
+        await run_inside(namespace_path("a"), raise_timeout)
     with pytest.raises(FileNotFoundError):
         await run_inside(namespace_path("missing"), here)
     with pytest.raises(OSError, match="Invalid argument"):

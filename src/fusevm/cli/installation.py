@@ -7,6 +7,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -199,7 +200,7 @@ class Installation:
         }
         return Program(
             name="host daemon",
-            arguments=["host", "serve", "--config", os.devnull],
+            command=fuse_command("host", "serve", "--config", os.devnull),
             environ=environ,
             log=self.places.logs / "host.log",
             is_ready=marker.exists,
@@ -219,7 +220,7 @@ class Installation:
         user = [] if uid is None else ["--user", str(uid)]
         return Program(
             name="control plane",
-            arguments=["serve", "--config", os.devnull, "--ready-file", str(ready_file), *user],
+            command=fuse_command("serve", "--config", os.devnull, "--ready-file", str(ready_file), *user),
             environ=environ,
             log=self.places.logs / "control.log",
             is_ready=ready_file.exists,
@@ -255,6 +256,11 @@ class Installation:
         fresh = self.places.record.with_suffix(".new")
         fresh.write_bytes(msgspec.json.encode(record))
         fresh.replace(self.places.record)
+
+
+def fuse_command(*arguments: str) -> list[str]:
+    """The command line of our own program, in this interpreter."""
+    return [sys.executable, "-m", "fusevm", *arguments]
 
 
 def make_folders(places: Places) -> None:

@@ -63,8 +63,14 @@ def main() -> int:
         report(str(error), error.hint)
         return 1
     print("\nNothing was left behind: no process, no namespace, no interface, no mount, no file.")
-    print("Now yours: `sudo .venv/bin/fuse up`, and in another terminal `sudo .venv/bin/fuse run debian-12 -- bash`")
+    print(f"Now yours: `{our_name()} up`, and in another terminal `{our_name()} run {IMAGE}`")
     return 0
+
+
+def our_name() -> str:
+    """How to call the command from here."""
+    script = Path(sys.executable).with_name("fuse")
+    return os.path.relpath(script) if script.exists() else f"{os.path.relpath(sys.executable)} -m fusevm"
 
 
 @contextlib.contextmanager

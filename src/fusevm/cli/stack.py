@@ -8,7 +8,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +31,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     """One child: what to run, with which settings, and how to see that it serves."""
 
     name: str
-    arguments: list[str]
+    command: list[str]
     #: Added to our own environment.
     environ: Mapping[str, str]
     log: Path
@@ -57,7 +56,7 @@ class Child:
         environ = os.environ | dict(self.program.environ) | {VARIABLE: str(self._read_fd)}
         with self.program.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fusevm", *self.program.arguments],
+                self.program.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -112,8 +111,9 @@ class Child:
 class Stack:
     """Children in the order in which they need each other. Use as a context manager: they end with it."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], pause: Callable[[float], None] = time.sleep) -> None:
         self._say = say
+        self._pause = pause
         self.children: list[Child] = []
         self._failures: dict[str, list[float]] = {}
         self._read_fd, self._write_fd = os.pipe()
@@ -149,7 +149,7 @@ class Stack:
             if len(recent) >= _RESTARTS:
                 raise CliError(f"the {name} keeps ending: {words}", hint=f"its log: {child.program.log}")
             self._say(f"the {name} ended ({describe_exit(child.exit_status)}) and is started again: {words}")
-            time.sleep(min(0.5 * 2 ** len(recent), 10))
+            self._pause(min(0.5 * 2 ** len(recent), 10))
             child.start()
             was_restarted = True
         return was_restarted

@@ -84,7 +84,8 @@ def up(
             save_private(Path(ready_file), Ready(**running.connection(), instance=host["instance"]))
         for line in running.describe(image):
             print(line, flush=True)
-        say("Ctrl-C stops Fuse" + ("" if ephemeral else "; machines keep running. `fuse down` ends them, too"))
+        if not ready_file:
+            say("Ctrl-C stops Fuse" + ("" if ephemeral else "; machines keep running. `fuse down` ends them, too"))
         try:
             while True:
                 time.sleep(_CHECK_S)

@@ -1,6 +1,6 @@
 """What the host daemon itself says to a guest agent: health, configure, shutdown, one-shot exec.
 
-Every exchange has a stream of its own: opening one is a frame, and nothing of a broken exchange reaches the next. What
+Every conversation has a stream of its own: opening one is a frame, and nothing of a broken one reaches the next. What
 comes from the guest is not trusted: sizes are bounded, shapes are checked. Streams for users go through `relay`.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -31,24 +33,60 @@ class Guest(Protocol):
     async def open_stream(self) -> ByteStream: ...
 
 
+class Conversation:
+    """One stream to an agent, for a few requests one after another. Use within `converse`."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._connection = Connection(stream)
+
+    async def health(self) -> AgentHealth:
+        """Ask the agent who it is."""
+        return await self.call("GET", "/health", None, AgentHealth)
+
+    async def configure(self, configure: Configure) -> AgentHealth:
+        """Tell the agent what it must know."""
+        return await self.call("POST", "/configure", msgspec.json.encode(configure), AgentHealth)
+
+    async def call(self, method: str, target: str, body: bytes | None, kind: type[T]) -> T:
+        """Make one request. Raises ConnectionError, or what the agent answers."""
+        headers = {"content-type": "application/json"} if body is not None else {}
+        response = await self._connection.request(method, target, headers=headers, body=body)
+        is_good = 200 <= response.status < 300
+        answer = await response.read(_MAX_ANSWER_BYTES if is_good else _MAX_ERROR_BYTES)
+        if not is_good:
+            raise parse_error(response.status, answer)
+        try:
+            return msgspec.json.decode(answer or b"{}", type=kind)
+        except msgspec.DecodeError as e:
+            raise AgentFailure(problem=f"{method} {target} was answered with something else ({e})") from e
+
+
+@asynccontextmanager
+async def converse(guest: Guest) -> AsyncIterator[Conversation]:
+    """Open a stream, as soon as the guest serves. Raises ConnectionError."""
+    stream = await guest.open_stream()
+    try:
+        yield Conversation(stream)
+    finally:
+        await asyncio.shield(stream.close())
+
+
 async def ask_health(guest: Guest) -> AgentHealth:
     """Ask the agent who it is. Raises ConnectionError."""
-    return await _call(guest, "GET", "/health", None, AgentHealth)
-
-
-async def send_configuration(guest: Guest, configure: Configure) -> AgentHealth:
-    """Tell the agent what it must know. Raises ConnectionError, or what the agent answers."""
-    return await _call(guest, "POST", "/configure", msgspec.json.encode(configure), AgentHealth)
+    async with converse(guest) as talk:
+        return await talk.health()
 
 
 async def ask_shutdown(guest: Guest) -> None:
     """Ask the machine to end in order; its VMM exits a little later. Raises ConnectionError."""
-    await _call(guest, "POST", "/shutdown", b'{"reboot":false}', dict)
+    async with converse(guest) as talk:
+        await talk.call("POST", "/shutdown", b'{"reboot":false}', dict)
 
 
 async def run_command(guest: Guest, request: ExecRequest) -> ExecResult:
     """Run a command to its end. Cancelled: the agent kills it. Raises ConnectionError, or what the agent answers."""
-    return await _call(guest, "POST", "/exec", msgspec.json.encode(request), ExecResult)
+    async with converse(guest) as talk:
+        return await talk.call("POST", "/exec", msgspec.json.encode(request), ExecResult)
 
 
 def decode_output(result: ExecResult) -> tuple[bytes, bytes]:
@@ -65,20 +103,3 @@ def is_compatible(protocol: str) -> bool:
     if not (dot and major.isdecimal() and minor.isdecimal()):
         return False
     return int(major) in (PROTOCOL_MAJOR, PROTOCOL_MAJOR - 1)
-
-
-async def _call(guest: Guest, method: str, target: str, body: bytes | None, kind: type[T]) -> T:
-    stream = await guest.open_stream()
-    try:
-        headers = {"content-type": "application/json"} if body is not None else {}
-        response = await Connection(stream).request(method, target, headers=headers, body=body)
-        is_good = 200 <= response.status < 300
-        answer = await response.read(_MAX_ANSWER_BYTES if is_good else _MAX_ERROR_BYTES)
-    finally:
-        await asyncio.shield(stream.close())
-    if not is_good:
-        raise parse_error(response.status, answer)
-    try:
-        return msgspec.json.decode(answer or b"{}", type=kind)
-    except msgspec.DecodeError as e:
-        raise AgentFailure(problem=f"{method} {target} was answered with something else ({e})") from e

@@ -19,11 +19,10 @@ from starlette.routing import Route as StarletteRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from fusevm.host.agent import decode_output
 from fusevm.host.console import read_console
 from fusevm.host.daemon import Daemon
 from fusevm.host.relay import relay_frames, relay_request, run_for_client
-from fusevm.host.render import render_answer, render_machine
+from fusevm.host.render import render_answer, render_exec, render_machine
 from fusevm.model.errors import BadField, MethodNotAllowed, PayloadTooLarge, RouteNotFound
 from fusevm.wire.decode import decode_body
 from fusevm.wire.guest import ExecRequest
@@ -31,7 +30,6 @@ from fusevm.wire.host_api import (
     CreateMachine,
     Health,
     HostExec,
-    HostExecAnswer,
     MachineEvent,
     MachineList,
     StorageAnswer,
@@ -180,14 +178,7 @@ async def _exec(daemon: Daemon, request: Request, route: Route) -> Response:
     result = await run_for_client(request.receive, machine_id, work)
     if result is None:
         return Response(status_code=499)  # nobody reads it
-    stdout, stderr = decode_output(result)
-    answer = HostExecAnswer(
-        exit_code=result.exit_code,
-        stdout=stdout.decode(errors="replace"),
-        stderr=stderr.decode(errors="replace"),
-        duration_ms=result.duration_ms,
-    )
-    return _json(answer)
+    return _json(render_exec(result))
 
 
 async def _logs(daemon: Daemon, request: Request, _route: Route) -> Response:

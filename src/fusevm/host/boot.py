@@ -11,13 +11,13 @@ from typing import Literal
 
 import msgspec
 
-from fusevm.host.agent import ask_health, is_compatible, send_configuration
+from fusevm.host.agent import ask_health, converse, is_compatible
 from fusevm.host.surroundings import Surroundings
 from fusevm.host.tasks import CleanUp, Stopped, run_unless
 from fusevm.host.vmm.driver import Vmm
 from fusevm.model.errors import BootFailed, Error
 from fusevm.model.machine import Machine
-from fusevm.wire.guest import Configure
+from fusevm.wire.guest import AgentHealth, Configure
 
 _ENTROPY_BYTES = 64
 #: The agent's channel broke: how long to wait for the VMM's own word about why.
@@ -84,7 +84,11 @@ async def meet_guest(
 
 async def check_guest(machine: Machine, vmm: Vmm) -> str:
     """Ask a running VMM's agent who it is; return what is wrong with the answer, or "". Raises ConnectionError."""
-    health = await ask_health(vmm)
+    return judge_guest(machine, await ask_health(vmm))
+
+
+def judge_guest(machine: Machine, health: AgentHealth) -> str:
+    """What is wrong with the agent that answers, or ""."""
     if health.nonce != machine.nonce:
         return "another guest answers on its channel"
     if not is_compatible(health.protocol):
@@ -109,17 +113,16 @@ def with_timings(machine: Machine, marks: Marks) -> Machine:
 async def _converse(
     machine: Machine, kind: str, vmm: Vmm, configure: Configure, parts: Surroundings, marks: Marks
 ) -> None:
-    # A stream opens when the guest has said its first word on the channel.
-    stream = await vmm.open_stream()
-    marks.first_byte = parts.clock.monotonic_ms()
-    await stream.close()
-    problem = await check_guest(machine, vmm)
-    if problem:
-        raise await _failed(machine, problem, parts)
-    parts.fault.reached(f"{kind}.answered")
-    entropy = base64.b64encode(parts.clock.entropy(_ENTROPY_BYTES)).decode()
-    configure = msgspec.structs.replace(configure, generation=machine.generation, entropy_b64=entropy)
-    await send_configuration(vmm, msgspec.structs.replace(configure, time_unix_ns=parts.clock.now_ns()))
+    # The stream opens when the guest has said its first word on the channel.
+    async with converse(vmm) as talk:
+        marks.first_byte = parts.clock.monotonic_ms()
+        problem = judge_guest(machine, await talk.health())
+        if problem:
+            raise await _failed(machine, problem, parts)
+        parts.fault.reached(f"{kind}.answered")
+        entropy = base64.b64encode(parts.clock.entropy(_ENTROPY_BYTES)).decode()
+        configure = msgspec.structs.replace(configure, generation=machine.generation, entropy_b64=entropy)
+        await talk.configure(msgspec.structs.replace(configure, time_unix_ns=parts.clock.now_ns()))
     marks.configured = parts.clock.monotonic_ms()
 
 

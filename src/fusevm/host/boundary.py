@@ -5,6 +5,7 @@ Owns: the only conversion of exceptions to answers. Must not: know routes.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import re
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from fusevm.host.metrics import Metrics
-from fusevm.model.errors import Error, Internal, MethodNotAllowed, Unauthorized
+from fusevm.model.errors import Error, Internal, MethodNotAllowed, ShuttingDown, Unauthorized
 from fusevm.wire.errors import render_flat
 
 log = structlog.get_logger()
@@ -48,6 +49,9 @@ class Boundary:
                 await self._app(scope, receive, exchange.send)
             except ClientDisconnect:
                 pass
+            except asyncio.CancelledError as e:
+                # Only the server cancels a request: it stops, and has waited for its end long enough.
+                await self._answer(ShuttingDown(), exchange, receive, cause=e)
             except Exception as e:  # noqa: BLE001 - the one conversion: every request ends in an answer
                 await self._answer(e, exchange, receive)
             finally:
@@ -63,14 +67,16 @@ class Boundary:
         if not hmac.compare_digest(hashlib.sha256(_secret_of(token).encode()).digest(), self._secret):
             raise Unauthorized(problem="The token is not this host's")
 
-    async def _answer(self, failure: Exception, exchange: _Exchange, receive: Receive) -> None:
+    async def _answer(
+        self, failure: Exception, exchange: _Exchange, receive: Receive, cause: BaseException | None = None
+    ) -> None:
         error = failure if isinstance(failure, Error) else Internal(problem=type(failure).__name__)
         if not isinstance(failure, Error):
             log.error("request_broke", route=exchange.route, exc_info=failure)
         if exchange.status:
             # Half an answer must not pass for a whole one: the server cuts the connection.
             log.warning("answer_cut_off", route=exchange.route, problem=str(failure))
-            raise _CutOff from failure
+            raise CutOff from (cause or failure)
         response = Response(render_flat(error), error.status, _headers(error), media_type="application/json")
         if exchange.scope["type"] == "http":
             await response(exchange.scope, receive, exchange.send)
@@ -93,7 +99,7 @@ class Boundary:
         )
 
 
-class _CutOff(Exception):
+class CutOff(Exception):
     """Tells the server to drop the connection; the reason was logged."""
 
 

@@ -10,6 +10,8 @@ import sys
 
 import structlog
 
+from fusevm.host.boundary import CutOff
+
 
 def configure_logging(level: int = logging.INFO) -> None:
     """Send everything to standard error as JSON."""
@@ -26,6 +28,7 @@ def configure_logging(level: int = logging.INFO) -> None:
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_is_news)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             processors=[
@@ -38,3 +41,8 @@ def configure_logging(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(level, logging.WARNING))
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Drop the server's traceback of an answer that we cut off ourselves: its reason was logged."""
+    return not (record.exc_info and isinstance(record.exc_info[1], CutOff))

@@ -83,6 +83,10 @@ async def _serve(config: HostConfig) -> None:
         tcp = stack.enter_context(bind_tcp(listen)) if listen is not None else None
         unix = stack.enter_context(bind_unix(config.api_socket))
         stack.callback(remove_socket, config.api_socket)
+        # Written when everything serves, and only there while it does.
+        state_file = config.data_root / STATE_FILE
+        await asyncio.to_thread(state_file.unlink, missing_ok=True)
+        stack.callback(state_file.unlink, missing_ok=True)
         identity = await asyncio.to_thread(ensure_identity, config.data_root)
 
         # What machines are made of.

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 
+import msgspec
+
+from fusevm.host.agent import decode_output
 from fusevm.host.images.store import Image
 from fusevm.model.machine import Machine
-from fusevm.wire.host_api import ImageBody, MachineAnswer, MachineBody
+from fusevm.wire.guest import ExecResult, StreamFlags
+from fusevm.wire.host_api import HostExecAnswer, ImageBody, MachineAnswer, MachineBody
 
 
 def render_time(at_ms: int | None) -> str:
@@ -51,3 +55,26 @@ def render_image(image: Image) -> ImageBody:
         size_bytes=image.record.size_bytes,
         created_at=render_time(image.record.created_at_ms),
     )
+
+
+def render_exec(result: ExecResult) -> HostExecAnswer:
+    """The contract's answer to a command. Raises AgentFailure for output that is no base64."""
+    stdout, stderr = decode_output(result)
+    return HostExecAnswer(
+        exit_code=result.exit_code,
+        stdout=stdout.decode(errors="replace"),
+        stderr=stderr.decode(errors="replace"),
+        duration_ms=result.duration_ms,
+        stdout_b64=msgspec.UNSET if _is_text(stdout) else result.stdout_b64,
+        stderr_b64=msgspec.UNSET if _is_text(stderr) else result.stderr_b64,
+        truncated=msgspec.UNSET if result.truncated == StreamFlags() else result.truncated,
+        timed_out=result.timed_out or msgspec.UNSET,
+    )
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -88,8 +88,9 @@ class CleanUp:
             async with asyncio.timeout(CLEAN_UP_TIMEOUT_S):
                 await step()
         except Exception as e:  # noqa: BLE001 - recorded as a note; the other steps must run
-            log.warning("clean_up_failed", what=what, problem=str(e) or type(e).__name__)
-            self.problems.append(f"{what}: {e or type(e).__name__}")
+            problem = str(e) or type(e).__name__
+            log.warning("clean_up_failed", what=what, problem=problem)
+            self.problems.append(f"{what}: {problem}")
 
 
 async def run_all(*work: Coroutine[Any, Any, Any]) -> None:
@@ -101,7 +102,7 @@ async def run_all(*work: Coroutine[Any, Any, Any]) -> None:
     except BaseExceptionGroup as failures:
         first, *others = _leaves(failures)
         for other in others:
-            first.add_note(f"also: {other or type(other).__name__}")
+            first.add_note(f"also: {str(other) or type(other).__name__}")
         raise first from None
 
 

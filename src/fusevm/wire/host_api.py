@@ -13,6 +13,7 @@ from fusevm.model.environment import Timings
 from fusevm.model.errors import BadField
 from fusevm.model.host import Resources
 from fusevm.model.machine import Fence, Isolation, MachineSpec, Phase
+from fusevm.wire.guest import StreamFlags
 
 CLUSTER_HEADER = "fuse-cluster"
 UID_HEADER = "fuse-uid"
@@ -139,12 +140,19 @@ class HostExec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostExecAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """Strings are lossy UTF-8, as the contract has them."""
+    """Strings are lossy UTF-8, as the contract has them. What they cannot say follows, only where there is any."""
 
     exit_code: int
     stdout: str
     stderr: str
     duration_ms: int
+    #: The bytes of a stream that is no UTF-8.
+    stdout_b64: str | msgspec.UnsetType = msgspec.UNSET
+    stderr_b64: str | msgspec.UnsetType = msgspec.UNSET
+    #: Streams of which the end is missing.
+    truncated: StreamFlags | msgspec.UnsetType = msgspec.UNSET
+    #: The command was killed at its time limit.
+    timed_out: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):

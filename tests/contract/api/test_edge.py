@@ -1,6 +1,7 @@
 """What holds for every request: ids, envelopes, methods, limits, who may come in."""
 
 import asyncio
+import datetime as dt
 import re
 import ssl
 from pathlib import Path
@@ -10,10 +11,16 @@ import msgspec
 import pytest
 import websockets
 from control_harness import running, until
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
 from fusevm.control.app import http_handlers, socket_handlers
 from fusevm.control.store.sqlite import SqliteStore
+from fusevm.testing.fake_host import FakeHost
 from fusevm.wire.errors import Envelope, parse_error
-from fusevm.wire.routes import ROUTES, Payload, Scope
+from fusevm.wire.routes import ROUTES, Payload, Route, Scope
 
 TOKEN = "s3cret-token"
 _FRESH = re.compile(r"req_[0-9a-f]{32}")
@@ -50,7 +57,9 @@ async def test_the_request_id_is_the_cause_of_what_follows() -> None:
         assert facts[0].fact.cause == "request mine"
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/environments/", "/v1/environments/a/b", "/v1//environments", "/v1/%FF"])
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/environments/", "/v1/environments/a/b", "/v1//environments", "/v1/%FF"]
+)
 async def test_an_unknown_path_is_an_enveloped_404(path: str) -> None:
     async with running() as server:
         answer = await server.http.get(path)
@@ -122,8 +131,6 @@ async def test_every_row_has_a_handler_or_says_why_not() -> None:
 
 @pytest.mark.parametrize("route", [route for route in ROUTES if route.unimplemented], ids=lambda route: route.name)
 async def test_what_is_not_built_says_so(route: object) -> None:
-    from fusevm.wire.routes import Route
-
     assert isinstance(route, Route)
     async with running() as server:
         params = {route.selector: route.value} if route.selector else {}
@@ -265,24 +272,17 @@ async def test_tls(tmp_path: Path) -> None:
 
 
 def _certificate(folder: Path) -> tuple[Path, Path]:
-    import datetime
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
+    now = dt.datetime.now(dt.UTC)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
         .sign(key, hashes.SHA256())
     )
@@ -306,8 +306,6 @@ async def test_many_requests_on_one_connection_do_not_mix() -> None:
 
 
 async def test_hosts_are_listed_in_pages() -> None:
-    from fusevm.testing.fake_host import FakeHost
-
     async with running(FakeHost("a"), FakeHost("b"), FakeHost("c")) as server:
         page = (await server.http.get("/v1/hosts?limit=2")).json()
         assert [host["id"] for host in page["hosts"]] == ["a", "b"]

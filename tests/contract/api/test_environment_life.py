@@ -5,6 +5,7 @@ import asyncio
 import httpx
 import pytest
 from control_harness import Running, running, until
+
 from fusevm.core.policy import Policy
 from fusevm.model.errors import BootFailed, HostFull
 from fusevm.model.host import Resources
@@ -114,7 +115,9 @@ async def test_unknown_fields_are_named_in_a_warning() -> None:
         assert answer.headers["warning"] == '299 - "unknown fields ignored: memory_mb, spec.ram"'
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'{"task_id": 5}', b"{}", b'{"task_id":"t","spec":{"cpus":"many"}}', b"\xff"])
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b'{"task_id": 5}', b"{}", b'{"task_id":"t","spec":{"cpus":"many"}}', b"\xff"]
+)
 async def test_a_body_that_does_not_fit_is_bad_json(body: bytes) -> None:
     async with running() as server:
         answer = await server.http.post("/v1/environments", content=body)

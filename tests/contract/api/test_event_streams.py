@@ -3,6 +3,7 @@
 import asyncio
 
 from control_harness import Running, next_message, rest_of, running, stream, until
+
 from fusevm.core.policy import Policy
 from fusevm.model.environment import State
 from fusevm.model.errors import BootFailed

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import websockets
 from control_harness import Running, running, until
+
 from fusevm.control.host_api import ReplyLost
 from fusevm.core.policy import Policy
 from fusevm.model.errors import AgentFailure, CommandNotFound, GuestUnreachable

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from msgspec.structs import replace
+
 from fusevm.control.store.protocol import (
     Claim,
     Committed,
@@ -33,7 +35,6 @@ from fusevm.model.environment import (
 from fusevm.model.errors import HostNotFound, Internal, RevisionConflict, TaskExists
 from fusevm.model.host import Host, HostHealth, HostState, Resources
 from fusevm.testing.clock import FakeClock
-from msgspec.structs import replace
 
 POLICY = Policy()
 ME, OTHER = Claim("me", 10_000), Claim("other", 10_000)
@@ -89,7 +90,9 @@ async def _create(store: Store, clock: FakeClock, task_id: str = "t1", claim: Cl
     return await store.create(step, _room(step), claim)
 
 
-async def _feed(store: Store, env: Environment, event: Event, clock: FakeClock, claim: Claim | None = ME) -> Environment:
+async def _feed(
+    store: Store, env: Environment, event: Event, clock: FakeClock, claim: Claim | None = ME
+) -> Environment:
     step = lifecycle.step(env, event, clock.now_ms(), POLICY)
     return await store.commit(env.uid, env.revision, step, claim)
 

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import msgspec
 from control_harness import world
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
+
 from fusevm.control.store.protocol import Claim, Query, Reservation, ReservationLost
 from fusevm.control.store.sqlite import SqliteStore
 from fusevm.core import lifecycle
@@ -28,9 +32,6 @@ from fusevm.model.environment import (
 from fusevm.model.errors import RevisionConflict, TaskExists, WrongState
 from fusevm.model.host import Host, Resources
 from fusevm.testing.clock import FakeClock
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
 POLICY = Policy()
 OWNERS = ("a", "b")
@@ -83,9 +84,11 @@ class StoreMachine(RuleBasedStateMachine):
             assert is_taken
             return multiple()
         except ReservationLost:
-            assert is_full and not is_taken
+            assert is_full
+            assert not is_taken
             return multiple()
-        assert not is_taken and not is_full
+        assert not is_taken
+        assert not is_full
         self.records[env.uid] = env
         self.leases[env.uid] = (1, owner, self.clock.now_ms() + 1000)
         return env.uid
@@ -167,8 +170,10 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
+        """One process per file: its leases end with it."""
         self.run(self.store.close())
         self.store = self.run(self._open())
+        self.leases.clear()
 
     @rule()
     def purge(self) -> None:

@@ -265,7 +265,6 @@ def test_a_bug_is_one_line(fuse: Fuse, environ: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise ZeroDivisionError("boom")
 
-    environ.setattr("fusevm.cli.version.version", broken, raising=True)
     environ.setattr("fusevm.cli.lazy.importlib.import_module", lambda name: broken())
     done = fuse("version")
     assert done.code == 1
@@ -290,7 +289,9 @@ def test_completion_scripts(fuse: Fuse, shell: str) -> None:
     assert "_FUSE_COMPLETE" in fuse("completion", shell).out
 
 
-def test_environment_ids_are_completed(fuse: Fuse, api: FakeApi, environ: pytest.MonkeyPatch) -> None:
+def test_environment_ids_are_completed(
+    fuse: Fuse, api: FakeApi, environ: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     api.add("one")
     api.add("two")
     environ.setenv("COMP_WORDS", "fuse env get fuse-t")
@@ -298,8 +299,20 @@ def test_environment_ids_are_completed(fuse: Fuse, api: FakeApi, environ: pytest
     environ.setenv("_FUSE_COMPLETE", "bash_complete")
     with pytest.raises(SystemExit):
         fuse()
-    environ.delenv("_FUSE_COMPLETE")
-    assert api.requests[-1][0] == "GET"
+    assert capfd.readouterr().out == "plain,fuse-two\n"
+
+
+def test_completion_is_silent_when_nobody_answers(
+    fuse: Fuse, environ: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    environ.setenv("FUSE_BASE_URL", "http://127.0.0.1:9")
+    environ.setenv("COMP_WORDS", "fuse env get ")
+    environ.setenv("COMP_CWORD", "3")
+    environ.setenv("_FUSE_COMPLETE", "bash_complete")
+    with pytest.raises(SystemExit):
+        fuse()
+    out, err = capfd.readouterr()
+    assert (out.strip(), err) == ("", "")
 
 
 def test_a_lost_create_is_repeated_under_one_key(fuse: Fuse, api: FakeApi) -> None:

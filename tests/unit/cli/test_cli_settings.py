@@ -6,12 +6,13 @@ from typing import Any
 import click
 import pytest
 
-from fusevm.cli import settings
+from fusevm.cli import places, settings
 from fusevm.cli.host_settings import host_config
-from fusevm.cli.main import cli
+from fusevm.cli.main import COMMANDS, cli
 from fusevm.cli.serve import control_config
 from fusevm.cli.settings import CONTROL, HOST, SECTIONS, Setting, load
 from fusevm.control.config import ControlConfig, check
+from fusevm.host import config as host_module
 from fusevm.model.errors import BadSetting
 
 KEY = "ab" * 32
@@ -176,9 +177,26 @@ def test_the_host_daemon_lives_within_the_installation_unless_it_has_a_root_of_i
     assert (own.data_root, own.artefacts) == (Path("/data"), Path("/data"))
 
 
+def test_the_socket_has_one_name() -> None:
+    assert places.SOCKET_NAME == host_module.SOCKET_NAME
+
+
 def test_the_settings_file_is_found(tmp_path: Path) -> None:
     assert settings.default_file({"FUSE_CONFIG": "/x.toml"}) == Path("/x.toml")
     file = tmp_path / "fuse" / "fuse.toml"
     file.parent.mkdir()
     file.write_text("")
     assert settings.default_file({"XDG_CONFIG_HOME": str(tmp_path)}) == file
+
+
+def test_every_setting_and_command_is_documented() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "cli.md").read_text()
+    for table in SECTIONS.values():
+        for setting in table:
+            assert f"| `{setting.name}` | `{setting.env}` | `{setting.flag}` |" in text
+    for name in COMMANDS:
+        assert f"`fuse {name}" in text
+    documented = {
+        line.split("`")[3] for line in text.splitlines() if line.startswith("| `") and line.count("` | `") == 2
+    }
+    assert documented == {setting.env for table in SECTIONS.values() for setting in table}

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import msgspec
+
 from fusevm.control.app import build_app
 from fusevm.control.clock import Clock
 from fusevm.control.config import ControlConfig, HostSetting, check
@@ -94,7 +95,7 @@ async def running(
     async with (
         _closing(listener),
         open_plane(settings, clock=clock, clients=by_id) as plane,
-        httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, headers=headers, verify=False) as http,  # noqa: S501
+        httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, headers=headers, verify=False) as http,
         asyncio.TaskGroup() as group,
     ):
         server = HttpServer(server_config(settings, build_app(plane)))

@@ -1,6 +1,7 @@
 """Settings that are refused, and why."""
 
 import pytest
+
 from fusevm.control.config import (
     ControlConfig,
     HostSetting,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from control_harness import FAST, until
+from msgspec.structs import replace
+
 from fusevm.control.config import ControlConfig, HostSetting
 from fusevm.control.host_api import GuestRequest
 from fusevm.control.host_client import HttpHost
@@ -20,7 +22,6 @@ from fusevm.model.host import HostState
 from fusevm.model.machine import Fence, MachineSpec
 from fusevm.testing.fake_host import FakeHost
 from fusevm.wire.host_api import CreateMachine
-from msgspec.structs import replace
 
 DEFAULT = HostSetting(id="default", url="http://127.0.0.1:1", token="hush-hush")
 

@@ -1,6 +1,10 @@
 """Finding routes."""
 
+import json
+import re
+
 import pytest
+
 from fusevm.control.router import Router
 from fusevm.model.errors import MethodNotAllowed, RouteNotFound, UnknownAction
 from fusevm.wire.openapi import render_openapi
@@ -25,7 +29,9 @@ def test_a_literal_segment_wins() -> None:
     assert ROUTER.find("GET", b"/v1/snapshots/other", {}).route.name == "get_snapshot"
 
 
-@pytest.mark.parametrize("path", [b"/v1/hosts/", b"/v1/hosts//", b"/v1/hosts/%ff", b"/v1/hosts/a/b", b"//v1/hosts", b""])
+@pytest.mark.parametrize(
+    "path", [b"/v1/hosts/", b"/v1/hosts//", b"/v1/hosts/%ff", b"/v1/hosts/a/b", b"//v1/hosts", b""]
+)
 def test_what_is_no_route(path: bytes) -> None:
     with pytest.raises(RouteNotFound):
         ROUTER.find("GET", path, {})
@@ -67,9 +73,6 @@ def test_the_document_has_every_route_and_every_reason() -> None:
 
 
 def test_references_in_the_document_lead_somewhere() -> None:
-    import json
-    import re
-
     document = render_openapi("1")
     for name in re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document)):
         assert name in document["components"]["schemas"]

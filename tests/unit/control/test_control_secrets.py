@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 
 import pytest
+
 from fusevm.control.secrets import Sealer, load_key
 from fusevm.model.errors import BadSetting
 

@@ -2,12 +2,14 @@
 
 import asyncio
 import os
+import re
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
 from fusevm.control.store import migrate
 from fusevm.control.store.sql import Migration, load_migrations, load_queries
 from fusevm.control.store.sqlite import SqliteStore
@@ -37,7 +39,9 @@ async def test_a_file_belongs_to_one_process(tmp_path: Path) -> None:
 async def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / "fuse.db"
     code = (
-        "import asyncio, os; from fusevm.control.store.sqlite import SqliteStore; from fusevm.core.policy import Policy\n"
+        "import asyncio, os\n"
+        "from fusevm.control.store.sqlite import SqliteStore\n"
+        "from fusevm.core.policy import Policy\n"
         f"asyncio.run(SqliteStore.open({str(path)!r}, Policy(), lambda: 1)); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
@@ -205,8 +209,6 @@ async def test_a_job_that_raises_takes_nothing_of_its_neighbours_with_it() -> No
 
 
 def test_every_query_is_used_and_every_used_query_exists() -> None:
-    import re
-
     folder = Path(migrate.__file__).parent
     used: set[str] = set()
     for name in ("sqlite.py", "transactions.py"):
@@ -216,8 +218,6 @@ def test_every_query_is_used_and_every_used_query_exists() -> None:
 
 
 def test_parameters_are_numbered_as_asyncpg_wants_them() -> None:
-    import re
-
     for name, text in load_queries().items():
         numbers = {int(number) for number in re.findall(r"\$(\d+)", text)}
         assert numbers == set(range(1, len(numbers) + 1)), name

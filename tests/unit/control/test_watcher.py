@@ -1,9 +1,13 @@
 """Heartbeats, reconciliation, lost hosts."""
 
 import asyncio
+import tempfile
+from pathlib import Path
 
 import pytest
 from control_harness import Running, running, until
+from msgspec.structs import replace
+
 from fusevm.core.policy import Policy
 from fusevm.model.errors import HostRejected, Internal
 from fusevm.model.host import Resources
@@ -151,9 +155,6 @@ async def test_a_rejected_token_makes_a_host_unreachable() -> None:
 
 async def test_our_own_silence_is_not_the_hosts() -> None:
     """A control plane that was down for an hour does not give up its hosts when it starts."""
-    import tempfile
-    from pathlib import Path
-
     clock, host = FakeClock(), FakeHost("h1")
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "fuse.db")
@@ -181,8 +182,6 @@ async def test_a_bug_in_one_round_does_not_end_the_watch() -> None:
 
 @pytest.mark.parametrize("phase", [Phase.STOPPED, Phase.FAILED])
 async def test_a_machine_that_is_over_in_the_list_ends_its_environment(phase: Phase) -> None:
-    from msgspec.structs import replace
-
     async with running() as server:
         made = await server.create()
         machine_id = next(iter(server.host.table))

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 from control_harness import FAST, observed, running, until, world
+from msgspec.structs import replace
+
+from fusevm.control import worker as module
 from fusevm.control.entry import Entry
 from fusevm.control.metrics import Metrics
 from fusevm.control.signals import Signals
@@ -16,12 +19,12 @@ from fusevm.control.worker import Worker
 from fusevm.core.invariants import violations
 from fusevm.core.policy import Policy
 from fusevm.core.spec import complete
-from fusevm.model.environment import DestroyRequested, Environment, State
-from fusevm.model.errors import BootFailed, HostRejected, StaleIncarnation, WrongCluster
+from fusevm.model.environment import BootSucceeded, DestroyRequested, Environment, State
+from fusevm.model.errors import BootFailed, HostRejected, StaleIncarnation, StoreFull, WrongCluster
 from fusevm.model.host import Host, Resources
+from fusevm.model.machine import Phase
 from fusevm.testing.clock import FakeClock
 from fusevm.testing.fake_host import FakeHost, lose_reply
-from msgspec.structs import replace
 
 POLICY = Policy(backoff_first_ms=100)
 CAPACITY = Resources(cpus=100, ram_mb=1 << 20, storage_gb=1000, vm_count=100)
@@ -30,7 +33,9 @@ CAPACITY = Resources(cpus=100, ram_mb=1 << 20, storage_gb=1000, vm_count=100)
 class Replica:
     """Entry and worker of one process."""
 
-    def __init__(self, name: str, store: SqliteStore, hosts: dict[str, FakeHost], clock: FakeClock, lease_ms: int) -> None:
+    def __init__(
+        self, name: str, store: SqliteStore, hosts: dict[str, FakeHost], clock: FakeClock, lease_ms: int
+    ) -> None:
         async def host_of(host_id: str) -> FakeHost:
             return hosts[host_id]
 
@@ -155,8 +160,6 @@ async def test_an_outcome_that_comes_too_late_changes_nothing() -> None:
         replica = at.replica("r")
         env = await replica.create()
         ending = await replica.entry.feed(env.uid, DestroyRequested(cause="test"))
-        from fusevm.model.environment import BootSucceeded
-
         assert await replica.entry.feed(env.uid, BootSucceeded(cause="late", seq=1)) == ending
 
 
@@ -265,8 +268,6 @@ async def test_a_bug_on_the_way_to_a_host_is_an_attempt_that_failed() -> None:
 
 
 async def test_a_machine_that_is_still_being_made_is_asked_for_again() -> None:
-    from fusevm.model.machine import Phase
-
     async with bench() as at:
         replica = at.replica("r", lease_ms=10_000_000)
         at.host.boot_phase = Phase.CREATING
@@ -278,9 +279,6 @@ async def test_a_machine_that_is_still_being_made_is_asked_for_again() -> None:
 
 
 async def test_outcomes_outlive_a_store_that_cannot_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusevm.control import worker as module
-    from fusevm.model.errors import StoreFull
-
     monkeypatch.setattr(module, "REPORT_PAUSE_S", 0.01)
     async with bench() as at:
         replica, commit = at.replica("r"), at.store.commit
@@ -310,7 +308,6 @@ async def test_pending_actions_survive_a_crash_of_the_process(tmp_path: Path) ->
         at.host = host
         heir = at.replica("heir")
         async with at_work(heir):
-            at.clock.advance(600)
             await until(lambda: at.is_in(booting.uid, State.RUNNING))
             await until(lambda: at.is_in(ending.uid, State.DESTROYED))
         assert [machine.id for machine in observed(host)] == [booting.machine_id]

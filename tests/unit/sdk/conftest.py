@@ -1,10 +1,14 @@
 """The fake API for tests of the client library."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import fake_api
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import fake_api
 
 
 @pytest.fixture(scope="session")

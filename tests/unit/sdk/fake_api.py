@@ -124,7 +124,7 @@ class FakeApi:
         self.environments[environment.id] = environment
         return environment
 
-    def start(self) -> None:
+    def start(self, certificate: Path | None = None) -> None:
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", self.port))
@@ -135,6 +135,8 @@ class FakeApi:
             lifespan="off",
             ws_ping_timeout=None,
             timeout_graceful_shutdown=1,
+            ssl_certfile=certificate,
+            ssl_keyfile=certificate,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [sock]}, daemon=True)
@@ -537,9 +539,9 @@ def fail(error: errors.Error) -> Response:
 
 
 @contextlib.contextmanager
-def running(disk: Path) -> Iterator[FakeApi]:
+def running(disk: Path, certificate: Path | None = None) -> Iterator[FakeApi]:
     api = FakeApi(disk)
-    api.start()
+    api.start(certificate)
     try:
         yield api
     finally:

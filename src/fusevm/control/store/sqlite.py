@@ -79,6 +79,7 @@ class SqliteStore:
         try:
             if path != MEMORY:
                 store._lock = FileLock(Path(path + ".lock"))
+                _make_private(path)
             await store._writer.open()
             if path != MEMORY:
                 store._readers = ThreadPoolExecutor(READERS, thread_name_prefix="store-reader")
@@ -276,8 +277,16 @@ class SqliteStore:
 
     def _prepare(self, db: sqlite3.Connection) -> str:
         tx.run(db, "put_meta", "cluster", "c-" + secrets.token_hex(16))
+        # One process per file: whoever held a lease is dead, and its work need not wait until that runs out.
+        tx.run(db, "end_action_leases")
+        tx.run(db, "end_host_leases")
         tx.refresh_deadlines(db, self._policy)
         return str(tx.one(db, "get_meta", "cluster")[0])
+
+
+def _make_private(path: str) -> None:
+    """Make the file, if it is new, for its owner alone; SQLite gives its companions (-wal, -shm) the same mode."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def _connect(path: str) -> sqlite3.Connection:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import msgspec
 from fusevm.host.images.progress import Progress, ProgressEvent
 from fusevm.host.images.workspace import ensure_free
 from fusevm.host.run import run
-from fusevm.model.errors import CommandFailed
+from fusevm.model.errors import BadField, CommandFailed
 
 #: Every time stamp that is not the content's own: 2023-11-14T22:13:20Z.
 EPOCH_S = 1_700_000_000
@@ -28,6 +29,8 @@ _FIRST_INODE = 11
 _ROOT_INODE = 2
 _MAKE_TIMEOUT_S = 1800
 _GROWTH_ATTEMPTS = 4
+#: What debugfs says of itself: `debugfs 1.47.0 (5-Feb-2023)`.
+_BANNER = re.compile(r"debugfs \d")
 
 
 class Extent(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +52,8 @@ async def unpack_tar(tar: Path, tree: Path, progress: Progress) -> None:
     await asyncio.to_thread(ensure_free, tree.parent, 2 * total)
     await asyncio.to_thread(tree.mkdir)
     options = ["--extract", "--preserve-permissions", "--numeric-owner", "--delay-directory-restore"]
-    options += [f"--file={tar}", f"--directory={tree}", "--exclude=./dev/*", "--exclude=dev/*"]
+    # Anchored: only the /dev of the root, not every folder of that name.
+    options += [f"--file={tar}", f"--directory={tree}", "--anchored", "--exclude=./dev/*", "--exclude=dev/*"]
     if os.geteuid() == 0:
         words = ["tar", *options, "--same-owner", "--xattrs", "--xattrs-include=*"]
     else:
@@ -103,13 +107,36 @@ def estimate_bytes(extent: Extent) -> int:
 
 
 def tar_owners(tar: Path) -> dict[str, tuple[int, int]]:
-    """Return the owner of each entry of a tar that does not belong to root, by absolute path."""
+    """Return the owner of each entry of a tar that does not belong to root, by absolute path; without those of /dev."""
     owners = {}
     with tarfile.open(tar) as archive:
         for entry in archive:
-            if (entry.uid, entry.gid) != (0, 0):
-                owners["/" + entry.name.removeprefix("./").strip("/")] = (entry.uid, entry.gid)
+            path = "/" + entry.name.removeprefix("./").strip("/")
+            if (entry.uid, entry.gid) != (0, 0) and not path.startswith("/dev/"):
+                owners[path] = (entry.uid, entry.gid)
     return owners
+
+
+def render_owners(owners: dict[str, tuple[int, int]]) -> list[str]:
+    """Render what gives files to their owners, for debugfs(8). Raises BadField for a name that it cannot be told."""
+    lines = []
+    for path, (uid, gid) in owners.items():
+        if "\n" in path or "\r" in path:
+            # Each line is a command, and some of them write files of the host.
+            raise BadField(field="tar", problem=f"the file {path!r} has a line break in its name; build it as root")
+        quoted = '"' + path.replace('"', '""') + '"'
+        lines += [f"sif {quoted} uid {uid}", f"sif {quoted} gid {gid}"]
+    return lines
+
+
+async def run_debugfs(target: Path, lines: list[str]) -> None:
+    """Change an ext4 file. Raises CommandFailed for the first line that fails: debugfs itself still exits with 0."""
+    script = "\n".join(lines).encode() + b"\n"
+    env = {"E2FSPROGS_FAKE_TIME": str(EPOCH_S)}
+    done = await run(["debugfs", "-w", "-f", "-", target], stdin=script, timeout_s=_MAKE_TIMEOUT_S, env=env)
+    said = [line for line in done.stderr.decode(errors="replace").splitlines() if not _BANNER.match(line)]
+    if said:
+        raise CommandFailed(command=f"debugfs -w -f - {target}", exit_status=0, stderr=said[0])
 
 
 async def _mke2fs(tree: Path, target: Path, size: int, inodes: int) -> None:
@@ -132,12 +159,8 @@ async def _settle(target: Path, inodes: int, owners: dict[str, tuple[int, int]])
         for field in ("ctime", "atime", "crtime")
     ]
     if os.geteuid() != 0:
-        for path, (uid, gid) in owners.items():
-            quoted = f'"{path}"'
-            lines += [f"sif {quoted} uid {uid}", f"sif {quoted} gid {gid}"]
-    script = "\n".join(lines).encode() + b"\n"
-    env = {"E2FSPROGS_FAKE_TIME": str(EPOCH_S)}
-    await run(["debugfs", "-w", "-f", "-", target], stdin=script, timeout_s=_MAKE_TIMEOUT_S, env=env)
+        lines += render_owners(owners)
+    await run_debugfs(target, lines)
 
 
 def _in_user_namespace() -> list[str]:

@@ -9,6 +9,7 @@ Owns: the threads and the file-type check of namespaces. Must not: know what is 
 
 import asyncio
 import ctypes
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -60,13 +61,15 @@ async def run_inside(
     """
     visit = _Visit(path, function, discard)
     visit.start()
+    deadline = asyncio.timeout(timeout_s)
     try:
-        async with asyncio.timeout(timeout_s):
+        async with deadline:
             return await asyncio.wrap_future(visit.outcome)
     except BaseException as e:
         visit.abandon()
-        if isinstance(e, TimeoutError):
-            raise Timeout(what=f"work in the namespace {path}", limit_s=round(timeout_s)) from e
+        # The function may raise a TimeoutError of its own.
+        if isinstance(e, TimeoutError) and deadline.expired():
+            raise Timeout(what=f"work in the namespace {path}", limit_s=math.ceil(timeout_s)) from e
         raise
 
 

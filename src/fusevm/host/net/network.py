@@ -70,8 +70,8 @@ class HostNetwork:
         self._pool.release(index)
 
     async def set_policy(self, slot: Slot, policy: Network) -> None:
-        """Change what a machine may reach, at once, open connections included. CommandFailed if it cannot be done."""
-        await self._firewall.admit([slot], policy)
+        """Change what a machine may reach, at once, open connections included (see `Pool.set_policy`)."""
+        await self._pool.set_policy(slot.index, policy)
 
     async def serve_dns(self, slot: Slot) -> None:
         """Open the slot's DNS forwarder. Idempotent."""

@@ -43,10 +43,10 @@ class SlotInUse(Conflict):
 
 
 class SlotFailed(Unavailable):
-    """The kernel objects of a slot could not be made."""
+    """A slot's kernel objects could not be made, or are not in use."""
 
     reason = "slot_failed"
-    template = "Network slot {index} cannot be made: {problem}"
+    template = "Network slot {index} is not usable: {problem}"
     index: int
     problem: str
 
@@ -137,6 +137,13 @@ class Pool:
                 self.release(index)
                 raise
         return slot
+
+    async def set_policy(self, index: int, policy: Network) -> None:
+        """Change what the machine in a slot may reach. SlotFailed if none is; CommandFailed if it cannot be enforced."""
+        slot = self._used.get(index)
+        if slot is None:
+            raise SlotFailed(index=index, problem="it is not in use")
+        await self._firewall.admit([slot], policy)
 
     def release(self, index: int) -> None:
         """Give a slot up; it is destroyed in the background, before its number serves again. Idempotent.

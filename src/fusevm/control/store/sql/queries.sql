@@ -64,6 +64,12 @@ where uid = $1 and pending_seq = $2 and lease_owner = $3
 -- name: release_leases
 update environments set lease_owner = null, lease_until_ms = null where lease_owner = $1
 
+-- name: end_action_leases
+update environments set lease_owner = null, lease_until_ms = null where lease_owner is not null
+
+-- name: end_host_leases
+update hosts set lease_owner = null, lease_until_ms = null where lease_owner is not null
+
 -- name: insert_event
 insert into events (uid, seq, task_id, doc) values ($1, $2, $3, $4)
 
