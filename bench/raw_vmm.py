@@ -26,9 +26,9 @@ words = f"""qemu-system-x86_64 -M microvm -accel tcg,thread=single,tb-size=64 -c
  -chardev socket,id=agent,fd={listener.fileno()},server=on,wait=off -device virtio-serial-device,max_ports=2
  -device virtserialport,chardev=agent,name=fuse.agent -device virtio-rng-device
  -drive if=none,id=image,file={image},format=raw,readonly=on -device virtio-blk-device,drive=image,serial=image
- -drive if=none,id=overlay,file={overlay},format=qcow2,cache.no-flush=on,discard=unmap
+ -drive if=none,id=overlay,file={overlay},format=qcow2,cache.no-flush=on,discard=unmap,werror=report,rerror=report
  -device virtio-blk-device,drive=overlay,serial=overlay""".split()
-words += ["-append", f"console=ttyS0 quiet panic=-1 mitigations=off lsm= cryptomgr.notests tsc_early_khz={khz} tsc=reliable {args.parameters}"]
+words += ["-append", f"console=ttyS0 quiet panic=-1 mitigations=off lsm= cryptomgr.notests tsc_early_khz={khz} tsc=reliable initcall_blacklist=jent_mod_init init_on_alloc=0 {args.parameters}"]
 frame = lambda kind, stream, body=b"", head=struct.Struct(">3sBII"): (h := head.pack(b"FU\1", kind, stream, len(body))) + struct.pack(">I", zlib.crc32(body, zlib.crc32(h))) + body  # noqa: E731
 hello, buffer = frame(0, 0, os.urandom(16)), b""
 request = f"POST /exec HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}" if (body := args.exec and json.dumps({"shell": args.exec})) else "GET /health HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -57,7 +57,7 @@ class LocalStack:
             assert time.monotonic() < ends_at, self.log.read_text()
             time.sleep(0.05)
         ready = msgspec.json.decode(self._ready.read_bytes(), type=Ready)
-        self.environ = self.base_environ | {"FUSE_BASE_URL": ready.url, "FUSE_TOKEN": ready.token}
+        self.environ = self.base_environ | {"FUSE_BASE_URL": ready.context.url, "FUSE_TOKEN": ready.context.token}
         return ready
 
     def end(self, number: int, timeout_s: float = 60.0) -> int:

@@ -15,9 +15,8 @@ from network_lab import HOST_ADDRESS, PLAN, SERVER, internet, plugged_in, say, s
 from fusevm.host.net.links import ensure_links, observe_objects, render_creation, render_inside
 from fusevm.host.net.network import HostNetwork
 from fusevm.host.net.plan import NetworkPlan, Slot, plan_slot
-from fusevm.host.net.pool import SlotFailed, SlotInUse
 from fusevm.model.environment import Network
-from fusevm.model.errors import NetworkRangeConflict, ShuttingDown
+from fusevm.model.errors import NetworkRangeConflict, ShuttingDown, SlotFailed, SlotInUse
 
 OFFLINE = Network(internet=False)
 

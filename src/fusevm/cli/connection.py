@@ -21,6 +21,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     url: str = msgspec.field()
     token: str = ""
     ca_file: str = ""
+    #: `ca_file` is the server's own certificate; its names do not matter.
+    pin_certificate: bool = False
     #: Data directory of the stack behind it, when it runs on this machine.
     data_root: str = ""
 
@@ -31,10 +33,11 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     token: str = ""
     ca_file: str = ""
+    pin_certificate: bool = False
 
     def client(self) -> Fuse:
         """A client; nothing is sent yet."""
-        return Fuse(self.url, self.token, ca_file=self.ca_file or None)
+        return Fuse(self.url, self.token, ca_file=self.ca_file or None, pin_certificate=self.pin_certificate)
 
 
 def context_path(environ: Mapping[str, str]) -> Path:
@@ -86,4 +89,9 @@ def resolve(
     context = None if asked_url and asked_token else load_context(context_path(environ))
     if context is None or (asked_url and asked_url.rstrip("/") != context.url.rstrip("/")):
         return Connection(url=asked_url or DEFAULT_URL, token=asked_token, ca_file=asked_ca)
-    return Connection(url=context.url, token=asked_token or context.token, ca_file=asked_ca or context.ca_file)
+    return Connection(
+        url=context.url,
+        token=asked_token or context.token,
+        ca_file=asked_ca or context.ca_file,
+        pin_certificate=context.pin_certificate and not asked_ca,
+    )

@@ -6,15 +6,13 @@ import signal
 import click
 
 from fusevm.cli import settings
-from fusevm.cli.connection import context_path, load_context
 from fusevm.cli.failures import CliError
-from fusevm.cli.installation import Installation, UpRecord, load_record, load_settings
+from fusevm.cli.installation import Installation, UpRecord, load_record, load_settings, local_client
 from fusevm.cli.options import State
 from fusevm.cli.output import say
 from fusevm.cli.places import Places, data_option, find_places
 from fusevm.cli.processes import end, is_running
 from fusevm.cli.removing import remove_all
-from fusevm.sdk.client import Fuse
 
 _STOP_S = 60.0
 
@@ -43,12 +41,8 @@ def down(state: State, *, data: str | None, keep: bool, debug: bool) -> int:
 def stop_running(places: Places, record: UpRecord, *, keep: bool) -> int:
     """Destroy through the running control plane, then end its supervisor."""
     code = 0
-    if not keep and record.url:
-        token = places.token.read_text().strip() if places.token.exists() else ""
-        context = load_context(context_path(os.environ))
-        if context is not None and context.url == record.url:
-            token = context.token
-        with Fuse(record.url, token, environ={}) as fuse:
+    if not keep and record.context is not None:
+        with local_client(record.context) as fuse:
             ids = [one.id for one in fuse.environments.list()]
             code = remove_all(fuse, ids, done=lambda env_id: say(f"{env_id} destroyed"))
     if not end(record.supervisor, signal.SIGTERM, _STOP_S):

@@ -15,6 +15,7 @@ from typing import IO, Self
 
 import msgspec
 
+from fusevm.cli.connection import Context, save_private
 from fusevm.cli.failures import UNAVAILABLE, CliError
 from fusevm.cli.places import Places
 from fusevm.cli.processes import Identity, end, identify, is_running
@@ -35,7 +36,8 @@ class UpRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     supervisor: Identity
     children: list[Identity] = []
-    url: str = ""
+    #: How to reach the control plane; empty until it serves.
+    context: Context | None = None
 
 
 class HostFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,24 +56,18 @@ class HostFile(msgspec.Struct, frozen=True, kw_only=True):
 class Running(msgspec.Struct, frozen=True, kw_only=True):
     """A stack that serves."""
 
-    url: str
-    token: str
+    context: Context
     driver: str
     driver_reason: str
-    places: Places
-
-    def connection(self) -> dict[str, str]:
-        """What a client needs, and where it all is."""
-        return {"url": self.url, "token": self.token, "data_root": str(self.places.data)}
 
     def describe(self, image: str) -> list[str]:
         """What a person needs to know."""
         why = f" ({self.driver_reason})" if self.driver_reason else ""
         return [
-            f"URL     {self.url}",
-            f"Token   {self.token}",
+            f"URL     {self.context.url}",
+            f"Token   {self.context.token}",
             f"Driver  {self.driver or 'unknown'}{why}",
-            f"Data    {self.places.data}",
+            f"Data    {self.context.data_root}",
             f"Try     fuse run {image or 'IMAGE'} -- uname -a",
         ]
 
@@ -126,10 +122,15 @@ class Installation:
         ready_file = self.places.control / "ready"
         ready_file.unlink(missing_ok=True)
         self._stack.start(self._control_program(listen, token, found.url, ready_file), CONTROL_START_S)
-        url = ready_file.read_text().strip()
-        self._running = Running(
-            url=url, token=token, driver=found.driver, driver_reason=found.driver_reason, places=self.places
+        certificate = self._control["tls_cert"]
+        context = Context(
+            url=ready_file.read_text().strip(),
+            token=token,
+            ca_file=str(Path(certificate).absolute()) if certificate else "",
+            pin_certificate=bool(certificate),
+            data_root=str(self.places.data),
         )
+        self._running = Running(context=context, driver=found.driver, driver_reason=found.driver_reason)
         self._save_record()
         self._wait_for_host()
         return self._running
@@ -147,7 +148,7 @@ class Installation:
         """A client of what runs. Proxies play no role."""
         if self._running is None:
             raise CliError("nothing runs", code=UNAVAILABLE)
-        return Fuse(self._running.url, self._running.token, ca_file=self._control["tls_cert"] or None, environ={})
+        return local_client(self._running.context)
 
     def count_environments(self) -> int | None:
         """How many are live; None when nobody answers."""
@@ -251,11 +252,19 @@ class Installation:
         supervisor = identify(os.getpid())
         assert supervisor is not None  # noqa: S101 - we are running
         children = [child.identity for child in self._stack.children if child.identity is not None]
-        url = self._running.url if self._running is not None else ""
-        record = UpRecord(supervisor=supervisor, children=children, url=url)
-        fresh = self.places.record.with_suffix(".new")
-        fresh.write_bytes(msgspec.json.encode(record))
-        fresh.replace(self.places.record)
+        context = self._running.context if self._running is not None else None
+        save_private(self.places.record, UpRecord(supervisor=supervisor, children=children, context=context))
+
+
+def local_client(context: Context) -> Fuse:
+    """A client of a stack of this machine. Proxies play no role."""
+    return Fuse(
+        context.url,
+        context.token,
+        ca_file=context.ca_file or None,
+        pin_certificate=context.pin_certificate,
+        environ={},
+    )
 
 
 def fuse_command(*arguments: str) -> list[str]:

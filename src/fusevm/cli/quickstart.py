@@ -19,6 +19,7 @@ from typing import TypeVar
 import msgspec
 
 from fusevm.cli.failures import CliError, report
+from fusevm.cli.installation import local_client
 from fusevm.cli.leftovers import find_leftovers
 from fusevm.cli.output import print_table
 from fusevm.cli.up import Ready
@@ -111,9 +112,9 @@ def stop(process: subprocess.Popen[bytes]) -> int:
 
 def tour(ready: Ready) -> list[tuple[str, float]]:
     """Use it, and return what took how many milliseconds."""
-    with Fuse(ready.url, ready.token, environ={}) as fuse:
+    with local_client(ready.context) as fuse:
         host = next(fuse.hosts.list())
-        print(f"Up at {ready.url}, machines run by {host.driver}")
+        print(f"Up at {ready.context.url}, machines run by {host.driver}")
         heading(f"Creating an environment from {IMAGE}")
         created, times = timed("create, as the client sees it", lambda: fuse.environments.create(image=IMAGE))
         try:
@@ -181,7 +182,7 @@ def print_times(times: list[tuple[str, float]]) -> None:
 def check_clean(ready: Ready) -> None:
     """Raises CliError with the names of whatever is left."""
     ends_at = time.monotonic() + _GONE_TIMEOUT_S
-    while left := find_leftovers(Path(ready.data_root), ready.instance):
+    while left := find_leftovers(Path(ready.context.data_root), ready.instance):
         if time.monotonic() > ends_at:
             raise CliError(f"something was left behind: {'; '.join(left)}")
         time.sleep(0.2)

@@ -142,7 +142,7 @@ def _download_file(fuse: Fuse, source: Remote, target: str, meter: Meter) -> Cop
             else:
                 path = place_here(target, name)
                 mode = int(answer.headers.get("x-fuse-mode", "644"), 8) & 0o777
-                file = stack.enter_context(atomic_file(path, mode))
+                file = stack.enter_context(open_target(path, mode))
             for piece in meter.counted(answer.chunks()):
                 file.write(piece)
                 digest.update(piece)
@@ -186,6 +186,13 @@ def place_here(target: str, name: str) -> Path:
     if not path.absolute().parent.is_dir():
         raise CliError(f"there is no folder {str(path.parent)!r} here", hint=f"mkdir -p {path.parent}", code=NOT_FOUND)
     return path
+
+
+def open_target(path: Path, mode: int) -> contextlib.AbstractContextManager[BinaryIO]:
+    """Where a file's bytes go: devices and pipes are written to, links followed, anything else appears whole."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return path.open("wb")
+    return atomic_file(path.resolve(), mode)
 
 
 @contextlib.contextmanager

@@ -79,9 +79,9 @@ def up(
         installation.prepare(image)
         running = installation.start()
         if not no_context:
-            save_private(context, Context(**running.connection()))
+            save_private(context, running.context)
         if ready_file:
-            save_private(Path(ready_file), Ready(**running.connection(), instance=host["instance"]))
+            save_private(Path(ready_file), Ready(context=running.context, instance=host["instance"]))
         for line in running.describe(image):
             print(line, flush=True)
         if not ready_file:
@@ -95,7 +95,7 @@ def up(
         finally:
             if ephemeral:
                 installation.destroy_all()
-                remove_context(context, running.url)
+                remove_context(context, running.context.url)
                 installation.stop()
                 installation.remove_traces()
             else:
@@ -108,9 +108,7 @@ def up(
 class Ready(msgspec.Struct, frozen=True, kw_only=True):
     """What `--ready-file` tells to programs that start us."""
 
-    url: str
-    token: str
-    data_root: str
+    context: Context
     #: Starts the name of every kernel object.
     instance: str
 

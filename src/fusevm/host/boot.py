@@ -41,19 +41,33 @@ async def bring_up(
     Raises BootFailed, Superseded, or what quarters and driver raise.
     """
     marks = Marks(started=parts.clock.monotonic_ms())
+    try:
+        async with asyncio.timeout(_seconds_left(deadline_ms, parts)) as limit:
+            machine, vmm, configure = await _launch(machine, kind, parts, undo, marks)
+    except TimeoutError as e:
+        if not limit.expired():
+            raise
+        raise BootFailed(id=machine.id, problem="its VMM did not start in time") from e
+    machine = await parts.journal.mark(msgspec.structs.replace(machine, vmm=vmm.process), kind, "booted")
+    await meet_guest(machine, kind, vmm, configure, deadline_ms, parts, marks)
+    return with_timings(machine, marks), vmm
+
+
+async def _launch(
+    machine: Machine, kind: Literal["create", "start"], parts: Surroundings, undo: CleanUp, marks: Marks
+) -> tuple[Machine, Vmm, Configure]:
+    """Make quarters and start the VMM."""
     lodging = await parts.quarters.prepare(machine)
     undo.push("quarters", lambda: parts.quarters.vacate(machine, keep_disk=kind == "start"))
     try:
-        machine = msgspec.structs.replace(machine, address=lodging.address)
-        machine = await parts.journal.mark(machine, kind, "prepared")
+        prepared = msgspec.structs.replace(machine, address=lodging.address)
+        prepared = await parts.journal.mark(prepared, kind, "prepared")
         marks.launched = parts.clock.monotonic_ms()
         vmm = await parts.driver.boot(lodging.plan)
     finally:
         lodging.release()
     undo.push("vmm", vmm.kill)
-    machine = await parts.journal.mark(msgspec.structs.replace(machine, vmm=vmm.process), kind, "booted")
-    await meet_guest(machine, kind, vmm, lodging.configure, deadline_ms, parts, marks)
-    return with_timings(machine, marks), vmm
+    return prepared, vmm, lodging.configure
 
 
 async def meet_guest(
@@ -66,7 +80,7 @@ async def meet_guest(
     marks: Marks,
 ) -> None:
     """Wait for the agent of a VMM that boots, check that it is the right one, configure it. Raises BootFailed."""
-    limit_s = max(1.0, (deadline_ms - parts.clock.now_ms()) / 1000)
+    limit_s = _seconds_left(deadline_ms, parts)
     try:
         async with asyncio.timeout(limit_s):
             await run_unless(vmm.wait_exit(), _converse(machine, kind, vmm, configure, parts, marks))
@@ -80,6 +94,11 @@ async def meet_guest(
         raise
     except Error as e:
         raise await _failed(machine, f"the guest agent said: {e.message}", parts) from e
+
+
+def _seconds_left(deadline_ms: int, parts: Surroundings) -> float:
+    """At least one: a resumed boot whose time is over gets a last chance."""
+    return max(1.0, (deadline_ms - parts.clock.now_ms()) / 1000)
 
 
 async def check_guest(machine: Machine, vmm: Vmm) -> str:

@@ -17,6 +17,7 @@ import structlog
 from fusevm.host.config import HostConfig
 from fusevm.host.images.initramfs import agent_path, ensure_initramfs
 from fusevm.host.images.kernel import KernelStore
+from fusevm.host.images.progress import ProgressEvent
 from fusevm.host.vmm.probe import Choice, choose_accelerator
 from fusevm.model.errors import Error
 
@@ -47,7 +48,7 @@ class BootFileFinder:
         """Return the boot files, made or fetched if needed. Raises KernelCorrupt, VmmMissing, CommandFailed, ..."""
         async with self._lock:
             if self.found is None:
-                kernel = await self._kernels.ensure(self._config.kernel)
+                kernel = await self._kernels.ensure(self._config.kernel, progress=_tell)
                 initramfs = await ensure_initramfs(self._config.artefacts, kernel)
                 self.found = BootFiles(
                     kernel=kernel.vmlinux,
@@ -67,13 +68,24 @@ class BootFileFinder:
             return None
 
 
+def _tell(event: ProgressEvent) -> None:
+    """Fetching a kernel takes a while: say what is being done, but not every byte."""
+    if event.done_bytes is None:
+        log.info("boot_files_progress", step=event.step, detail=event.detail)
+
+
 async def choose_driver(config: HostConfig, files: BootFiles | None) -> Choice:
-    """Decide how machines are run: as configured, or by trying KVM. Raises VmmMissing."""
+    """Decide how machines are run: as configured, or by trying KVM (seconds, once per boot of the host)."""
     if config.driver == "qemu":
         return Choice(accelerator="tcg", why="QEMU in software emulation, as configured")
     if files is None:
         return Choice(accelerator="tcg", why="software emulation: KVM could not be tried without a kernel")
-    return await choose_accelerator(files.kernel, files.initramfs, config.data_root)
+    try:
+        return await choose_accelerator(files.kernel, files.initramfs, config.data_root)
+    except (Error, OSError) as e:
+        # What is missing is missing for creates, too: they say so.
+        log.warning("kvm_not_tried", problem=str(e))
+        return Choice(accelerator="tcg", why=f"software emulation: KVM could not be tried ({e})")
 
 
 def has_agent() -> bool:

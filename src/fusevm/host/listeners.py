@@ -80,13 +80,13 @@ def bind_tcp(listen: Listen) -> socket.socket:
 
 
 def lock_instance(instance: str) -> socket.socket:
-    """Claim the instance's name in this network namespace, where its slots have their names. Raises PortInUse.
+    """Claim the instance's name for our user in this network namespace, where its slots have theirs. Raises PortInUse.
 
     An abstract socket (unix(7)): it goes with the process, however that ends.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        sock.bind(f"\0fuse-host-{instance}")
+        sock.bind(f"\0fuse-host-{os.geteuid()}-{instance}")
     except OSError as e:
         sock.close()
         raise PortInUse(address=f"instance {instance!r}", setting="--instance") from e

@@ -401,7 +401,10 @@ class MachineTask:
         """Adopt the machine's VMM, if exactly that process still lives."""
         lodging = await self._parts.quarters.rejoin(self._record)
         process = self._record.vmm
-        vmm = await self._parts.driver.adopt(lodging.plan, process) if process is not None else None
+        if process is None:
+            return None
+        async with asyncio.timeout(_ADOPTION_TIMEOUT_S):
+            vmm = await self._parts.driver.adopt(lodging.plan, process)
         if vmm is not None:
             self._adopt(vmm)
         return vmm
@@ -431,7 +434,8 @@ class MachineTask:
         if operation.step != "booted" or process is None:
             raise self._lost()
         lodging = await self._parts.quarters.rejoin(self._record)
-        vmm = await self._parts.driver.adopt(lodging.plan, process)
+        async with asyncio.timeout(_ADOPTION_TIMEOUT_S):
+            vmm = await self._parts.driver.adopt(lodging.plan, process)
         if vmm is None:
             raise self._lost()
         undo.push("vmm", vmm.kill)

@@ -418,6 +418,14 @@ class IdempotencyInProgress(Conflict):
     key: str
 
 
+class SlotInUse(Conflict):
+    """Two machines were given one number: a fault of the journal's bookkeeping."""
+
+    reason = "slot_in_use"
+    template = "Network slot {index} is in use by another machine; this is a bug"
+    index: int
+
+
 class RevisionConflict(Conflict):
     """Another writer was faster; the caller reads again and decides again. Never leaves the control plane."""
 
@@ -487,6 +495,15 @@ class HostFull(Unavailable):
     resource: str
     needed: str
     free: str
+
+
+class SlotFailed(Unavailable):
+    """A slot's kernel objects could not be made, or are not in use."""
+
+    reason = "slot_failed"
+    template = "Network slot {index} is not usable: {problem}"
+    index: int
+    problem: str
 
 
 class NoSpace(Unavailable):

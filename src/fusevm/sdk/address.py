@@ -96,12 +96,19 @@ def _is_excepted(host: str, exceptions: str) -> bool:
     return False
 
 
-def make_tls(address: Address, ca_file: str | None) -> ssl.SSLContext | None:
-    """The TLS context of an https address, verified by the system's roots or by `ca_file`; None for http."""
+def make_tls(address: Address, ca_file: str | None, *, is_pinned: bool = False) -> ssl.SSLContext | None:
+    """The TLS context of an https address, verified by the system's roots or by `ca_file`; None for http.
+
+    `is_pinned`: `ca_file` is the server's own certificate; that one is accepted under any name, and no other.
+    """
     if not address.is_tls:
         return None
     try:
-        return ssl.create_default_context(cafile=ca_file or None)
+        context = ssl.create_default_context(cafile=ca_file or None)
+        if is_pinned and ca_file:
+            context.check_hostname = False
+            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        return context
     except (OSError, ssl.SSLError) as error:
         raise BadField(field="ca_file", problem=f"{ca_file}: {error.strerror or error}") from error
 
@@ -110,11 +117,16 @@ class Dialer:
     """Opens sockets to one address: TCP, through the proxy if there is one, TLS on top."""
 
     def __init__(
-        self, address: Address, *, ca_file: str | None = None, environ: Mapping[str, str] | None = None
+        self,
+        address: Address,
+        *,
+        ca_file: str | None = None,
+        is_pinned: bool = False,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         self.address = address
         self.proxy = proxy_for(address, os.environ if environ is None else environ)
-        self.tls = make_tls(address, ca_file)
+        self.tls = make_tls(address, ca_file, is_pinned=is_pinned)
 
     def connect(self, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
         """A connected socket with that timeout set. Raises ServerUnreachable."""

@@ -268,10 +268,20 @@ class Fuse:
         token: str = "",
         *,
         ca_file: str | None = None,
+        pin_certificate: bool = False,
         environ: Mapping[str, str] | None = None,
     ) -> None:
-        """Nothing is sent yet. `environ` (default: the process's) names proxies, which loopback addresses never use."""
-        dialer = Dialer(parse_address(base_url), ca_file=ca_file, environ=os.environ if environ is None else environ)
+        """Nothing is sent yet.
+
+        `ca_file` holds certificates to trust; with `pin_certificate` it is the server's own, good under any name.
+        `environ` (default: the process's) names proxies, which loopback addresses never use.
+        """
+        dialer = Dialer(
+            parse_address(base_url),
+            ca_file=ca_file,
+            is_pinned=pin_certificate,
+            environ=os.environ if environ is None else environ,
+        )
         self._channel = Channel(dialer, token)
         self.environments = Environments(self._channel)
         self.hosts = Hosts(self._channel)

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -355,3 +357,31 @@ def test_unknown_options_before_the_command_are_wrong_usage(fuse: Fuse, api: Fak
     done = fuse(*line)
     assert done.code == 2
     assert "--frob" in done.err
+
+
+HEAVY = (
+    "asyncio",
+    "websockets",
+    "rich",
+    "starlette",
+    "uvicorn",
+    "structlog",
+    "fusevm.host",
+    "fusevm.control",
+    "tomllib",
+)
+
+
+@pytest.mark.parametrize(
+    "line", [["env", "list"], ["env", "get", "a"], ["env", "rm", "a"], ["host", "list"], ["--help"]]
+)
+def test_small_commands_load_little(api: FakeApi, line: list[str]) -> None:
+    """What keeps `fuse env list` within its 200 ms."""
+    api.add("a")
+    code = "import sys; from fusevm.cli.main import run; run(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+    environ = os.environ | {"FUSE_BASE_URL": api.url, "FUSE_TOKEN": api.token}
+    command = [sys.executable, "-c", code, *line]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30, check=False)
+    loaded = done.stderr.split()
+    assert "fusevm.cli.main" in loaded
+    assert [name for name in HEAVY if name in loaded] == []

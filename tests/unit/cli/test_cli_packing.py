@@ -10,7 +10,7 @@ import pytest
 
 from fusevm.cli.failures import CliError
 from fusevm.cli.packing import pack, packed_size, unpack
-from fusevm.cli.transfer import atomic_file, publish_folder
+from fusevm.cli.transfer import atomic_file, open_target, publish_folder
 
 
 def test_an_interrupted_file_never_has_a_name(tmp_path: Path) -> None:
@@ -44,6 +44,19 @@ def test_atomic_files_work_where_nameless_ones_do_not(tmp_path: Path, monkeypatc
     with pytest.raises(ZeroDivisionError), atomic_file(tmp_path / "y", 0o600):
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_devices_and_pipes_are_written_to_and_links_followed(tmp_path: Path) -> None:
+    null = Path("/dev/null")
+    with open_target(null, 0o600) as file:
+        file.write(b"x")
+    assert null.is_char_device()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real").write_text("old")
+    with open_target(tmp_path / "link", 0o600) as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
 
 
 def tar_of(*entries: tuple[tarfile.TarInfo, bytes]) -> Iterator[bytes]:

@@ -24,6 +24,10 @@ FAR_AWAY = "http://fuse.invalid:8080"
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_certificate(tmp_path_factory.mktemp("tls"))
+
+
+def make_certificate(folder: Path) -> Path:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = dt.datetime.now(dt.UTC)
@@ -39,7 +43,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
-    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    path = folder / "server.pem"
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -72,6 +76,22 @@ async def test_a_server_of_our_own_authority_is_trusted_asynchronously(tls_api: 
         assert (await fuse.environments.get("fuse-a")).state == "running"
         async with fuse.environments.exec_stream("fuse-a", ["echo", "x"]) as session:
             assert [frame.payload async for frame in session.frames()] == [b"x\n"]
+
+
+async def test_a_pinned_certificate_is_good_under_any_name(
+    tls_api: FakeApi, certificate: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    url = f"https://127.0.0.1:{tls_api.port}"
+    with Fuse(url, TOKEN, ca_file=str(certificate), pin_certificate=True) as fuse:
+        assert fuse.version().version
+        with fuse.environments.exec_stream("fuse-a", ["echo", "x"]) as session:
+            assert [frame.payload for frame in session.frames()] == [b"x\n"]
+    async with AsyncFuse(url, TOKEN, ca_file=str(certificate), pin_certificate=True) as other:
+        assert (await other.version()).version
+    stranger = make_certificate(tmp_path_factory.mktemp("stranger"))
+    with Fuse(url, ca_file=str(stranger), pin_certificate=True) as fuse:
+        with pytest.raises(ServerUnreachable, match="not trusted"):
+            fuse.version()
 
 
 async def test_any_other_server_is_not(tls_api: FakeApi, certificate: Path) -> None:

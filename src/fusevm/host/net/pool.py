@@ -22,7 +22,7 @@ from fusevm.host.net.firewall import Firewall, Rules
 from fusevm.host.net.links import Objects, ensure_links, observe_objects, remove_links
 from fusevm.host.net.plan import NetworkPlan, Slot, plan_slot
 from fusevm.model.environment import Network
-from fusevm.model.errors import Conflict, Error, ShuttingDown, Unavailable
+from fusevm.model.errors import Error, ShuttingDown, SlotFailed, SlotInUse
 
 log = structlog.get_logger()
 
@@ -32,23 +32,6 @@ DEFAULT_POLICY = Network()
 _BATCH = 8
 #: After a failure in the background, seconds until the next attempt.
 _RETRY_S = 5.0
-
-
-class SlotInUse(Conflict):
-    """Two machines were given one number: a fault of the journal's bookkeeping."""
-
-    reason = "slot_in_use"
-    template = "Network slot {index} is in use by another machine; this is a bug"
-    index: int
-
-
-class SlotFailed(Unavailable):
-    """A slot's kernel objects could not be made, or are not in use."""
-
-    reason = "slot_failed"
-    template = "Network slot {index} is not usable: {problem}"
-    index: int
-    problem: str
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,7 +122,7 @@ class Pool:
         return slot
 
     async def set_policy(self, index: int, policy: Network) -> None:
-        """Change what the machine in a slot may reach. SlotFailed if none is; CommandFailed if it cannot be enforced."""
+        """Change what the machine in a slot may reach. SlotFailed if there is none, CommandFailed if nft refuses."""
         slot = self._used.get(index)
         if slot is None:
             raise SlotFailed(index=index, problem="it is not in use")

@@ -76,7 +76,7 @@ def test_the_whole_command_line():
 def test_kernel_parameters_under_emulation_end_with_the_agents():
     text = render_kernel_parameters(PLAN, TCG)
     assert text.startswith("console=ttyS0 quiet panic=-1 ")
-    assert " tsc_early_khz=2596122 tsc=reliable " in text
+    assert " tsc_early_khz=2596122 tsc=reliable initcall_blacklist=jent_mod_init init_on_alloc=0 " in text
     assert text.endswith(" fuse.nonce=00 fuse.hostname=box")
 
 
