@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -317,11 +318,29 @@ def test_the_quickstart_leaves_nothing(stack: LocalStack, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_quickstart_leaves_nothing(stack: LocalStack, tmp_path: Path) -> None:
+def traces_of_ephemeral_stacks() -> set[str]:
+    """Temporary folders, namespaces, interfaces and run directories with the names of ephemeral stacks."""
+    names = re.compile(r"fuse-[a-z0-9_]{8}|q[0-9a-f]{6}(-.*)?")
+    folders = ("/var/tmp", "/run/netns", "/sys/class/net", "/run")
+    return {f"{folder}/{name}" for folder in folders for name in os.listdir(folder) if names.fullmatch(name)}  # noqa: PTH208
+
+
+@pytest.mark.parametrize(("moment", "after_s"), [("Starting Fuse", 0.3), ("Starting Fuse", 2), ("a Python program", 0)])
+def test_an_interrupted_quickstart_leaves_nothing(
+    stack: LocalStack, tmp_path: Path, moment: str, after_s: float
+) -> None:
+    before = traces_of_ephemeral_stacks()
     environ = stack.base_environ | {"FUSE_DATA_DIR": str(ARTEFACTS), "TMPDIR": str(tmp_path)}
+    for name in ("FUSE_INSTANCE", "FUSE_NETWORK_RANGE", "FUSE_ARTEFACT_ROOT"):
+        del environ[name]
     with TerminalWindow([sys.executable, "-m", "fusevm.cli.quickstart"], environ) as window:
-        window.wait_for("Running a Python program", timeout_s=300)
+        window.wait_for(moment, timeout_s=300)
+        time.sleep(after_s)
         window.type("\x03")
         assert window.wait_end(60) == 130
-    assert stack.leftovers() == []
+    ends_at = time.monotonic() + 10
+    while left := traces_of_ephemeral_stacks() - before:
+        assert time.monotonic() < ends_at, left
+        time.sleep(0.1)
+    assert list(tmp_path.iterdir()) == []
     assert identify(window.pid) is None

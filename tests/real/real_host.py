@@ -181,6 +181,8 @@ class Host:
             self._daemon.wait()
         shutil.rmtree(self.folder)
         shutil.rmtree(self.run_dir, ignore_errors=True)
+        for name in self._cgroup_names():
+            asyncio.run(self._cgroups().remove(name))
         for root in self._cgroups().roots():
             for folder in (root / self.instance / "machines", root / self.instance):
                 with contextlib.suppress(OSError):

@@ -1,25 +1,27 @@
-"""`fuse host`: the hosts of a control plane, and the host daemon of this machine."""
-
-import os
-from pathlib import Path
-from typing import Any
+"""`fuse host`: the hosts of a control plane. The host daemon of this machine is in `host_daemon`."""
 
 import click
 
-from fusevm.cli import settings
+from fusevm.cli.lazy import LazyGroup
 from fusevm.cli.options import State, api_options
 from fusevm.cli.output import print_json, print_record, print_table
-from fusevm.cli.places import data_option
-from fusevm.cli.setting_options import config_option, settings_options
 from fusevm.wire.rest import HostBody
 
 
-@click.group()
+@click.group(
+    cls=LazyGroup,
+    commands_by_name={
+        "list": ("fusevm.cli.host:list_", "List the hosts of the control plane."),
+        "get": ("fusevm.cli.host:get", "Show one host."),
+        "serve": ("fusevm.cli.host_daemon:serve", "Run the host daemon in the foreground."),
+        "state": ("fusevm.cli.host_daemon:state_", "Print everything that this machine's host daemon knows."),
+    },
+)
 def host() -> None:
     """Show hosts; run the host daemon."""
 
 
-@host.command(name="list")
+@click.command(name="list")
 @api_options
 def list_(*, state: State) -> None:
     """List the hosts of the control plane."""
@@ -47,7 +49,7 @@ def _row(one: HostBody) -> tuple[str, ...]:
     )
 
 
-@host.command()
+@click.command()
 @click.argument("host_id", metavar="HOST")
 @api_options
 def get(*, state: State, host_id: str) -> None:
@@ -77,40 +79,3 @@ def get(*, state: State, host_id: str) -> None:
             ("last seen", one.last_seen),
         ]
     )
-
-
-@host.command()
-@data_option
-@config_option
-@settings_options(settings.HOST)
-def serve(*, data: str | None, config_file: Path | None, **flags: Any) -> int:
-    """Run the host daemon in the foreground until SIGTERM or Ctrl-C. As root, except for trying it out.
-
-    Each setting is taken from its flag, else its variable, else the [host] section of the settings file, else its
-    default.
-    """
-    from fusevm.cli.host_settings import host_config  # noqa: PLC0415 - the daemon's weight is only for this command
-    from fusevm.cli.supervised import follow_supervisor  # noqa: PLC0415 - as above
-    from fusevm.host.main import serve as run  # noqa: PLC0415 - as above
-
-    loaded = settings.load("host", flags, os.environ, config_file)
-    with loaded.naming_sources():
-        config = host_config(loaded, os.environ, data)
-        config.check()
-        follow_supervisor(os.environ)
-        return run(config)
-
-
-@host.command(name="state")
-@data_option
-@config_option
-@settings_options(settings.HOST)
-def state_(*, data: str | None, config_file: Path | None, **flags: Any) -> None:
-    """Print everything that the host daemon of this machine knows, as JSON. As its user."""
-    from fusevm.cli.host_settings import host_config  # noqa: PLC0415 - the daemon's weight is only for this command
-    from fusevm.cli.local_host import read_state  # noqa: PLC0415 - as above
-
-    loaded = settings.load("host", flags, os.environ, config_file)
-    with loaded.naming_sources():
-        config = host_config(loaded, os.environ, data)
-    print_json(read_state(config.api_socket))

@@ -15,7 +15,7 @@ from typing import IO, Self
 
 import msgspec
 
-from fusevm.cli.connection import Context, save_private
+from fusevm.cli.connection import Context, context_path, remove_context, save_private
 from fusevm.cli.failures import UNAVAILABLE, CliError
 from fusevm.cli.places import Places
 from fusevm.cli.processes import Identity, end, identify, is_running
@@ -168,25 +168,33 @@ class Installation:
                 raise CliError("not every environment could be destroyed", hint="see above; `fuse down` tries again")
 
     def remove_traces(self) -> None:
-        """Remove what the host daemon keeps on this machine for its next start. Only after everything has ended."""
+        """Remove what the host daemon keeps on this machine for its next start. Only after everything has ended.
+
+        Raises CliError when there are machines left.
+        """
         from fusevm.cli import teardown  # noqa: PLC0415 - the daemon's parts are only for this
         from fusevm.cli.host_settings import host_config  # noqa: PLC0415 - as above
 
         config = msgspec.structs.replace(host_config(self._host, os.environ), data_root=self.places.host)
         if teardown.has_machines(config):
-            self._say(f"machines are left below {self.places.host}; their network stays")
-            return
+            raise CliError(f"machines are left below {self.places.host}", hint="`fuse down` tries again")
         teardown.remove_traces(config)
         self.places.settings.unlink(missing_ok=True)
 
-    def remove_state(self, *, is_whole: bool) -> None:
-        """Remove what runs leave behind, or the whole folder; kernels and images stay. Only after everything ended."""
-        if is_whole:
-            shutil.rmtree(self.places.data, ignore_errors=True)
-            return
-        for folder in (self.places.host, self.places.control, self.places.logs):
+    def vanish(self, *, is_whole: bool) -> None:
+        """Destroy everything, end, and leave nothing, however far the start had come; kernels and images stay.
+
+        `is_whole`: the folder itself goes, too. Raises CliError, with the data kept, when a machine stays.
+        """
+        if self._running is not None:
+            self.destroy_all()
+            remove_context(context_path(os.environ), self._running.context.url)
+        self.stop()
+        self.remove_traces()
+        places = self.places
+        for folder in (places.data,) if is_whole else (places.host, places.control, places.logs):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.places.token, self.places.record, self.places.lock):
+        for file in (places.token, places.record, places.lock):
             file.unlink(missing_ok=True)
 
     # -- inside -------------------------------------------------------------------------------------------------

@@ -6,19 +6,22 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType as StackFrame
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from fusevm.cli import settings
-from fusevm.cli.connection import Context, context_path, remove_context, save_private
+from fusevm.cli.connection import Context, context_path, save_private
 from fusevm.cli.ephemeral import apart_from_others, temporary_places
 from fusevm.cli.failures import report
 from fusevm.cli.options import State
 from fusevm.cli.output import say
 from fusevm.cli.places import data_option, find_places
 from fusevm.cli.setting_options import config_option, settings_options
+
+if TYPE_CHECKING:
+    from fusevm.cli.installation import Installation, Running
 
 _FROM_CONTROL = ("listen", "auth_token", "tls_cert", "tls_key", "allowed_hosts", "log_level", "token_encryption_key")
 _FROM_HOST = tuple(setting.name for setting in settings.HOST if setting.name not in ("data_root", "plain_http"))
@@ -74,35 +77,40 @@ def up(
         places = temporary_places()
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
-    context = context_path(os.environ)
     with Installation(places, control, host, say=say) as installation:
-        installation.prepare(image)
-        running = installation.start()
-        if not no_context:
-            save_private(context, running.context)
-        if ready_file:
-            save_private(Path(ready_file), Ready(context=running.context, instance=host["instance"]))
-        for line in running.describe(image):
-            print(line, flush=True)
-        if not ready_file:
-            say("Ctrl-C stops Fuse" + ("" if ephemeral else "; machines keep running. `fuse down` ends them, too"))
         try:
-            while True:
-                time.sleep(_CHECK_S)
-                installation.check()
-        except KeyboardInterrupt:
-            pass
+            installation.prepare(image)
+            running = installation.start()
+            announce(running, image, host["instance"], ready_file=ready_file, is_default=not no_context)
+            if not ready_file:
+                say("Ctrl-C stops Fuse" + ("" if ephemeral else "; machines keep running. `fuse down` ends them, too"))
+            watch(installation)
+            if not ephemeral:
+                tell_what_stays(installation.count_environments())
         finally:
             if ephemeral:
-                installation.destroy_all()
-                remove_context(context, running.context.url)
-                installation.stop()
-                installation.remove_traces()
-            else:
-                _tell_what_stays(installation.count_environments())
-    if ephemeral:
-        installation.remove_state(is_whole=data is None)
+                installation.vanish(is_whole=data is None)
     return 0
+
+
+def announce(running: "Running", image: str, instance: str, *, ready_file: str, is_default: bool) -> None:
+    """Tell people, this user's other commands, and the program that started us."""
+    if is_default:
+        save_private(context_path(os.environ), running.context)
+    if ready_file:
+        save_private(Path(ready_file), Ready(context=running.context, instance=instance))
+    for line in running.describe(image):
+        print(line, flush=True)
+
+
+def watch(installation: "Installation") -> None:
+    """Look after the daemons until Ctrl-C, SIGTERM or SIGHUP."""
+    try:
+        while True:
+            time.sleep(_CHECK_S)
+            installation.check()
+    except KeyboardInterrupt:
+        return
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +126,8 @@ def _interrupt(number: int, stack: StackFrame | None) -> None:
     raise KeyboardInterrupt
 
 
-def _tell_what_stays(count: int | None) -> None:
+def tell_what_stays(count: int | None) -> None:
+    """What Ctrl-C did not end, and how to go on."""
     print(file=sys.stderr)
     if count is None:
         report("the control plane does not answer; machines that run keep running", "`fuse up` finds them again")

@@ -105,12 +105,12 @@ def make_tls(address: Address, ca_file: str | None, *, is_pinned: bool = False) 
         return None
     try:
         context = ssl.create_default_context(cafile=ca_file or None)
-        if is_pinned and ca_file:
-            context.check_hostname = False
-            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        return context
     except (OSError, ssl.SSLError) as error:
         raise BadField(field="ca_file", problem=f"{ca_file}: {error.strerror or error}") from error
+    if is_pinned and ca_file:
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
 
 
 class Dialer:

@@ -61,14 +61,12 @@ async def boot(world: World, machine: Machine) -> tuple[Machine, Vmm]:
 
 
 async def settled(daemon: Daemon) -> list[Machine]:
-    """The machines, once no operation is open."""
-
-    async def operations() -> int:
-        return len([entry for entry in await daemon.journal.entries() if entry.operation is not None])
-
-    while await operations():
-        await until(lambda: True)
-    return daemon.machines.records()
+    """The machines, once no operation is open and everybody has heard of it."""
+    while True:
+        entries = await daemon.journal.entries()
+        records = daemon.machines.records()
+        if all(entry.operation is None for entry in entries) and [entry.machine for entry in entries] == records:
+            return records
 
 
 async def die_creating(world: World, step: str) -> None:

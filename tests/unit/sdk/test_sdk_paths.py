@@ -89,9 +89,9 @@ async def test_a_pinned_certificate_is_good_under_any_name(
     async with AsyncFuse(url, TOKEN, ca_file=str(certificate), pin_certificate=True) as other:
         assert (await other.version()).version
     stranger = make_certificate(tmp_path_factory.mktemp("stranger"))
-    with Fuse(url, ca_file=str(stranger), pin_certificate=True) as fuse:
-        with pytest.raises(ServerUnreachable, match="not trusted"):
-            fuse.version()
+    mistaken = Fuse(url, ca_file=str(stranger), pin_certificate=True)
+    with mistaken as fuse, pytest.raises(ServerUnreachable, match="not trusted"):
+        fuse.version()
 
 
 async def test_any_other_server_is_not(tls_api: FakeApi, certificate: Path) -> None:

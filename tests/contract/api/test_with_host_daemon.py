@@ -1,0 +1,133 @@
+"""The control plane in front of the real host daemon (journal, fences, relay) with a fake driver, over pinned TLS."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import websockets
+from control_harness import Running, running, until
+
+from fusevm.control.config import HostSetting
+from fusevm.host.api import make_router
+from fusevm.host.boundary import Boundary
+from fusevm.host.config import Listen
+from fusevm.host.daemon import Daemon
+from fusevm.host.listeners import bind_tcp, serving
+from fusevm.host.tls import ensure_identity, make_ssl_context
+from fusevm.model.machine import Fence
+from fusevm.testing.fake_host import FakeHost
+from fusevm.testing.host_world import World, order
+from fusevm.wire.frames import Frame, FrameType, decode_message, encode_frame
+from fusevm.wire.guest import ExecRequest
+
+
+@contextlib.asynccontextmanager
+async def together(folder: Path, world: World, **changes: object) -> AsyncIterator[tuple[Running, Daemon]]:
+    """A daemon on a TLS port, and a control plane that knows it as `default`."""
+    async with world.daemon() as daemon:
+        identity = ensure_identity(folder)
+        listener = bind_tcp(Listen(host="127.0.0.1", port=0))
+        port = listener.getsockname()[1]
+        app = Boundary(make_router(daemon), daemon.metrics, secret=identity.secret)
+        setting = HostSetting(id="default", url=f"https://127.0.0.1:{port}", token=identity.token)
+        async with (
+            serving(listener, app, make_ssl_context(identity)),
+            running(FakeHost("unused"), hosts=(setting,), **changes) as server,
+        ):
+            yield server, daemon
+            daemon.events.close()
+
+
+async def test_a_life_through_both(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with together(tmp_path, world) as (server, daemon):
+        made = await server.create("A_b.1")
+        assert (made["state"], made["host_id"]) == ("running", "default")
+        host = (await server.http.get("/v1/hosts/default")).json()
+        assert (host["driver"], host["health"]) == ("fake", "ok")
+        (machine,) = daemon.machines.records()
+        assert (machine.fence.uid, machine.fence.incarnation) == (made["uid"], 1)
+        assert machine.spec.hostname == "a-b-1"
+        answer = (await server.act("A_b.1", "exec", {"cmd": ["echo", "hello"]})).json()
+        assert (answer["exit_code"], answer["stdout"]) == (0, "hello\n")
+        missing = await server.act("A_b.1", "exec", {"cmd": ["no-such-program"]})
+        assert (missing.status_code, missing.json()["error"]["details"]["reason"]) == (400, "command_not_found")
+        url = "/v1/environments/fuse-A_b.1/files?path=/tmp/a%20b"
+        assert (await server.http.put(url, content=b"x" * 300_000)).json()["size_bytes"] == 300_000
+        assert (await server.http.get(url, headers={"Range": "bytes=1-4"})).content == b"xxxx"
+        assert (await server.http.head(url)).headers["content-length"] == "300000"
+        assert (await server.http.get("/v1/environments/fuse-A_b.1/logs")).status_code == 200
+        assert (await server.delete("A_b.1")).status_code == 204
+        assert daemon.machines.records() == []
+        shown = (await server.get("A_b.1", uid=made["uid"])).json()
+        assert shown["state"] == "destroyed"
+
+
+async def test_a_terminal_through_both(tmp_path: Path) -> None:
+    async with together(tmp_path, World(tmp_path)) as (server, _):
+        await server.create()
+        url = server.url.replace("http", "ws", 1) + "/v1/environments/fuse-t1/exec"
+        async with websockets.connect(url) as socket:
+            start = msgspec.json.encode(ExecRequest(cmd=["cat"]))
+            await socket.send(encode_frame(Frame(FrameType.START, start)))
+            assert decode_message(await socket.recv()).type is FrameType.STARTED
+            await socket.send(encode_frame(Frame(FrameType.STDIN, b"hi")))
+            assert decode_message(await socket.recv()) == Frame(FrameType.STDOUT, b"hi")
+            await socket.send(encode_frame(Frame(FrameType.STDIN_EOF)))
+            assert decode_message(await socket.recv()).type is FrameType.EXIT
+
+
+async def test_a_boot_that_is_deleted_leaves_nothing(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with together(tmp_path, world, wait_s=0.05) as (server, _):
+        boot = world.driver.holds.hold("boot")
+        await server.create()
+        await world.driver.holds.reached("boot").wait()
+        assert (await server.delete()).status_code in (202, 204)
+        boot.set()
+
+        async def is_gone() -> bool:
+            return (await server.get()).status_code == 404
+
+        await until(is_gone)
+        assert world.driver.processes == {}
+
+
+async def test_a_vmm_that_dies_fails_its_environment(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with together(tmp_path, world, reconcile_s=30.0) as (server, daemon):
+        made = await server.create()
+        await until(lambda: daemon.events.subscribers > 0)
+        next(iter(world.driver.processes.values())).end("killed by signal 9")
+
+        async def is_failed() -> bool:
+            body = (await server.get(uid=made["uid"])).json()
+            return body["state"] == "failed" and body["reason"] == "machine_exited"
+
+        await until(is_failed)
+        assert daemon.machines.records() == []
+
+
+async def test_orphans_go_and_later_orders_are_still_accepted(tmp_path: Path) -> None:
+    """An orphan of a uid that lives on in a newer incarnation must not fence the newer one out."""
+    async with together(tmp_path, World(tmp_path)) as (server, daemon):
+        made = await server.create()
+        stray = Fence(cluster=server.plane.store.cluster, uid="somebody", incarnation=1, action_seq=3)
+        await daemon.machines.create(order("m-stray"), stray)
+        await until(
+            lambda: [machine.id for machine in daemon.machines.records()] != [] and len(daemon.machines.records()) == 1
+        )
+        assert daemon.machines.records()[0].fence.uid == made["uid"]
+        assert (await server.act("t1", "exec", {"cmd": ["echo", "x"]})).status_code == 200
+        assert (await server.delete()).status_code == 204
+
+
+async def test_machines_of_users_of_the_contract_are_left_alone(tmp_path: Path) -> None:
+    async with together(tmp_path, World(tmp_path)) as (server, daemon):
+        await daemon.machines.create(order("m-local"), None)
+        await server.create()
+        rounds = server.plane.metrics.reconcile_cycles.labels("done")
+        before = rounds._value.get()
+        await until(lambda: rounds._value.get() > before + 3)
+        assert "m-local" in {machine.id for machine in daemon.machines.records()}
