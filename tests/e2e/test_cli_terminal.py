@@ -50,8 +50,10 @@ def test_ctrl_z_and_ctrl_d_belong_to_the_other_side(window: TerminalWindow) -> N
     time.sleep(0.3)
     window.type("\x1a")
     window.wait_for("Stopped")
-    window.type("kill %1; wait; echo mo''re\n")
+    window.wait_for(PROMPT)
+    window.type("kill -9 %1; wait %1; echo mo''re\n")
     window.wait_for("more\r\n")
+    window.wait_for(PROMPT)
     window.type("\x04")
     window.wait_end()
 

@@ -220,7 +220,7 @@ async def test_a_boot_that_fails_tells_the_consoles_last_words(host: Host):
 
 async def test_a_boot_that_takes_too_long_is_undone(host: Host):
     await host.start()
-    with pytest.raises(BootFailed, match="did not answer within 1 s|did not start in time"):
+    with pytest.raises(BootFailed, match=r"did not answer within 1 s|did not start in time"):
         await host.create("m-1", FENCE, boot_timeout_ms=300)
     assert await host.machines() == []
     assert await host.stop() == 0

@@ -24,12 +24,13 @@ async def in_use(plane: Plane, env: Environment, cause: str) -> AsyncIterator[No
     if not env.spec.idle_timeout_seconds:
         yield
         return
-    async with asyncio.TaskGroup() as group:
-        noting = group.create_task(_keep_noting(plane, env, cause))
-        try:
-            yield
-        finally:
-            noting.cancel()
+    # Not a TaskGroup: what the block raises must leave it as it is.
+    noting = asyncio.ensure_future(_keep_noting(plane, env, cause))
+    try:
+        yield
+    finally:
+        noting.cancel()
+        await asyncio.gather(noting, return_exceptions=True)
     await _note(plane, env, cause)
 
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from fusevm.control.race import first_of
 from fusevm.model.errors import BadField, PayloadTooLarge, Timeout
-from fusevm.wire.decode import decode_body
+from fusevm.wire.decode import decode_body, describe_unknown
 from fusevm.wire.routes import Route
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ class Call:
         body = await self.body()
         value, unknown = decode_body(body, kind)
         if unknown:
-            self.warnings.append("unknown fields ignored: " + ", ".join(unknown[:20]))
+            self.warnings.append(describe_unknown(unknown))
         return value, body
 
     async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:

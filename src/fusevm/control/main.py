@@ -194,6 +194,9 @@ def server_config(config: ControlConfig, app: ASGIApp) -> uvicorn.Config:
         ws="websockets-sansio",
         ws_max_size=HEADER.size + MAX_PAYLOAD,
         ws_per_message_deflate=False,
+        # A reader that pauses answers no ping, and its session must live; TCP tells us of dead peers.
+        ws_ping_interval=None,
+        ws_ping_timeout=None,
         lifespan="off",
         log_config=None,
         access_log=False,

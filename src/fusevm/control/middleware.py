@@ -20,6 +20,7 @@ from fusevm.control.gate import Gate
 from fusevm.control.plane import Plane
 from fusevm.control.router import Router
 from fusevm.model.errors import BadField, Error, Internal, MethodNotAllowed, Unimplemented
+from fusevm.wire.decode import render_warning
 from fusevm.wire.errors import render_envelope
 from fusevm.wire.routes import Route
 
@@ -142,7 +143,9 @@ class Edge:
         async def marked(message: Message) -> None:
             if message["type"] in ("http.response.start", "websocket.http.response.start", "websocket.accept"):
                 sent.status = message.get("status", 101)
-                warnings = [(b"warning", _warning(text)) for text in (sent.call.warnings if sent.call else ())]
+                warnings = [
+                    (b"warning", render_warning(text).encode()) for text in (sent.call.warnings if sent.call else ())
+                ]
                 message = {**message, "headers": [*message.get("headers", ()), *ours, *warnings]}
             await send(message)
 
@@ -159,12 +162,6 @@ class Edge:
 def _request_id(sent: bytes) -> str:
     text = sent.decode("latin-1")
     return text if _REQUEST_ID.fullmatch(text) else f"req_{random.getrandbits(128):032x}"
-
-
-def _warning(text: str) -> bytes:
-    """RFC 7234 section 5.5: code 299 is a persistent miscellaneous warning."""
-    quoted = text.encode("ascii", "backslashreplace").decode().replace("\\", "\\\\").replace('"', '\\"')
-    return f'299 - "{"".join(char for char in quoted if char.isprintable())}"'.encode()
 
 
 def _unimplemented(route: Route) -> Unimplemented:

@@ -24,7 +24,7 @@ from fusevm.host.daemon import Daemon
 from fusevm.host.relay import relay_frames, relay_request, run_for_client
 from fusevm.host.render import render_answer, render_exec, render_machine
 from fusevm.model.errors import BadField, MethodNotAllowed, PayloadTooLarge, RouteNotFound
-from fusevm.wire.decode import decode_body
+from fusevm.wire.decode import decode_body, describe_unknown, render_warning
 from fusevm.wire.guest import ExecRequest
 from fusevm.wire.host_api import (
     CreateMachine,
@@ -42,6 +42,8 @@ T = TypeVar("T")
 Handler: TypeAlias = Callable[[Daemon, Request, Route], Awaitable[Response]]
 
 _DEFAULT_EXEC_MS, _MAX_EXEC_MS = 30_000, 300_000
+#: Where a request keeps the names of its unknown fields.
+_UNKNOWN = "fuse.unknown"
 _DEFAULT_TAIL_BYTES, _MAX_TAIL_BYTES = 64 << 10, 64 << 20
 _KEEPALIVE_S = 15.0
 
@@ -78,6 +80,8 @@ class _Endpoint:
             await _relay(self._daemon, scope, receive, send)
             return
         response = await HANDLERS[route.name](self._daemon, Request(scope, receive), route)
+        if scope.get(_UNKNOWN):
+            response.headers["warning"] = render_warning(describe_unknown(scope[_UNKNOWN]))
         await response(scope, receive, send)
 
 
@@ -256,7 +260,8 @@ async def _decode(request: Request, route: Route, kind: type[T]) -> T:
         body += chunk
         if len(body) > route.limit:
             raise PayloadTooLarge(limit=route.limit)
-    value, _unknown = decode_body(bytes(body), kind)
+    value, unknown = decode_body(bytes(body), kind)
+    request.scope[_UNKNOWN] = unknown
     return value
 
 

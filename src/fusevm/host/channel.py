@@ -24,13 +24,13 @@ from fusevm.wire.http1 import Body, Connection, Response
 from fusevm.wire.mux import EPOCH_SIZE, MuxStream, MuxViolation, Session, StreamsExhausted
 from fusevm.wire.streams import ByteStream
 
-_READ_SIZE = 1 << 18
+_READ_SIZE = 1 << 16
 #: Bytes of frames that are made at once, and that may wait in our buffer and in the kernel's before we stop making
 #: them. Small: what waits there is ahead of the next keystroke of an interactive stream.
 _BATCH = 1 << 16
 _MAX_IDLE = 8
 #: How long the guest has to answer a greeting before it is repeated; doubled each time up to the second figure.
-_ANSWER_S, _MAX_ANSWER_S = 3.0, 60.0
+_ANSWER_S, _MAX_ANSWER_S = 1.0, 60.0
 #: How long QEMU may take to accept while its backlog of one is full.
 _ACCEPT_S = 5
 

@@ -65,6 +65,16 @@ def command_line_of(pid: int) -> list[str]:
         return []
 
 
+def find_processes(word: str) -> list[VmmProcess]:
+    """Return the running processes whose command line has exactly this word: what a crash left unrecorded.
+
+    Sees all processes as root, else the user's own. Reads all of /proc: call it from a thread.
+    """
+    pids = [int(path.name) for path in _PROC.iterdir() if path.name.isdigit()]
+    found = (identify(pid) for pid in pids if word in command_line_of(pid))
+    return [process for process in found if process is not None]
+
+
 def _stat(pid: int) -> list[str] | None:
     try:
         text = (_PROC / str(pid) / "stat").read_text(errors="replace")

@@ -12,6 +12,9 @@ from fusevm.model.machine import Machine
 from fusevm.wire.guest import ExecResult, StreamFlags
 from fusevm.wire.host_api import HostExecAnswer, ImageBody, MachineAnswer, MachineBody
 
+#: Stands for the values of environment variables, which may be secrets.
+HIDDEN = "(hidden)"
+
 
 def render_time(at_ms: int | None) -> str:
     """RFC 3339 in UTC with milliseconds; empty for None."""
@@ -29,7 +32,7 @@ def render_machine(machine: Machine) -> MachineBody:
         uid=machine.fence.uid,
         incarnation=machine.fence.incarnation,
         phase=machine.phase,
-        spec=machine.spec,
+        spec=msgspec.structs.replace(machine.spec, env=dict.fromkeys(machine.spec.env, HIDDEN)),
         image_digest=machine.image_digest,
         driver=machine.driver,
         isolation=machine.isolation,

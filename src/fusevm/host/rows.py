@@ -253,6 +253,7 @@ def render_state(db: sqlite3.Connection) -> dict[str, Any]:
     entries = [msgspec.to_builtins(entry) for entry in load_entries(db)]
     for entry in entries:
         entry["machine"].pop("nonce", None)
+        entry["machine"]["spec"].pop("env", None)
     fences = db.execute(SQL["list_fences"])
     names = [column[0] for column in fences.description]
     return {

@@ -48,3 +48,14 @@ def _unknown(raw: Any, info: msgspec.inspect.Type, path: str) -> Iterator[str]:
                 yield from _unknown(item, info.value_type, f"{path}{name}.")
         case _:
             pass
+
+
+def render_warning(text: str) -> str:
+    """Value of a `Warning` header: code 299 is a persistent miscellaneous warning (RFC 7234 section 5.5). ASCII."""
+    quoted = text.encode("ascii", "backslashreplace").decode().replace("\\", "\\\\").replace('"', '\\"')
+    return f'299 - "{"".join(char for char in quoted if char.isprintable())}"'
+
+
+def describe_unknown(names: list[str]) -> str:
+    """The sentence about fields that nobody knows."""
+    return "unknown fields ignored: " + ", ".join(names[:20])

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import hashlib
 import json
 from collections.abc import AsyncIterator
 
@@ -11,10 +12,14 @@ import pytest
 import websockets
 from control_harness import Running, running, until
 
+from fusevm.control import activity
 from fusevm.control.host_api import ReplyLost
+from fusevm.control.store.protocol import RequestKey
 from fusevm.core.policy import Policy
 from fusevm.model.errors import AgentFailure, CommandNotFound, GuestUnreachable
-from fusevm.testing.fake_host import FakeHost, result
+from fusevm.model.machine import Fence
+from fusevm.testing.clock import FakeClock
+from fusevm.testing.fake_host import FakeHost, FakeTerminal, result
 from fusevm.wire.frames import Frame, FrameType, decode_message, encode_frame
 from fusevm.wire.guest import ExecRequest, ExecResult
 
@@ -430,3 +435,79 @@ async def test_use_keeps_an_environment_awake() -> None:
         await until(lambda: server.plane.clock.now_ms() > before)
         await server.act("t1", "exec", TRUE)
         assert (await server.record(made["uid"])).last_activity_ms > before
+
+
+async def test_a_repetition_while_the_create_waits_joins_it() -> None:
+    async with running() as server:
+        server.host.hold["create"] = asyncio.Event()
+        body, headers = {"task_id": "t"}, {"Idempotency-Key": "k"}
+        first = asyncio.ensure_future(server.http.post("/v1/environments", json=body, headers=headers))
+        await until(lambda: server.host.count("create") == 1)
+        second = asyncio.ensure_future(server.http.post("/v1/environments", json=body, headers=headers))
+        requests = server.plane.metrics.in_flight
+        await until(lambda: requests._value.get() == 2)
+        server.host.hold["create"].set()
+        answers = [await first, await second]
+        assert [answer.status_code for answer in answers] == [201, 201]
+        assert len({answer.json()["uid"] for answer in answers}) == 1
+        assert server.host.count("create") == 1
+
+
+async def test_a_create_that_died_before_it_had_an_effect_may_be_repeated() -> None:
+    clock = FakeClock()
+    async with running(clock=clock) as server:
+        body = json.dumps({"task_id": "t"}).encode()
+        seen = hashlib.sha256(b"\0" + body).hexdigest()
+        key = RequestKey("", "create_environment", "k", seen)
+        assert await server.plane.store.claim_request(key, 60_000) is None  # as a process that died right after it
+        headers = {"Idempotency-Key": "k"}
+        early = await server.http.post("/v1/environments", content=body, headers=headers)
+        assert (early.status_code, early.json()["error"]["details"]["reason"]) == (409, "idempotency_in_progress")
+        clock.advance(30_001)
+        assert (await server.http.post("/v1/environments", content=body, headers=headers)).status_code == 201
+
+
+async def test_a_terminal_whose_host_is_lost_says_so() -> None:
+    class Losing(FakeTerminal):
+        async def receive(self) -> bytes | None:
+            raise ReplyLost(id="h1", problem="reset")
+
+    class LosingHost(FakeHost):
+        async def open_frames(self, fence: Fence, machine_id: str) -> FakeTerminal:
+            return Losing()
+
+    async with running(LosingHost("h1")) as server:
+        await server.create()
+        async with websockets.connect(_ws(server, "shell")) as socket:
+            frame = decode_message(await socket.recv())
+            assert (frame.type, b"host_unreachable" in frame.payload) == (FrameType.ERROR, True)
+            with pytest.raises(websockets.ConnectionClosedError) as caught:
+                await socket.recv()
+            assert caught.value.rcvd is not None
+            assert caught.value.rcvd.code == 1011
+
+
+async def test_a_long_session_keeps_an_environment_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activity, "NOTES_PER_TIMEOUT", 6000)
+    async with running(policy=Policy(activity_grain_ms=0)) as server:
+        made = await server.create(spec={"idle_timeout_seconds": 60})
+        async with websockets.connect(_ws(server, "shell")) as socket:
+            await socket.recv()
+            first = (await server.record(made["uid"])).last_activity_ms
+
+            async def is_noted() -> bool:
+                return (await server.record(made["uid"])).last_activity_ms > first + 20
+
+            await until(is_noted)
+
+
+async def test_an_environment_that_ends_during_a_session_is_no_error() -> None:
+    async with running() as server:
+        await server.create(spec={"idle_timeout_seconds": 60})
+        server.host.hold["relay"] = asyncio.Event()
+        running_command = asyncio.ensure_future(server.act("t1", "exec", TRUE))
+        await until(lambda: server.host.count("relay") == 1)
+        assert (await server.delete()).status_code == 204
+        server.host.hold["relay"].set()
+        answer = await running_command
+        assert (answer.status_code, answer.json()["error"]["details"]["reason"]) == (404, "machine_not_found")

@@ -131,3 +131,11 @@ async def test_machines_of_users_of_the_contract_are_left_alone(tmp_path: Path) 
         before = rounds._value.get()
         await until(lambda: rounds._value.get() > before + 3)
         assert "m-local" in {machine.id for machine in daemon.machines.records()}
+
+
+async def test_head_of_a_missing_file_is_a_404(tmp_path: Path) -> None:
+    async with together(tmp_path, World(tmp_path)) as (server, _):
+        await server.create()
+        url = "/v1/environments/fuse-t1/files?path=/missing"
+        assert (await server.http.get(url)).status_code == 404
+        assert (await server.http.head(url)).status_code == 404

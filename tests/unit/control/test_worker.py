@@ -329,3 +329,48 @@ async def test_a_server_that_starts_again_goes_on(tmp_path: Path) -> None:
         await until(is_running)
         assert (await server.get()).json()["uid"] == made["uid"]
         assert FAST["lease_s"] > 1  # the leases were given back, not waited for
+
+
+async def test_a_look_or_a_renewal_that_fails_is_made_again() -> None:
+    async with bench() as at:
+        taker, replica = at.replica("taker"), at.replica("r", lease_ms=60)
+        env = await taker.create()
+        due, renew, failures = at.store.due, at.store.renew, {"due": 2, "renew": 2}
+
+        async def failing_due(limit: int) -> object:
+            if failures["due"]:
+                failures["due"] -= 1
+                raise StoreFull(problem="full")
+            return await due(limit)
+
+        async def failing_renew(held: object, claim: Claim) -> object:
+            if failures["renew"]:
+                failures["renew"] -= 1
+                raise StoreFull(problem="full")
+            return await renew(held, claim)  # type: ignore[arg-type]
+
+        at.store.due, at.store.renew = failing_due, failing_renew  # type: ignore[method-assign,assignment]
+        at.host.hold["create"] = asyncio.Event()
+        at.clock.advance(600)
+        async with at_work(replica):
+            await until(lambda: at.host.count("create") == 1)
+            await until(lambda: failures == {"due": 0, "renew": 0})
+            at.host.hold["create"].set()
+            await until(lambda: at.is_in(env.uid, State.RUNNING))
+        assert replica.metrics.loop_failures.labels("worker")._value.get() == 2
+        assert replica.metrics.loop_failures.labels("renewal")._value.get() == 2
+
+
+async def test_a_silent_host_cannot_hold_a_boot_beyond_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BOOT_GRACE_S", -119)
+    async with bench() as at:
+        replica = at.replica("r", lease_ms=10_000_000)
+        at.host.hold["create"] = asyncio.Event()
+        async with at_work(replica):
+            env = await replica.create()
+
+            async def is_tried_again() -> bool:
+                found = await at.store.get(env.uid)
+                return found is not None and "took longer than" in found.error
+
+            await until(is_tried_again)

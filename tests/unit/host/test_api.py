@@ -120,6 +120,18 @@ async def test_bodies_are_decoded_and_bounded(api: Api):
     assert (await api.fails("POST", "/machines", FENCE, b" " * (2 << 20))).reason == "payload_too_large"
 
 
+async def test_unknown_fields_are_named_and_environment_values_hidden(api: Api):
+    spec = {**msgspec.to_builtins(SPEC), "env": {"TOKEN": "s3cret"}, "memory_mb": 1}
+    body = json.dumps({"machine_id": "m-1", "spec": spec, "wrong": 1}).encode()
+    async with api.exchange("POST", "/machines", FENCE, body) as response:
+        assert response.status == 201
+        assert response.headers["warning"] == '299 - "unknown fields ignored: spec.memory_mb, wrong"'
+        assert json.loads(await response.read())["machine"]["spec"]["env"] == {"TOKEN": "(hidden)"}
+    for target in ("/machines", "/machines/m-1", "/state"):
+        _, content = await api.call("GET", target)
+        assert b"s3cret" not in content
+
+
 async def test_half_a_fence_is_refused(api: Api):
     body = json.dumps({"machine_id": "m-1", "spec": msgspec.to_builtins(SPEC)}).encode()
     assert (await api.fails("POST", "/machines", {"fuse-cluster": "c1"}, body)).reason == "bad_field"

@@ -116,6 +116,13 @@ def test_a_hello_inside_a_rejected_frame_is_found():
     assert [f.type for f in synced_decoder().feed(broken)] == [FrameType.HELLO]
 
 
+@pytest.mark.parametrize("cut", [1, 11, 12, 16, 31])
+def test_a_hello_within_a_torn_hello_is_found(cut):
+    decoder = Decoder()
+    assert [f.payload for f in decoder.feed(HELLO[:cut] + HELLO)] == [EPOCH]
+    assert decoder.is_synced
+
+
 def test_a_decoder_starts_out_of_sync():
     decoder = Decoder()
     assert decoder.feed(data(1, b"early")) == []

@@ -20,7 +20,7 @@ from fusevm.wire.routes import NO_LIMIT, Payload, Route
 from fusevm.wire.routes import Scope as Right
 
 #: Seconds until the head of an answer; an upload's answer comes after its last byte.
-ANSWER_TIMEOUT_S, UPLOAD_TIMEOUT_S = 60.0, 3600.0
+ANSWER_TIMEOUT_S, UPLOAD_TIMEOUT_S = 60.0, 86_400.0
 _ASKED = ("content-type", "content-length", "range", "if-range")
 _ANSWERED = ("content-type", "content-length", "content-range", "accept-ranges", "last-modified", "etag")
 #: Ours, not the guest's.
@@ -60,7 +60,7 @@ def relay_to(path: str, states: frozenset[State], *, to_guest: bool = True) -> H
         async with use():
             upstream = await _send(plane, env, call, target, body)
         if call.route.gives is Payload.NONE:
-            return await _head(upstream)
+            return await _without_body(upstream, is_head=call.route.method == "HEAD")
         return RelayedResponse(upstream, use)
 
     return handler
@@ -87,7 +87,8 @@ async def _send(plane: Plane, env: Environment, call: Call, target: str, body: B
     request = GuestRequest(
         fence=fence_of(plane.store.cluster, env),
         machine_id=env.machine_id,
-        method=call.route.method,
+        # An error in answer to HEAD has no body, so nobody could tell what it was: ask for GET, and hang up.
+        method="GET" if call.route.method == "HEAD" else call.route.method,
         target=target,
         headers=headers,
         body=body,
@@ -96,15 +97,16 @@ async def _send(plane: Plane, env: Environment, call: Call, target: str, body: B
     return await host.relay(request)
 
 
-async def _head(upstream: Upstream) -> Response:
-    """An answer without a body, its headers kept (HEAD tells the length of what GET would send)."""
+async def _without_body(upstream: Upstream, *, is_head: bool) -> Response:
+    """An answer without a body; to HEAD, with the headers that GET would have."""
     try:
-        async for _ in upstream.chunks():
-            pass
+        if not is_head:
+            async for _ in upstream.chunks():
+                pass
     finally:
         await upstream.close()
     response = Response(None, upstream.status)
-    if upstream.status != 204:
+    if is_head:
         for name, value in upstream.headers.items():
             if _is_passed_on(name):
                 response.headers[name] = value

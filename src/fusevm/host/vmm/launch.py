@@ -80,8 +80,8 @@ def open_socket(path: Path) -> Socket:
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
+        os.fchmod(listener.fileno(), 0o600)  # before bind: the file never has another mode
         listener.bind(str(path))
-        path.chmod(0o600)
         listener.listen(_BACKLOG)
         return Socket(path=path, listener=listener, client=connect_now(path))
     except BaseException:

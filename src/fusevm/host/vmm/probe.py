@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 
 from fusevm.host.process import boot_id
-from fusevm.host.vmm.driver import BootPlan
+from fusevm.host.vmm.driver import BootPlan, Confinement
 from fusevm.host.vmm.launch import find_program
 from fusevm.host.vmm.qemu import PROGRAM, REMEDY, QemuDriver
 from fusevm.host.vmm.qemu_args import Accelerator
@@ -27,6 +27,7 @@ KVM: Final = Path("/dev/kvm")
 _MEMORY_MIB: Final = 256
 #: Part of the key: a probe that looks at other things is made anew.
 _VERSION: Final = 1
+_UNCONFINED: Final = Confinement()
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,25 +49,29 @@ async def choose_accelerator(
     cache_dir: Path,
     *,
     program: str = PROGRAM,
+    confinement: Confinement = _UNCONFINED,
     kvm: Path = KVM,
     timeout_s: float = TIMEOUT_S,
 ) -> Choice:
-    """Return KVM if it boots our kernel to the agent, else TCG. Takes `timeout_s` at most. Raises VmmMissing."""
+    """Return KVM if it boots our kernel to the agent, else TCG. Takes `timeout_s` at most. Raises VmmMissing.
+
+    `confinement` is that of machines: their user may not have the access to /dev/kvm that the daemon has.
+    """
     qemu = find_program(program, REMEDY)
     problem = await asyncio.to_thread(_open_problem, kvm)
     if problem:
         return Choice(accelerator="tcg", why=f"software emulation: {kvm} cannot be used ({problem})")
     path = cache_dir / "accelerator.json"
-    key = await asyncio.to_thread(_key, Path(qemu), kernel, initramfs)
+    key = await asyncio.to_thread(_key, Path(qemu), kernel, initramfs, confinement)
     cached = await asyncio.to_thread(_load, path)
     if cached is not None and cached.key == key:
         return cached.choice
-    choice = await _try_kvm(kernel, initramfs, program, timeout_s)
+    choice = await _try_kvm(kernel, initramfs, program, confinement, timeout_s)
     await asyncio.to_thread(_save, path, _Cached(key=key, choice=choice))
     return choice
 
 
-async def _try_kvm(kernel: Path, initramfs: Path, program: str, timeout_s: float) -> Choice:
+async def _try_kvm(kernel: Path, initramfs: Path, program: str, confinement: Confinement, timeout_s: float) -> Choice:
     with tempfile.TemporaryDirectory(prefix="fuse-") as folder:
         plan = BootPlan(
             machine_id=f"probe-{secrets.token_hex(4)}",
@@ -77,6 +82,7 @@ async def _try_kvm(kernel: Path, initramfs: Path, program: str, timeout_s: float
             command_line="",
             run_dir=Path(folder),
             console_log=Path(folder) / "console.log",
+            confinement=confinement,
         )
         problem = await _boot_problem(QemuDriver(accelerator="kvm", program=program), plan, timeout_s)
     if problem:
@@ -115,9 +121,9 @@ def _open_problem(kvm: Path) -> str:
     return ""
 
 
-def _key(qemu: Path, kernel: Path, initramfs: Path) -> str:
+def _key(qemu: Path, kernel: Path, initramfs: Path, confinement: Confinement) -> str:
     """Return a digest of everything that the outcome depends on."""
-    parts = [str(_VERSION), boot_id(), os.uname().release, _cpu_model()]
+    parts = [str(_VERSION), boot_id(), os.uname().release, _cpu_model(), f"{confinement.uid} {confinement.gid}"]
     parts += [_digest(path) for path in (qemu, kernel, initramfs)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

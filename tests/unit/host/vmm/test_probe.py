@@ -1,11 +1,14 @@
 """Choosing an accelerator: what is tried, what is remembered."""
 
+import asyncio
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from fusevm.host.process import find_processes
 from fusevm.host.vmm.probe import choose_accelerator
 from fusevm.model.errors import VmmMissing
 
@@ -19,6 +22,51 @@ def host(tmp_path):
     qemu.write_text(f"#!/bin/sh\necho run >> {tmp_path}/runs\necho 'no MSR 0x10a' >&2\nexit 3\n")
     qemu.chmod(0o755)
     return tmp_path
+
+
+#: A QEMU that greets, and whose guest does what the word says.
+FAKE_QEMU = """#!{python}
+import json, re, socket, sys, time
+sys.path.insert(0, {source!r})
+from fusevm.wire.mux import Decoder, FrameType, encode_frame
+fds = dict(re.findall(r"socket,id=([a-z]+),fd=([0-9]+)", " ".join(sys.argv)))
+ends = {{name: socket.socket(fileno=int(fd)).accept()[0] for name, fd in fds.items()}}
+lines = ends["qmp"].makefile("rw")
+def say(**message):
+    lines.write(json.dumps(message) + chr(10)); lines.flush()
+say(QMP={{}})
+lines.readline(); say(**{{"return": {{}}}})
+if {deed!r} == "answer":
+    decoder = Decoder()
+    while True:
+        for frame in decoder.feed(ends["agent"].recv(65536)):
+            if frame.type == FrameType.HELLO:
+                ends["agent"].sendall(encode_frame(frame))
+print("KVM internal error. Suberror: 1", file=sys.stderr, flush=True)
+say(event="STOP")
+lines.readline(); say(**{{"return": {{"status": "internal-error"}}}})
+time.sleep(60)
+"""
+
+
+def play(host: Path, deed: str) -> None:
+    source = str(Path(__file__).parents[4] / "src")
+    (host / "qemu").write_text(FAKE_QEMU.format(python=sys.executable, source=source, deed=deed))
+
+
+async def test_a_guest_that_answers_gives_kvm_and_is_killed(host):
+    play(host, "answer")
+    choice = await choose(host)
+    assert choice.accelerator == "kvm"
+    assert find_processes(str(host / "qemu")) == []
+
+
+async def test_a_guest_that_kvm_cannot_go_on_with_is_not_waited_for(host):
+    play(host, "stop")
+    async with asyncio.timeout(6):
+        choice = await choose(host)
+    assert choice.accelerator == "tcg"
+    assert "KVM internal error" in choice.why
 
 
 def runs(host: Path) -> int:

@@ -8,7 +8,7 @@ import subprocess
 import msgspec
 import pytest
 
-from fusevm.host.process import ProcessHandle, command_line_of, identify, observe_usage
+from fusevm.host.process import ProcessHandle, command_line_of, find_processes, identify, observe_usage
 
 
 def start(*words: str) -> int:
@@ -95,3 +95,14 @@ def test_usage_of_ourselves_and_of_nobody():
 def test_the_command_line_of_ourselves_and_of_nobody():
     assert "pytest" in " ".join(command_line_of(os.getpid()))
     assert command_line_of(2**22 - 1) == []
+
+
+async def test_processes_are_found_by_a_word_of_their_command_line():
+    handle = ProcessHandle.of_child(start("sleep", "60.0625"))
+    async with asyncio.timeout(5):
+        while find_processes("60.0625") != [handle.identity]:
+            await asyncio.sleep(0.01)
+    assert find_processes("60.06") == []
+    handle.send(signal.SIGKILL)
+    await handle.wait()
+    assert find_processes("60.0625") == []
