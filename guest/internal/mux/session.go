@@ -122,11 +122,9 @@ func (s *Session) readLoop() {
 		s.handleAll(decoder)
 		switch {
 		case errors.Is(err, ErrNoHost):
-			// The host that opened these streams cannot come back to them:
-			// whoever connects next starts a new epoch.
-			s.mu.Lock()
-			s.dropAll()
-			s.mu.Unlock()
+			// Nothing may be concluded: the kernel reports a hang-up out of
+			// band, possibly after the first bytes of the next host. The
+			// streams end with the HELLO of whoever connects next.
 		case err != nil:
 			s.fail(err)
 			return

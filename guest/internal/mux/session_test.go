@@ -594,17 +594,22 @@ func (p *hangUpPort) Read(b []byte) (int, error) {
 func (p *hangUpPort) Write(b []byte) (int, error) { return p.output.Write(b) }
 func (p *hangUpPort) Close() error                { return nil }
 
-func TestAHangUpEndsTheStreamsAndTheNextHostIsServed(t *testing.T) {
+func TestAHangUpThatArrivesLateDoesNotEndTheStreamsOfTheNextHost(t *testing.T) {
 	p := &hangUpPort{input: make(chan []byte), output: io.Discard}
 	s := NewSession(p)
 	p.input <- append(hello(1), Append(nil, Frame{Open, 1, nil})...)
-	st := accept(t, s)
-	p.input <- nil
-	if _, err := st.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+	old := accept(t, s)
+	p.input <- append(hello(2), Append(nil, Frame{Open, 1, nil})...)
+	if _, err := old.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Fatalf("got %v", err)
 	}
-	p.input <- append(hello(2), Append(nil, Frame{Open, 1, nil})...)
-	accept(t, s)
+	st := accept(t, s)
+	p.input <- nil // the hang-up of the first host
+	p.input <- Append(nil, Frame{Data, 1, []byte("x")})
+	b := make([]byte, 1)
+	if _, err := st.Read(b); err != nil || b[0] != 'x' {
+		t.Fatalf("got %q, %v", b, err)
+	}
 	close(p.input)
 	if _, err := s.Accept(); !errors.Is(err, io.EOF) {
 		t.Fatalf("accept after the port's end: %v", err)
