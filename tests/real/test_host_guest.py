@@ -192,7 +192,8 @@ async def test_a_terminal_is_one(guest):
         await terminal.send(FrameType.RESIZE, b'{"rows":40,"cols":120}')
         await terminal.send(FrameType.STDIN, b"stty size\n")
         await terminal.read_until(b"40 120")
-        await terminal.send(FrameType.STDIN, b"echo asl''eep; sleep 100\n")
+        # The word comes from the foreground process itself: a signal in the shell's fork would be the shell's.
+        await terminal.send(FrameType.STDIN, b"sh -c 'echo asl\"\"eep; exec sleep 100'\n")
         await terminal.read_until(b"asleep\r\n")
         await terminal.send(FrameType.SIGNAL, b'{"signal":"INT"}')
         await terminal.send(FrameType.STDIN, b"exit 5\n")

@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import platform
-import signal
 import socket
 import subprocess
 import sys
@@ -18,10 +17,13 @@ from typing import Any
 
 import msgspec
 
+from fusevm.cli.connection import Context
+from fusevm.cli.ephemeral_stack import ephemeral_stack
 from fusevm.cli.failures import CliError
+from fusevm.cli.installation import local_client
 from fusevm.cli.measurement_report import Comparison, Results
 from fusevm.cli.raw_channel import RawMachine
-from fusevm.host.disk.overlay import create_overlay
+from fusevm.host.disk.qcow2 import render_overlay
 from fusevm.host.images.blank import ensure_blank
 from fusevm.host.images.initramfs import ensure_initramfs
 from fusevm.host.images.kernel import KernelStore
@@ -34,8 +36,8 @@ DISK_BYTES = 4 << 30
 MEMORY_MIB = 512
 _START_TIMEOUT_S = 900
 _STOP_TIMEOUT_S = 60
-#: Raw machines whose only use is the round trip of a request.
-_ROUND_BATCHES = 3
+#: Requests that one raw machine answers after its first.
+RAW_ROUNDS = 20
 _STREAM_REPEATS = 5
 
 
@@ -60,11 +62,11 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
 class Stack:
     """A Fuse of its own (`fuse up --ephemeral`), and ways to talk to each of its layers."""
 
-    def __init__(self, url: str, token: str, data_root: Path) -> None:
-        self.fuse = Fuse(url, token)
-        self._socket = data_root / "host" / "firecracker-host.sock"
-        self._address = url.split("//")[1]
-        self.headers = {"authorization": f"Bearer {token}"}
+    def __init__(self, context: Context) -> None:
+        self.fuse = local_client(context)
+        self._socket = Path(context.data_root) / "host" / "firecracker-host.sock"
+        self._address = context.url.split("//")[1]
+        self.headers = {"authorization": f"Bearer {context.token}"}
 
     def host_connection(self) -> http.client.HTTPConnection:
         """A connection to the host daemon, past the control plane."""
@@ -103,30 +105,12 @@ def measure_all(plan: Plan) -> Results:
 
 @contextlib.contextmanager
 def local_stack(image: str) -> Iterator[tuple[Stack, Parts]]:
-    """`fuse up --ephemeral` as a child; ended, with all it made, at the end."""
-    with tempfile.TemporaryDirectory(prefix="fuse-bench-") as folder:
-        ready = Path(folder) / "ready.json"
-        words = ["-m", "fusevm", "up", "--ephemeral", "--no-context", "--image", image, "--ready-file", str(ready)]
-        child = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL)
-        try:
-            found = _wait_for(ready, child)
-            data_root = Path(found["data_root"])
-            yield Stack(found["url"], found["token"], data_root), asyncio.run(_find_parts(image))
-        finally:
-            child.send_signal(signal.SIGINT)
-            child.wait(_STOP_TIMEOUT_S)
-
-
-def _wait_for(ready: Path, child: "subprocess.Popen[bytes]") -> dict[str, str]:
-    ends_at = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < ends_at:
-        if child.poll() is not None:
-            raise CliError("Fuse did not start", hint="`fuse up --ephemeral` says why")
-        if ready.exists():
-            found: dict[str, str] = json.loads(ready.read_text())
-            return found
-        time.sleep(0.1)
-    raise CliError("Fuse did not start in time")
+    """A Fuse of its own, ended with all it made at the end."""
+    with (
+        tempfile.TemporaryDirectory(prefix="fuse-bench-") as folder,
+        ephemeral_stack(Path(folder) / "ready", image) as up,
+    ):
+        yield Stack(up.context), asyncio.run(_find_parts(image))
 
 
 async def _find_parts(image: str) -> Parts:
@@ -150,7 +134,7 @@ def measure_boots(stack: Stack, parts: Parts, plan: Plan) -> Iterator[Comparison
     """Cold starts: process start to the first word of the agent, and create to the first result of a command."""
     raw_boot, raw_exec, fuse_boot, fuse_exec = [], [], [], []
     for number in range(plan.boots):
-        raw = run_raw(parts, command="true", rounds=0)
+        raw = run_raw(parts, "true")
         raw_boot.append(raw["hello_s"] * 1000)
         raw_exec.append(raw["first_answer_s"] * 1000)
         started = time.perf_counter()
@@ -163,14 +147,13 @@ def measure_boots(stack: Stack, parts: Parts, plan: Plan) -> Iterator[Comparison
     yield Comparison(what="create to first exec result", unit="ms", raw=raw_exec, fuse=fuse_exec, budget=150)
 
 
-def run_raw(parts: Parts, *, command: str, rounds: int) -> dict[str, Any]:
-    """One machine of the raw script, with a fresh disk."""
+def run_raw(parts: Parts, command: str = "") -> dict[str, Any]:
+    """One machine of the raw script, with a fresh disk: a command, or a request without a process, over and over."""
     with tempfile.TemporaryDirectory(prefix="fuse-bench-", dir="/var/tmp") as folder:
         overlay = Path(folder) / "overlay.qcow2"
-        asyncio.run(create_overlay(parts.blank, overlay))
-        files = [parts.kernel, parts.initramfs, parts.image, overlay]
-        options = ["--memory", str(MEMORY_MIB), "--rounds", str(rounds), *(["--exec", command] if command else [])]
-        words = [sys.executable, str(RAW_SCRIPT), *map(str, files), *options]
+        overlay.write_bytes(render_overlay(DISK_BYTES, str(parts.blank)))
+        files = [str(path) for path in (parts.kernel, parts.initramfs, parts.image, overlay)]
+        words = [sys.executable, str(RAW_SCRIPT), *files, *([command] if command else [])]
         done = subprocess.run(words, check=False, capture_output=True, timeout=_START_TIMEOUT_S)
         if done.returncode != 0:
             raise CliError("the raw VMM failed", hint=done.stderr.decode(errors="replace")[-500:])
@@ -196,11 +179,10 @@ def measure_rounds(stack: Stack, parts: Parts, plan: Plan) -> Iterator[Compariso
     }
     samples: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     raw: dict[str, list[float]] = {"agent call": [], "exec": []}
-    share = max(1, plan.rounds // _ROUND_BATCHES)
-    for _ in range(_ROUND_BATCHES):
-        raw["agent call"] += [s * 1000 for s in run_raw(parts, command="", rounds=share)["round_s"]]
-        raw["exec"] += [s * 1000 for s in run_raw(parts, command="true", rounds=share)["round_s"]]
-        for _ in range(share):
+    for _ in range(max(1, plan.rounds // RAW_ROUNDS)):
+        raw["agent call"] += [s * 1000 for s in run_raw(parts)["round_s"]]
+        raw["exec"] += [s * 1000 for s in run_raw(parts, "true")["round_s"]]
+        for _ in range(RAW_ROUNDS):
             for key, call in calls.items():
                 samples[key].append(timed(call))
     stack.fuse.environments.delete(environment.id)
@@ -242,7 +224,7 @@ async def measure_streams(stack: Stack, parts: Parts, plan: Plan) -> list[Compar
     fuse: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory(prefix="fb-", dir="/run" if os.geteuid() == 0 else None) as name:
         folder = Path(name)
-        await create_overlay(parts.blank, folder / "overlay.qcow2")
+        (folder / "overlay.qcow2").write_bytes(render_overlay(DISK_BYTES, str(parts.blank)))
         straight = RawMachine(
             parts.kernel,
             parts.initramfs,

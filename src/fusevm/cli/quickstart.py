@@ -6,9 +6,7 @@ made when missing), uses it through the SDK as any program would, measures, remo
 
 import contextlib
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,8 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
-
+from fusevm.cli.ephemeral_stack import ephemeral_stack
 from fusevm.cli.failures import CliError, report
 from fusevm.cli.installation import local_client
 from fusevm.cli.leftovers import find_leftovers
@@ -40,7 +37,6 @@ print("user", os.getuid(), "on", os.cpu_count(), "CPU", flush=True)
 """
 COPY_BYTES = 8 << 20
 ROUND_TRIPS = 20
-_STOP_TIMEOUT_S = 120.0
 #: The kernel takes namespaces and groups down in its own time.
 _GONE_TIMEOUT_S = 10.0
 
@@ -76,38 +72,11 @@ def our_name() -> str:
 
 @contextlib.contextmanager
 def stack(ready_file: Path) -> Iterator[Ready]:
-    """An ephemeral Fuse, up; stopped at the end whatever happened. Raises CliError when it does not come up."""
+    """An ephemeral Fuse, with words about it."""
     heading("Starting Fuse (the first time this fetches a kernel and builds an image)")
-    command = [sys.executable, "-m", "fusevm", "up", "--ephemeral", "--no-context", "--ready-file", str(ready_file)]
-    process = subprocess.Popen([*command, "--image", IMAGE], stdout=subprocess.DEVNULL, start_new_session=True)
-    try:
-        wait_ready(process, ready_file)
-        yield msgspec.json.decode(ready_file.read_bytes(), type=Ready)
-    except BaseException:
-        stop(process)
-        raise
-    heading("Stopping")
-    if stop(process) != 0:
-        raise CliError("Fuse did not end well; the reason is above")
-
-
-def wait_ready(process: subprocess.Popen[bytes], ready_file: Path) -> None:
-    """Wait as long as it takes; building an image takes minutes. Raises CliError when Fuse ends."""
-    while not ready_file.exists():
-        if process.poll() is not None:
-            raise CliError("Fuse did not start; the reason is above", hint="`fuse doctor` checks this machine")
-        time.sleep(0.1)
-
-
-def stop(process: subprocess.Popen[bytes]) -> int:
-    """End Fuse, which destroys its machines; the exit code."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-    try:
-        return process.wait(_STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
+    with ephemeral_stack(ready_file, IMAGE) as ready:
+        yield ready
+        heading("Stopping")
 
 
 def tour(ready: Ready) -> list[tuple[str, float]]:

@@ -1,6 +1,7 @@
 """The baseline, without the product: `raw_vmm.py KERNEL INITRAMFS IMAGE OVERLAY [SHELL-TEXT]` prints, as JSON, the
 seconds from process start to the agent's HELLO and to its first answer, and those of 20 more rounds."""
 
+import itertools
 import json
 import os
 import re
@@ -37,7 +38,7 @@ def receive(channel: socket.socket, pattern: bytes) -> None:
 names, shell = ("kernel", "initramfs", "image", "overlay"), sys.argv[5:6]
 body = json.dumps({"shell": shell[0]}) if shell else ""
 request = f"{'POST /exec' if shell else 'GET /health'} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}"
-khz = round(float(re.search(r"cpu MHz\s*: ([\d.]+)", Path("/proc/cpuinfo").read_text())[1]) * 1000)
+khz = round(float(re.findall(r"cpu MHz\s*: ([\d.]+)", Path("/proc/cpuinfo").read_text())[0]) * 1000)
 listener, channel = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
 listener.bind(address := f"\0raw-vmm-{os.getpid()}")
 listener.listen()
@@ -55,5 +56,5 @@ with subprocess.Popen([*words, "-append", LINUX.format(khz=khz)], pass_fds=[list
         receive(channel, rb"HTTP/1.1 200 .*}")  # both answers are short and end with a brace
         marks.append(time.perf_counter())
     vmm.kill()
-steps = [later - earlier for earlier, later in zip(marks, marks[1:], strict=False)]
+steps = [later - earlier for earlier, later in itertools.pairwise(marks)]
 print(json.dumps({"hello_s": steps[0], "first_answer_s": steps[0] + steps[1], "round_s": steps[2:]}))
