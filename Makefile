@@ -33,6 +33,8 @@ test-agent: setup ## Vet and test the guest agent (Go), and compile it for arm64
 	cd guest && GOARCH=arm64 $(GO) vet ./... && GOARCH=arm64 $(GO) build -o /dev/null ./...
 
 test-python: setup ## Run pytest; the end says what was skipped and why
+	.venv/bin/coverage run -m pytest -q tests/unit/core tests/unit/model
+	.venv/bin/coverage report --fail-under=100
 	.venv/bin/python -m pytest -rs $(ARGS)
 
 bench: setup ## Measure against the budgets
