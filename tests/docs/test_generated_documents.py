@@ -1,15 +1,86 @@
-"""Documents that are derived from code equal the code."""
+"""Documents that are derived from code equal the code, and say everything."""
 
 import importlib.util
+import inspect
+import json
+import re
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fusevm.core import lifecycle
+from fusevm.model.environment import TERMINAL
+from fusevm.wire.host_routes import HOST_ROUTES
+from fusevm.wire.routes import ROUTES, Route, errors_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_generated_documents_are_up_to_date():
+@pytest.fixture(scope="module")
+def docs() -> ModuleType:
     spec = importlib.util.spec_from_file_location("fuse_docs", ROOT / "tools/docs.py")
     assert spec is not None
     assert spec.loader is not None
-    docs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(docs)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_documents_are_up_to_date(docs: ModuleType):
     assert docs.stale() == [], "run `make docs`"
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.name)
+def test_every_route_is_told(docs: ModuleType, route: Route):
+    page = docs.render_api()
+    selector = f"?{route.selector}={route.value}" if route.selector else ""
+    operation = f"{route.method} {route.path}{selector}"
+    if route.unimplemented:
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{operation}` |")]
+        assert route.unimplemented in row
+        return
+    section = page.split(f"\n## {operation}\n")[1].split("\n## ")[0]
+    head = page.split("\n## ")[0]
+    for cls in errors_of(route):
+        assert f"`{cls.reason}`" in section + head
+    for param in route.params:
+        assert f"`{param.name}`" in section
+    for kind in (route.request, route.answer):
+        assert kind is None or f"`{kind.__name__}`" in section
+
+
+@pytest.mark.parametrize(("name", "routes"), [("openapi", ROUTES), ("host-openapi", HOST_ROUTES)])
+def test_the_openapi_documents_know_every_operation_and_refer_to_what_they_define(name: str, routes: tuple[Route, ...]):
+    text = (ROOT / f"docs/{name}.json").read_text()
+    document = json.loads(text)
+    for route in routes:
+        assert route.method.lower() in document["paths"][route.path.replace(":path}", "}")]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            named = {item["name"] for item in operation["parameters"] if item["in"] == "path"}
+            assert named == set(re.findall(r"{(\w+)}", path))
+    referred = set(re.findall(r'"#/components/schemas/([^"]+)"', text))
+    assert referred <= set(document["components"]["schemas"])
+
+
+def test_every_reason_of_an_end_is_told(docs: ModuleType):
+    source = inspect.getsource(lifecycle)
+    said = set(re.findall(r'reason="(\w+)"', source)) | set(re.findall(r'_machine_gone\(.*"(machine_\w+)"', source))
+    assert said == set(docs.ENDINGS)
+    assert {state for state, _ in docs.ENDINGS.values()} <= TERMINAL
+
+
+def test_every_kind_that_is_sent_is_told(docs: ModuleType):
+    said = {name.lower() for name in re.findall(r"Kind\.(\w+)", inspect.getsource(lifecycle))}
+    assert said == {kind.value for kind in docs.KINDS}
+
+
+def test_every_metric_of_both_programs_is_told(docs: ModuleType):
+    page = docs.render_metrics()
+    for module in ("control", "host"):
+        source = (ROOT / f"src/fusevm/{module}/metrics.py").read_text()
+        names = re.findall(r'"((?:orchestrator|fuse_host)_\w+)"', source)
+        assert names
+        for name in names:
+            assert re.search(rf"\| `{name}(_total)?` \| \w+ \|", page), name

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from clean_environ import clean_environ
 from local_stack import ARTEFACTS, LocalStack
 from terminal_window import FUSE, TerminalWindow
 
+from fusevm.cli.ephemeral import free_range
+from fusevm.cli.leftovers import find_leftovers
 from fusevm.cli.processes import identify
 
 pytestmark = [
@@ -70,7 +73,11 @@ def test_lists_show_the_machine(stack: LocalStack, machine: str) -> None:
     assert "the machine came up" in stack.fuse("story", machine).stdout
     hosts = json.loads(stack.fuse("host", "list", "-o", "json").stdout)
     assert [(host["id"], host["health"]) for host in hosts] == [("default", "ok")]
-    assert "qemu" in stack.fuse("version").stdout
+    versions = json.loads(stack.fuse("version", "-o", "json").stdout)
+    assert versions["server"]["version"] == versions["client"] == versions["hosts"][0]["version"]
+    assert "qemu" in versions["hosts"][0]["driver"]
+    for part in ("vmm_version", "agent_version", "kernel"):
+        assert versions["hosts"][0][part], part
     state = json.loads(stack.fuse("host", "state").stdout)
     assert len(state["journal"]["entries"]) == 1
 
@@ -217,6 +224,47 @@ def test_a_port_that_was_asked_for_must_be_free(stack: LocalStack, tmp_path: Pat
         done = stack.fuse("up", "--data", str(tmp_path / "other"), "--listen", address, "--image", "")
     assert done.returncode == 4
     assert f"The address {address} is in use; choose another with --listen" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--image", "no-such-image"], 2, "There is no image 'no-such-image'"),
+        (["--kernel", "/etc/hostname"], 2, "The kernel file /etc/hostname is damaged"),
+        (["--run-dir", f"/tmp/{'x' * 90}"], 2, "is too long for a Unix socket"),
+        (["--instance", "STACK"], 4, "choose another with --instance"),
+    ],
+)
+def test_a_refused_start_leaves_nothing(
+    stack: LocalStack, tmp_path: Path, arguments: list[str], code: int, words: str
+) -> None:
+    """Beside a running stack, which must not notice."""
+    line = [stack.instance if word == "STACK" else word for word in arguments]
+    apart = [] if "STACK" in arguments else ["--instance", f"{stack.instance[:6]}x"]
+    done = stack.fuse("up", "--data", str(tmp_path / "other"), *apart, *line)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith("fuse: ")
+    assert words in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert stack.fuse("host", "list").returncode == 0
+
+
+def test_what_the_control_plane_refuses_ends_the_host_daemon_too(stack: LocalStack) -> None:
+    """The host daemon has made slots and rules by then, which go with the start that came to nothing."""
+    instance = f"{stack.instance[:6]}y"
+    with tempfile.TemporaryDirectory(prefix="fuse-test-", dir="/var/tmp") as folder:
+        data = Path(folder)
+        data.chmod(0o711)
+        (data / "control").mkdir(mode=0o700)
+        (data / "control/fuse.db").write_text("not of the control plane's user")
+        (data / "control/fuse.db").chmod(0o600)
+        addresses = free_range(Path("/proc/net/route").read_text())
+        done = stack.fuse("up", "--data", folder, "--instance", instance, "--network-range", addresses)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"fuse: DATABASE_URL: {data}/control/fuse.db: ")
+        assert {path.name for path in data.iterdir()} == {"control"}
+        left = [name for name in find_leftovers(data, instance) if name != f"folder {data}"]
+        assert left == []
 
 
 def boot_id(stack: LocalStack, machine: str) -> str:

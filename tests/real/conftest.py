@@ -5,12 +5,15 @@ import contextlib
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fusevm.host.images.build import build_from_tree
 from fusevm.host.images.initramfs import agent_path
+from fusevm.host.images.store import ImageConfig, ImageStore
 from fusevm.model.errors import VmmMissing
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -71,3 +74,31 @@ def guest(shared_host: Host) -> Guest:
     fence = make_fence("shared")
     asyncio.run(shared_host.create("m-shared", fence, env={"COLOUR": "blue"}))
     return Guest(shared_host, "m-shared", fence)
+
+
+@pytest.fixture(scope="session")
+def bare_artefacts(artefacts: Path) -> Iterator[Path]:
+    """Artefacts whose only image, `bare`, is one static program: no shell, no Python, no users."""
+    root = Path(tempfile.mkdtemp(prefix="fuse-bare-", dir="/var/tmp"))
+    root.chmod(0o755)
+    for name in ("kernels", "initramfs", "blanks"):
+        (root / name).symlink_to(artefacts / name)
+    tree = root / "tree"
+    (tree / "bin").mkdir(parents=True)
+    # The agent is a static program that does no harm when it is called with words.
+    shutil.copy(agent_path(), tree / "bin" / "tool")
+    asyncio.run(build_from_tree(ImageStore(root), "bare", tree, config=ImageConfig()))
+    yield root
+    shutil.rmtree(root)
+
+
+@pytest.fixture
+def bare_host(bare_artefacts: Path) -> Iterator[Host]:
+    """As `host`, for machines of the image `bare`."""
+    host = Host(Box(), bare_artefacts, "fuseb")
+    try:
+        yield host
+        left = asyncio.run(_wait_empty(host))
+        assert not left, (left, host.tail())
+    finally:
+        host.close()

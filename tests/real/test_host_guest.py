@@ -61,7 +61,7 @@ async def test_the_host_knows_what_it_has(guest):
 
 
 async def test_the_console_can_be_read(guest):
-    assert isinstance(await guest.host.ask("GET", "/machines/m-shared/logs?tail_bytes=1000"), bytes)
+    assert isinstance(await guest.host.ask("GET", "/machines/m-shared/logs?tail_bytes=1000", guest.fence), bytes)
 
 
 async def test_the_vmm_runs_as_a_user_of_its_own(guest):

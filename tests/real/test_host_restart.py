@@ -168,7 +168,7 @@ async def test_a_guest_that_floods_its_console_disturbs_nobody(host: Host):
     await until(lambda: len(sizes()) == 2, 60)
     assert (await guest.exec("echo", "alive")).exit_code == 0
     assert sum(sizes()) <= 256 << 10
-    tail = await host.ask("GET", "/machines/m-1/logs?tail_bytes=1000")
+    tail = await host.ask("GET", "/machines/m-1/logs?tail_bytes=1000", FENCE)
     assert b"flood" in tail
     async with asyncio.timeout(10):
         assert (await host.call("GET", "/health"))[0] == 200
@@ -230,7 +230,7 @@ async def test_a_second_daemon_on_the_same_directory_is_refused(host: Host):
     await host.start()
     first = host._daemon
     host.launch()
-    assert await host.wait_end() == 1
+    assert await host.wait_end() == 4
     assert "in use by another process" in host.tail()
     host._daemon = first
     assert await host.stop() == 0

@@ -14,6 +14,8 @@ import pytest
 
 from fusevm.host.images.blank import ensure_blank
 from fusevm.host.images.build import build_from_tree, build_minimal
+from fusevm.host.images.debian import build_debian
+from fusevm.host.images.progress import ProgressEvent
 from fusevm.host.images.store import ImageConfig, ImageStore
 from fusevm.host.run import run
 from fusevm.model.errors import BadField
@@ -146,6 +148,51 @@ async def test_a_minimal_image_holds_the_program(tmp_path):
     assert (await stat_of(image.rootfs, "/bin/hello"))["Mode:"] == "0755"
     assert image.config.entrypoint == ("/bin/hello",)
     assert image.record.size_bytes < 4 << 20
+
+
+async def test_a_build_tells_how_far_it_is_in_bytes(tmp_path, small_tar):
+    events: list[ProgressEvent] = []
+    store = ImageStore(tmp_path / "data")
+    image = await build_from_tree(store, "small", small_tar, config=ImageConfig(), progress=events.append)
+    size = image.record.size_bytes
+    for step in ("Writing the ext4 image", "Computing the digest", "Image ready"):
+        told = [(event.done_bytes, event.total_bytes) for event in events if event.step == step]
+        assert told[-1] == (size, size), step
+    for event in events:
+        assert event.done_bytes is None or 0 <= event.done_bytes <= (event.total_bytes or event.done_bytes), event
+    unpacked = next(event for event in events if event.step == "Unpacking the root file system")
+    assert unpacked.total_bytes == small_tar.stat().st_size
+
+
+async def test_the_same_inputs_are_not_built_again(tmp_path, monkeypatch):
+    cached = Path(os.environ.get("FUSE_TEST_DATA", "/var/cache/fuse-test"))
+    there = await ImageStore(cached).find("debian-12")
+    if there is None:
+        pytest.skip("no debian-12 in the test data directory; the real tests make it")
+    # A store of our own, with the image of the cache: whatever a build does wrong, it does not do it there.
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / there.directory.name).symlink_to(there.directory)
+    shutil.copy(cached / "images" / "names.json", tmp_path / "images" / "names.json")
+    programs: list[object] = []
+
+    def refuse(*words: object) -> None:
+        programs.append(words)
+        raise PermissionError("a program was to be started")
+
+    with monkeypatch.context() as patch:
+        # Below our own code, every way to start a program.
+        for name in ("fork", "posix_spawn", "posix_spawnp", "execve"):
+            patch.setattr(os, name, refuse)
+        patch.setattr("_posixsubprocess.fork_exec", refuse)
+        patch.setattr("subprocess._fork_exec", refuse)
+        events: list[ProgressEvent] = []
+        built = await build_debian(ImageStore(tmp_path), "debian-12", progress=events.append)
+    assert programs == []
+    assert (built.is_new, built.image.digest) == (False, there.digest)
+    assert [event.step for event in events] == ["Image ready"]
+    assert "up to date" in events[0].detail
+    assert sorted(path.name for path in (tmp_path / "images").glob("sha256-*")) == [there.directory.name]
+    assert list((tmp_path / "images").glob(".build-*")) == []
 
 
 async def test_a_killed_build_leaves_nothing_behind_the_next_one(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from fusevm.cli.output import is_terminal, say
 from fusevm.cli.progress import Meter
 from fusevm.host.images.build import build_from_tree
-from fusevm.host.images.debian import RECIPES, build_debian
+from fusevm.host.images.debian import RECIPES, build_debian, check_rootless
 from fusevm.host.images.initramfs import ensure_initramfs
 from fusevm.host.images.kernel import Kernel, KernelStore
 from fusevm.host.images.progress import ProgressEvent
@@ -44,12 +44,14 @@ def carry_out(work: Coroutine[Any, Any, T]) -> T:
 
 async def ensure_parts(data: Path, kernel: Path | None, image: str, narrator: Narrator) -> tuple[Kernel, Image | None]:
     """Make what is missing of kernel, initramfs and default image. An image that we cannot build must be there."""
+    store = ImageStore(data)
+    found = await store.find(image) if image else None
+    if found is None and image in RECIPES:
+        check_rootless()  # before a kernel is fetched for nothing
     made = await KernelStore(data).ensure(kernel, progress=narrator.hear)
     await ensure_initramfs(data, made)
     if not image:
         return made, None
-    store = ImageStore(data)
-    found = await store.find(image)
     if found is None and image in RECIPES:
         found = (await build_debian(store, image, progress=narrator.hear)).image
     return made, found or await store.resolve(image)

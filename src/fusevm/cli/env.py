@@ -1,7 +1,6 @@
 """`fuse env`: create, list, show, drain and remove environments, and watch their events."""
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -42,8 +41,6 @@ def sizing_options(function: Any) -> Any:
         ),
         click.option("--idle-timeout", type=Duration(minimum_s=60), metavar="TIME", help="End after this idle time."),
         click.option("--no-internet", is_flag=True, help="No connections to the Internet."),
-        click.option("--secret", "secrets", multiple=True, metavar="K=V", help="A secret. Repeatable."),
-        click.option("--queue", type=Duration(), metavar="TIME", help="Wait this long for capacity."),
     )
     for option in reversed(options):
         function = option(function)
@@ -62,8 +59,6 @@ def create_fields(
     max_runtime: float | str | None,
     idle_timeout: float | None,
     no_internet: bool,
-    secrets: tuple[str, ...],
-    queue: float | None,
 ) -> "CreateFields":
     """The sizing options as the client's keywords."""
     return {
@@ -77,8 +72,6 @@ def create_fields(
         "max_runtime_seconds": max_runtime if isinstance(max_runtime, str) else round(max_runtime or 0),
         "idle_timeout_seconds": round(idle_timeout or 0),
         "internet": not no_internet,
-        "secrets": variables(secrets, "--secret"),
-        "queue_seconds": round(queue or 0),
     }
 
 
@@ -86,8 +79,6 @@ def create_fields(
 @click.argument("image", required=False)
 @click.option("--task-id", metavar="ID", help="Name of the environment. Default: a random one.")
 @sizing_options
-@click.option("--manifest", type=click.Path(exists=True, dir_okay=False), help="Manifest file (JSON).")
-@click.option("--startup-script", type=click.Path(exists=True, dir_okay=False), help="Script to run as root.")
 @click.option("--no-wait", is_flag=True, help="Return at once, state provisioning.")
 @api_options
 def create(
@@ -95,17 +86,11 @@ def create(
     state: State,
     image: str | None,
     task_id: str | None,
-    manifest: str | None,
-    startup_script: str | None,
     no_wait: bool,
     **sizing: Any,
 ) -> None:
     """Create an environment from IMAGE and print its id."""
     fields = create_fields(image=image, **sizing)
-    if manifest:
-        fields["manifest"] = Path(manifest).read_bytes()
-    if startup_script:
-        fields["startup_script"] = Path(startup_script).read_text()
     task = task_id or make_task_id()
     with state.client() as fuse:
         made = fuse.environments.begin(task, **fields) if no_wait else fuse.environments.create(task, **fields)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from fusevm.cli.failures import CliError
+from fusevm.cli.failures import OTHER, CliError
 from fusevm.cli.installation import fuse_command
 from fusevm.cli.up import Ready
 
@@ -34,8 +34,9 @@ def ephemeral_stack(ready_file: Path, image: str) -> Iterator[Ready]:
 def _wait_ready(process: "subprocess.Popen[bytes]", ready_file: Path) -> None:
     """Wait as long as it takes: building an image takes minutes."""
     while not ready_file.exists():
-        if process.poll() is not None:
-            raise CliError("Fuse did not start; the reason is above", hint="`fuse doctor` checks this machine")
+        if (status := process.poll()) is not None:
+            problem, hint = "Fuse did not start; the reason is above", "`fuse doctor` checks this machine"
+            raise CliError(problem, hint=hint, code=max(status, OTHER))
         time.sleep(0.1)
 
 

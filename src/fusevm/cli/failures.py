@@ -19,22 +19,24 @@ import sys
 
 from fusevm.model.errors import Error, Unauthorized
 from fusevm.sdk.failures import ServerUnreachable
+from fusevm.wire.exit_status import OTHER, UNAVAILABLE, USAGE, exit_status
 
-OTHER, USAGE, NOT_FOUND, CONFLICT, UNAVAILABLE, AUTH, TIMEOUT = 1, 2, 3, 4, 5, 6, 7
+__all__ = [
+    "HINT_INDENT",
+    "INTERRUPTED",
+    "OTHER",
+    "PIPE_CLOSED",
+    "UNAVAILABLE",
+    "USAGE",
+    "CliError",
+    "hint",
+    "report",
+    "report_error",
+]
+
 INTERRUPTED, PIPE_CLOSED = 130, 141
-
-_BY_CODE = {
-    "invalid_argument": USAGE,
-    "payload_too_large": USAGE,
-    "not_found": NOT_FOUND,
-    "route_not_found": NOT_FOUND,
-    "conflict": CONFLICT,
-    "unavailable": UNAVAILABLE,
-    "rate_limited": UNAVAILABLE,
-    "unauthorized": AUTH,
-    "forbidden": AUTH,
-    "timeout": TIMEOUT,
-}
+#: Before the second line of a report.
+HINT_INDENT = " " * 6
 
 
 class CliError(Exception):
@@ -44,11 +46,6 @@ class CliError(Exception):
         super().__init__(message)
         self.hint = hint
         self.code = code
-
-
-def exit_code(error: Error) -> int:
-    """The exit code of an error."""
-    return _BY_CODE.get(error.code, OTHER)
 
 
 def hint(error: Error) -> str:
@@ -64,12 +61,12 @@ def report(message: str, hint_text: str = "") -> None:
     """Tell the user on stderr."""
     print(f"fuse: {message}", file=sys.stderr)
     if hint_text:
-        print(f"      {hint_text}", file=sys.stderr)
+        print(f"{HINT_INDENT}{hint_text}", file=sys.stderr)
 
 
 def report_error(error: Error, *, is_json: bool) -> int:
     """Tell about an error, as text or as the API's JSON, and return the exit code."""
-    code = exit_code(error)
+    code = exit_status(error)
     if is_json:
         body = {"code": error.code, "message": error.message, "details": error.details, "exit_code": code}
         print(json.dumps({"error": body}), file=sys.stderr)

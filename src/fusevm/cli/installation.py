@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -15,15 +14,18 @@ from typing import IO, Self
 
 import msgspec
 
+from fusevm.cli.addresses import choose_address
 from fusevm.cli.connection import Context, context_path, remove_context, save_private
 from fusevm.cli.failures import UNAVAILABLE, CliError
 from fusevm.cli.places import Places
 from fusevm.cli.processes import Identity, end, identify, is_running
 from fusevm.cli.settings import Loaded
-from fusevm.cli.stack import Program, Stack
-from fusevm.model.errors import DataRootInUse, Error, PortInUse
+from fusevm.cli.stack import Program, Stack, StartFailed
+from fusevm.model.errors import DataRootInUse, Error
 from fusevm.sdk.client import Fuse
 
+#: Where both programs listen when nothing was asked for and the port is free.
+HOST_LISTEN, CONTROL_LISTEN = "127.0.0.1:8090", "127.0.0.1:8080"
 #: The host daemon probes its driver at the first start.
 HOST_START_S, CONTROL_START_S = 90.0, 30.0
 HOST_HEALTHY_S = 30.0
@@ -73,7 +75,11 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Installation:
-    """Holds the folder's lock from start to end. Use as a context manager: what was started ends with it."""
+    """Holds the folder's lock from start to end. Use as a context manager: what was started ends with it.
+
+    A start that is refused or interrupted leaves the folder as it was, but for kernels and images, which took long to
+    make. One that fails for a reason unknown to us leaves its logs, and all that they may be about.
+    """
 
     def __init__(self, places: Places, control: Loaded, host: Loaded, say: Callable[[str], None]) -> None:
         self.places = places
@@ -83,22 +89,35 @@ class Installation:
         self._stack = Stack(say)
         self._lock: IO[str] | None = None
         self._running: Running | None = None
+        self._has_served = False
+        self._before = Before(self.places)
 
     def __enter__(self) -> Self:
-        make_folders(self.places)
-        self._lock = take_lock(self.places)
         try:
+            make_folders(self.places)
+            self._lock = take_lock(self.places)
             end_predecessor(self.places, self._say)
-        except BaseException:
-            self._lock.close()
+        except BaseException as error:
+            self._leave(error)
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        del kind, trace
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """End what was started, and undo a start that came to nothing."""
         self._stack.__exit__()
-        self.places.record.unlink(missing_ok=True)
-        if self._lock is not None:
-            self._lock.close()
+        if self._lock is None:
+            return  # the folder is somebody else's
+        with self._lock:
+            self.places.record.unlink(missing_ok=True)
+            if error is None or self._running is not None or isinstance(error, StartFailed):
+                return
+            if self._has_served and self._before.is_new(self.places.host):
+                self.remove_traces()
+            self._before.restore()
 
     def prepare(self, image: str) -> None:
         """Make what machines are made from, where it is missing. Shows its progress."""
@@ -111,11 +130,12 @@ class Installation:
 
     def start(self) -> Running:
         """Start both programs and wait until they serve. Raises PortInUse, CliError."""
-        host_listen = choose_address(self._host, "host_listen", "127.0.0.1:8090")
-        listen = choose_address(self._control, "listen", "127.0.0.1:8080")
+        host_listen = choose_address(self._host, "host_listen", HOST_LISTEN)
+        listen = choose_address(self._control, "listen", CONTROL_LISTEN)
         self._save_record()
         save_settings(self.places, self._host)
         self._stack.start(self._host_program(host_listen), HOST_START_S)
+        self._has_served = True
         self._save_record()
         found = self._read_host()
         token = read_or_make_token(self.places.token, self._control["auth_token"])
@@ -191,6 +211,7 @@ class Installation:
             remove_context(context_path(os.environ), self._running.context.url)
         self.stop()
         self.remove_traces()
+        self._has_served = False
         places = self.places
         for folder in (places.data,) if is_whole else (places.host, places.control, places.logs):
             shutil.rmtree(folder, ignore_errors=True)
@@ -248,7 +269,7 @@ class Installation:
         with self.client() as fuse:
             while not any(host.health == "ok" for host in fuse.hosts.list()):
                 if time.monotonic() > ends_at:
-                    raise CliError(
+                    raise StartFailed(
                         "the control plane does not reach the host daemon",
                         hint=f"see {self.places.logs / 'control.log'}",
                         code=UNAVAILABLE,
@@ -262,6 +283,30 @@ class Installation:
         children = [child.identity for child in self._stack.children if child.identity is not None]
         context = self._running.context if self._running is not None else None
         save_private(self.places.record, UpRecord(supervisor=supervisor, children=children, context=context))
+
+
+class Before:
+    """What of an installation was there before a start; the rest is what the start has made."""
+
+    def __init__(self, places: Places) -> None:
+        self._folders = [folder for folder in (places.host, places.control, places.logs) if not folder.exists()]
+        files = (places.token, places.settings, places.record, places.lock)
+        self._files = [file for file in files if not file.exists()]
+        self._ways = [folder for folder in (places.data, *places.data.parents) if not folder.exists()]
+
+    def is_new(self, folder: Path) -> bool:
+        """Was one of the installation's folders missing?"""
+        return folder in self._folders
+
+    def restore(self) -> None:
+        """Remove what was not there. The data folder stays when something else has come into it."""
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in self._files:
+            file.unlink(missing_ok=True)
+        for folder in self._ways:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def local_client(context: Context) -> Fuse:
@@ -321,41 +366,21 @@ def load_settings(places: Places) -> dict[str, str | bool | None]:
         return {}
 
 
+def find_predecessor(places: Places) -> list[Identity]:
+    """The daemons of a `fuse up` that was killed, which may still be ending."""
+    record = load_record(places)
+    return [child for child in record.children if is_running(child)] if record else []
+
+
 def end_predecessor(places: Places, say: Callable[[str], None]) -> None:
     """Wait for the daemons of a `fuse up` that was killed; they end by themselves, or are ended."""
-    record = load_record(places)
-    left = [child for child in record.children if is_running(child)] if record else []
+    left = find_predecessor(places)
     if not left:
         return
     say("the daemons of an earlier `fuse up` are still ending ...")
     for child in left:
         if not end(child, signal.SIGTERM, _PREDECESSOR_S):
             end(child, signal.SIGKILL, 5.0)
-
-
-def choose_address(loaded: Loaded, name: str, default: str) -> str:
-    """The address asked for, which must be free; else the default, or another port when that is taken.
-
-    The port is settled here, so that a program that is started again comes back under the same address.
-    """
-    address: str = loaded[name] if loaded.is_given(name) else default
-    host, _, port = address.rpartition(":")
-    found = free_port(host.strip("[]"), int(port))
-    if found is None and loaded.is_given(name):
-        raise PortInUse(address=address, setting=loaded.source(name))
-    return f"{host}:{found or free_port(host.strip('[]'), 0)}"
-
-
-def free_port(host: str, port: int) -> int | None:
-    """The port if we could listen there (0: some free one), else None."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((host, port))
-        except OSError:
-            return None
-        return int(sock.getsockname()[1])
 
 
 def read_or_make_token(path: Path, given: str) -> str:

@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "exec": ("fusevm.cli.exec:exec_", "Run a command in an environment."),
     "shell": ("fusevm.cli.shell:shell", "Open a shell in an environment."),
     "cp": ("fusevm.cli.cp:cp", "Copy files and folders in and out."),
-    "logs": ("fusevm.cli.logs:logs", "Show console, startup or agent output."),
+    "logs": ("fusevm.cli.logs:logs", "Show the console of an environment."),
     "story": ("fusevm.cli.story:story", "Tell what happened to an environment, and why."),
     "host": ("fusevm.cli.host:host", "Show hosts; run the host daemon."),
     "serve": ("fusevm.cli.serve:serve", "Run the control plane."),

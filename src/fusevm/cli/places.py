@@ -17,9 +17,6 @@ import msgspec
 
 from fusevm.cli.settings import default_data_root
 
-#: Socket of the host daemon below its folder (`host.config`; named again so that commands need not load the daemon).
-SOCKET_NAME = "firecracker-host.sock"
-
 
 class Places(msgspec.Struct, frozen=True, kw_only=True):
     """The paths below a data folder."""

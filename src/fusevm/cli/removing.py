@@ -5,9 +5,10 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from fusevm.cli.failures import exit_code, report
+from fusevm.cli.failures import report
 from fusevm.model.errors import Error
 from fusevm.sdk.client import Fuse
+from fusevm.wire.exit_status import exit_status
 
 _AT_ONCE = 8
 
@@ -32,7 +33,7 @@ def remove_all(
                 if not is_json:
                     done(env_id)
                 continue
-            code = code or exit_code(error)
+            code = code or exit_status(error)
             results.append({"id": env_id, "removed": False, "error": error.message})
             if not is_json:
                 report(f"{env_id}: {error.message}")

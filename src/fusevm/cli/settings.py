@@ -71,11 +71,12 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
         try:
             yield
         except BadSetting as error:
-            names = {setting.field or setting.name: setting.name for setting in self.table}
+            fields = {setting.field or setting.name: setting.name for setting in self.table}
+            names = fields | {setting.env: setting.name for setting in self.table}
             if error.setting not in names:
                 raise
             problem = error.problem
-            for field, name in names.items():
+            for field, name in fields.items():
                 # A list of fields; elsewhere `listen` may be a verb.
                 if "_" in field or problem.startswith("also set:"):
                     problem = re.sub(rf"\b{field}\b", self.source(name), problem)

@@ -15,7 +15,7 @@ from typing import Self
 
 import msgspec
 
-from fusevm.cli.failures import UNAVAILABLE, CliError
+from fusevm.cli.failures import HINT_INDENT, UNAVAILABLE, CliError
 from fusevm.cli.processes import Identity, identify
 from fusevm.cli.supervised import VARIABLE
 
@@ -25,6 +25,10 @@ _STOP_TIMEOUT_S = 20.0
 #: A child that ends this often within this time is not started again.
 _RESTARTS, _RESTART_WINDOW_S = 5, 120.0
 _POLL_S = 0.1
+
+
+class StartFailed(CliError):
+    """A child did not come up, and its log may say why."""
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +52,8 @@ class Child:
         self.program = program
         self._read_fd = read_fd
         self.started_at = 0.0
+        #: Length of the log when this run began.
+        self._log_start = 0
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -55,6 +61,7 @@ class Child:
         rotate(self.program.log)
         environ = os.environ | dict(self.program.environ) | {VARIABLE: str(self._read_fd)}
         with self.program.log.open("ab") as log:
+            self._log_start = log.tell()
             self._process = subprocess.Popen(
                 self.program.command,
                 stdin=subprocess.DEVNULL,
@@ -79,17 +86,21 @@ class Child:
         return self._process.poll() if self._process is not None else None
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Wait until it serves. Raises CliError with its last words when it ends or the time is over."""
+        """Wait until it serves. Raises CliError: what it said and its status when it refused, else StartFailed."""
         ends_at = time.monotonic() + timeout_s
         while not self.program.is_ready():
-            if self.exit_status is not None:
-                raise CliError(
+            status = self.exit_status
+            if status is not None:
+                refusal = last_error(self.program.log, self._log_start)
+                if refusal is not None and status > 0:
+                    raise CliError(refusal[0], hint=refusal[1], code=status)
+                raise StartFailed(
                     f"the {self.program.name} did not start: {last_words(self.program.log)}",
                     hint=f"its log: {self.program.log}",
                     code=UNAVAILABLE,
                 )
             if time.monotonic() > ends_at:
-                raise CliError(
+                raise StartFailed(
                     f"the {self.program.name} does not answer after {timeout_s:.0f} s",
                     hint=f"its log: {self.program.log}",
                     code=UNAVAILABLE,
@@ -180,8 +191,25 @@ def last_words(log: Path) -> str:
         lines = []
     said = [line.strip() for line in lines if line.strip()]
     # An error's second line is its hint; the sentence before it is what happened.
-    errors = [line for line in said if line.startswith(("fuse: ", "fuse host: "))]
-    return (errors or said or ["it said nothing"])[-1].removeprefix("fuse: ").removeprefix("fuse host: ")
+    errors = [line for line in said if line.startswith("fuse: ")]
+    return (errors or said or ["it said nothing"])[-1].removeprefix("fuse: ")
+
+
+def last_error(log: Path, start: int) -> tuple[str, str] | None:
+    """The last error and its hint (`failures.report`) after a position of a log; None when there is none."""
+    try:
+        with log.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(start, end - _TAIL_BYTES))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return None
+    for index in reversed(range(len(lines))):
+        if lines[index].startswith("fuse: "):
+            following = lines[index + 1] if index + 1 < len(lines) else ""
+            hint = following.strip() if following.startswith(HINT_INDENT) else ""
+            return lines[index].removeprefix("fuse: "), hint
+    return None
 
 
 def rotate(log: Path) -> None:

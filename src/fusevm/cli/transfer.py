@@ -17,12 +17,13 @@ from typing import BinaryIO
 
 import msgspec
 
-from fusevm.cli.failures import CONFLICT, NOT_FOUND, CliError
+from fusevm.cli.failures import CliError
 from fusevm.cli.packing import pack, packed_size, unpack
 from fusevm.cli.progress import Meter
 from fusevm.model.errors import FileNotFound, IsADirectory
 from fusevm.sdk.client import Fuse
 from fusevm.sdk.failures import TransferCorrupt
+from fusevm.wire.exit_status import CONFLICT, NOT_FOUND
 from fusevm.wire.guest import FileEntry
 
 CHUNK = 1 << 18

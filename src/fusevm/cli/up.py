@@ -1,5 +1,6 @@
 """`fuse up`: the whole of Fuse on this machine, in the foreground."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -66,6 +67,7 @@ def up(
     time. Ctrl-C stops Fuse; the machines keep running, and the next `fuse up` finds them again. `fuse down` ends them.
     """
     from fusevm.cli.installation import Installation  # noqa: PLC0415 - only for this command
+    from fusevm.cli.preflight import check_start  # noqa: PLC0415 - as above
 
     state.is_debug = state.is_debug or debug
     control = settings.load("control", flags, os.environ, config_file)
@@ -75,6 +77,11 @@ def up(
         flags = flags | apart_from_others(host, places.data)
         host = settings.load("host", flags, os.environ, config_file)
         places = temporary_places()
+    with contextlib.ExitStack() as undo:
+        if ephemeral and data is None:
+            undo.callback(places.data.rmdir)
+        check_start(places, control, host, image)
+        undo.pop_all()
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
     with Installation(places, control, host, say=say) as installation:

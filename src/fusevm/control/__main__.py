@@ -6,6 +6,7 @@ import sys
 from fusevm.control.config import ControlConfig, HostSetting
 from fusevm.control.main import serve
 from fusevm.model.errors import Error
+from fusevm.wire.exit_status import exit_status
 
 
 def main() -> int:
@@ -34,7 +35,7 @@ def main() -> int:
         return serve(config)
     except Error as error:
         sys.stderr.write(f"error: {error.message}\n")
-        return 2
+        return exit_status(error)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,20 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from fusevm.control.plane import Plane
-from fusevm.control.render import parse_event_id, render_event, render_event_id, render_present
+from fusevm.control.render import parse_event_id, render_event, render_present
 from fusevm.control.store.protocol import StoredFact
 from fusevm.model.environment import TERMINAL, Environment
 from fusevm.model.errors import BadField
 from fusevm.model.fact import Fact, Kind
+from fusevm.wire.rest import EventBody
 from fusevm.wire.sse import KEEPALIVE, encode_message
 
 #: Facts read at once.
 PAGE = 100
 _encode = msgspec.json.Encoder().encode
+#: Next line, line and paragraph separator: no line breaks in an event stream or in JSON, but readers in Python that use
+#: `str.splitlines`, httpx and with it the contract's SDK among them, break lines there. ASCII ones JSON escapes anyway.
+_LINE_BREAKS = tuple((char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029")
 
 
 async def stream_environment(plane: Plane, uid: str, after_seq: int | None) -> AsyncIterator[bytes]:
@@ -84,12 +88,20 @@ def parse_last_id(text: str) -> tuple[str, int]:
     return parsed
 
 
+def encode_event(body: EventBody) -> bytes:
+    """An event as one message of a stream."""
+    data = _encode(body)
+    for raw, escaped in _LINE_BREAKS:
+        data = data.replace(raw, escaped)
+    return encode_message(data, body.id)
+
+
 def _present(record: Environment) -> bytes:
-    return encode_message(_encode(render_present(record)))
+    return encode_event(render_present(record))
 
 
 def _message(stored: StoredFact) -> bytes:
-    return encode_message(_encode(render_event(stored.fact, stored.task_id)), render_event_id(stored.fact))
+    return encode_event(render_event(stored.fact, stored.task_id))
 
 
 def _is_end(fact: Fact) -> bool:

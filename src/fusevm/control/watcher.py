@@ -39,6 +39,8 @@ log = structlog.get_logger()
 
 #: Seconds one heartbeat or list may take.
 CALL_TIMEOUT_S = 10.0
+#: Shortest pause between two lists of a host: changes that come in a burst are looked at together.
+LIST_PAUSE_S = 0.2
 #: Orphans destroyed at the same time per host.
 ORPHANS_AT_ONCE = 8
 #: Orders about machines that no record stands for come from no action.
@@ -179,6 +181,9 @@ class Watch:
             arch=facts.arch,
             driver=facts.driver,
             version=facts.version,
+            vmm_version=facts.vmm_version,
+            agent_version=facts.agent_version,
+            kernel=facts.kernel,
             images=tuple(facts.images),
         )
 
@@ -187,6 +192,7 @@ class Watch:
     async def _reconcile_loop(self) -> None:
         while True:
             await self._guarded("reconcile", self._reconcile)
+            await asyncio.sleep(min(LIST_PAUSE_S, self._pace.reconcile_s))
             try:
                 async with asyncio.timeout(_jittered(self._pace.reconcile_s)):
                     await self._look.wait()

@@ -27,10 +27,11 @@ from fusevm.model.environment import (
     DestroyMachine,
     Environment,
     Event,
+    HostLost,
     OutcomeUnknown,
     Tick,
 )
-from fusevm.model.errors import EnvironmentNotFound, Error, Timeout
+from fusevm.model.errors import EnvironmentNotFound, Error, HostNotFound, Timeout
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -220,7 +221,12 @@ class Worker:
 
     async def _perform(self, record: Environment, action: Action) -> Event:
         fence = fence_of(self._cluster, record)
-        host = await self._host_of(action.host_id)
+        try:
+            host = await self._host_of(action.host_id)
+        except HostNotFound:
+            # Nobody watches a host that is not registered, and nobody will ever confirm: what ran there is given up.
+            log.warning("host_is_gone", uid=record.uid, host=action.host_id)
+            return HostLost(cause=f"action {action.seq}", host_id=action.host_id)
         match action:
             case BootMachine():
                 began = time.perf_counter()

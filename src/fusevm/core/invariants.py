@@ -1,4 +1,5 @@
-"""What must hold at every moment, whatever has happened: checked after every step in tests and behind a debug route.
+"""What must hold at every moment, whatever has happened: checked after every step in tests, and in production behind
+`GET /v1/debug/invariants`.
 
 Each check is one generator over a World and says in a sentence what is wrong. Nothing here repairs anything.
 """

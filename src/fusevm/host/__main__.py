@@ -10,11 +10,17 @@ from pathlib import Path
 from fusevm.host.config import DEFAULT_LISTEN, HostConfig
 from fusevm.host.faults import VARIABLE
 from fusevm.host.main import serve
+from fusevm.model.errors import Error
+from fusevm.wire.exit_status import exit_status
 
 
 def main() -> int:
-    """Parse the command line and serve."""
-    return serve(make_config(_parser().parse_args()))
+    """Parse the command line and serve; the exit status."""
+    try:
+        return serve(make_config(_parser().parse_args()))
+    except Error as error:
+        sys.stderr.write(f"fuse host: {error.message}\n")
+        return exit_status(error)
 
 
 def make_config(args: argparse.Namespace) -> HostConfig:

@@ -187,7 +187,7 @@ async def _exec(daemon: Daemon, request: Request, route: Route) -> Response:
 
 async def _logs(daemon: Daemon, request: Request, _route: Route) -> Response:
     machine_id = request.path_params["id"]
-    path = daemon.console_log(machine_id)
+    machine, path = daemon.console_log(machine_id, parse_fence(request.headers))
     query = request.query_params
     if query.get("source", "console") != "console":
         raise BadField(field="source", problem="the host has the source 'console' only")
@@ -195,7 +195,7 @@ async def _logs(daemon: Daemon, request: Request, _route: Route) -> Response:
         path,
         tail_bytes=_integer(query.get("tail_bytes"), "tail_bytes", _DEFAULT_TAIL_BYTES, _MAX_TAIL_BYTES),
         follow=_boolean(query.get("follow"), "follow"),
-        is_live=lambda: daemon.is_live(machine_id),
+        is_live=lambda: daemon.is_live(machine),
     )
     return StreamingResponse(lines, media_type="text/plain; charset=utf-8")
 

@@ -33,7 +33,7 @@ from fusevm.host.surroundings import Surroundings
 from fusevm.host.sweep import Sweeper
 from fusevm.host.vmm.driver import Vmm
 from fusevm.model.errors import Error
-from fusevm.model.machine import Fence, Isolation, Phase
+from fusevm.model.machine import Fence, Isolation, Machine, Phase
 from fusevm.wire.guest import ExecRequest, ExecResult
 from fusevm.wire.host_api import HostFacts, ImageList, StorageReport
 
@@ -52,6 +52,7 @@ class Identification(msgspec.Struct, frozen=True, kw_only=True):
     arch: str
     kernel: str
     agent_version: str
+    vmm_version: str = ""
 
 
 class Daemon:
@@ -117,6 +118,7 @@ class Daemon:
             images=[name for image in images for name in (image.digest, *image.names)],
             agent_version=known.agent_version,
             kernel=known.kernel,
+            vmm_version=known.vmm_version,
         )
 
     async def list_images(self) -> ImageList:
@@ -132,17 +134,19 @@ class Daemon:
         """The running VMM of a machine, for streams."""
         return await self.machines.guest(machine_id, fence)
 
-    def console_log(self, machine_id: str) -> Path:
-        """Where a machine's console is. Raises MachineNotFound."""
-        self.machines.record(machine_id)
-        return self._config.data_root / "machines" / machine_id / "console.log"
+    def console_log(self, machine_id: str, fence: Fence | None) -> tuple[Machine, Path]:
+        """A machine and where its console is. Raises MachineNotFound, and for the fence."""
+        machine = self.machines.owned(machine_id, fence)
+        return machine, self._config.data_root / "machines" / machine_id / "console.log"
 
-    def is_live(self, machine_id: str) -> bool:
-        """May the machine still say something?"""
+    def is_live(self, machine: Machine) -> bool:
+        """May exactly this machine, and not a later one of its id, still say something?"""
         try:
-            return self.machines.record(machine_id).phase not in (Phase.STOPPED, Phase.FAILED)
+            now = self.machines.record(machine.id)
         except Error:
             return False
+        is_same = (now.fence.uid, now.fence.incarnation) == (machine.fence.uid, machine.fence.incarnation)
+        return is_same and now.phase not in (Phase.STOPPED, Phase.FAILED)
 
     async def render_state(self) -> dict[str, Any]:
         """The journal, and what is observed beside it."""

@@ -1,8 +1,9 @@
 """Crash points: where a test makes the daemon die, by name.
 
 A point is reached right after (`create.intent`) or, with `.writing`, right before the commit of a journal entry, and
-after each side effect in between. In production nothing listens. `tests/real/test_host_crashes.py` kills the daemon
-at every one of them.
+after each side effect in between. In production nothing listens. `tests/real/test_host_crashes.py` kills a daemon with
+real machines at those of create, delete and stop, `tests/unit/host/test_kill_points.py` one with a fake driver at all
+but those of the quarters.
 """
 
 from __future__ import annotations

@@ -82,16 +82,21 @@ class Machines:
         """One machine. Raises MachineNotFound."""
         return self._find(machine_id).record
 
+    def owned(self, machine_id: str, fence: Fence | None) -> Machine:
+        """One machine, for whoever may use it. Raises MachineNotFound, and for the fence."""
+        machine = self.record(machine_id)
+        check_reserved(fence)
+        check_owner(machine, fence)
+        return machine
+
     def ids(self) -> set[str]:
         """Ids of every machine of which anything may exist."""
         return {machine_id for machine_id, task in self._tasks.items() if not task.is_gone}
 
     async def guest(self, machine_id: str, fence: Fence | None) -> Vmm:
         """Return the running VMM of a machine, for streams. Raises MachineNotFound, WrongState, and for the fence."""
-        task = self._find(machine_id)
-        check_reserved(fence)
-        check_owner(task.record, fence)
-        return await task.guest()
+        self.owned(machine_id, fence)
+        return await self._find(machine_id).guest()
 
     # -- orders -----------------------------------------------------------------------------------------------------
 

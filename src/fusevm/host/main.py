@@ -11,7 +11,6 @@ import os
 import platform
 import secrets
 import signal
-import sys
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -41,11 +40,12 @@ from fusevm.host.net.plan import NetworkPlan
 from fusevm.host.process import boot_id
 from fusevm.host.quarters import HostQuarters
 from fusevm.host.rows import Entry
+from fusevm.host.run import run
 from fusevm.host.surroundings import Surroundings
 from fusevm.host.sweep import Directories, Ground, Groups, Processes, Slots, Sweeper
 from fusevm.host.tls import Identity, ensure_identity, make_ssl_context
 from fusevm.host.vmm.probe import Choice
-from fusevm.host.vmm.qemu import QemuDriver
+from fusevm.host.vmm.qemu import PROGRAM, QemuDriver
 from fusevm.host.vmm.qemu_args import overhead_mib
 from fusevm.host.wiring import SlotWiring, UserWiring, Wiring
 from fusevm.model.environment import Network
@@ -54,10 +54,11 @@ from fusevm.model.errors import Error
 log = structlog.get_logger()
 
 STATE_FILE = "host.json"
+_VERSION_TIMEOUT_S = 10.0
 
 
 def serve(config: HostConfig) -> int:
-    """Run the daemon until SIGTERM or SIGINT. Returns the exit status: 1 if it cannot start; stderr says why."""
+    """Run the daemon until SIGTERM or SIGINT; the exit status. Raises Error when it cannot start."""
     configure_logging()
     try:
         config.check()
@@ -65,8 +66,7 @@ def serve(config: HostConfig) -> int:
             runner.run(_serve(config))
     except Error as e:
         log.critical("not_started", reason=e.reason, problem=e.message)
-        sys.stderr.write(f"fuse host: {e.message}\n")
-        return 1
+        raise
     return 0
 
 
@@ -128,7 +128,7 @@ async def _serve(config: HostConfig) -> None:
             images=images,
             sweeper=_make_sweeper(config, machines, cgroups, network),
             machines=machines,
-            identification=_identify(driver, choice, wiring, finder),
+            identification=_identify(driver, choice, wiring, finder, await observe_vmm_version()),
         )
         await stack.enter_async_context(daemon.running(entries))
 
@@ -189,7 +189,9 @@ def _slots_in_use(entries: list[Entry]) -> dict[int, Network]:
     return {entry.machine.slot: entry.machine.spec.network for entry in entries if entry.machine.slot >= 0}
 
 
-def _identify(driver: QemuDriver, choice: Choice, wiring: Wiring, finder: BootFileFinder) -> Identification:
+def _identify(
+    driver: QemuDriver, choice: Choice, wiring: Wiring, finder: BootFileFinder, vmm_version: str
+) -> Identification:
     files = finder.found
     return Identification(
         driver=f"{driver.name} ({choice.accelerator})",
@@ -198,7 +200,23 @@ def _identify(driver: QemuDriver, choice: Choice, wiring: Wiring, finder: BootFi
         arch={"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine()),
         kernel=files.kernel_version if files is not None else "",
         agent_version=files.agent_version if files is not None else "",
+        vmm_version=vmm_version,
     )
+
+
+async def observe_vmm_version() -> str:
+    """The version that QEMU says it has; empty when it cannot be asked: the daemon serves without, too."""
+    try:
+        done = await run([PROGRAM, "--version"], timeout_s=_VERSION_TIMEOUT_S)
+    except (Error, OSError) as e:
+        log.warning("vmm_version_unknown", problem=str(e))
+        return ""
+    return parse_vmm_version(done.text)
+
+
+def parse_vmm_version(text: str) -> str:
+    """The number in what `qemu-system-x86_64 --version` prints; empty when there is none."""
+    return next(iter(text.partition("version ")[2].split()), "")
 
 
 def _announce(config: HostConfig, identity: Identity, choice: Choice, address: tuple[Any, ...] | None) -> None:

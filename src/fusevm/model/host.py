@@ -54,6 +54,10 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     #: Driver and version as the daemon reports them, for people.
     driver: str = ""
     version: str = ""
+    #: Of the VMM, the guest agent and the guest kernel there; empty until the daemon has said them.
+    vmm_version: str = ""
+    agent_version: str = ""
+    kernel: str = ""
     images: tuple[str, ...] = ()
     state: HostState = HostState.ACTIVE
     health: HostHealth = HostHealth.OK

@@ -14,7 +14,7 @@ from fusevm.host.clock import SystemClock
 from fusevm.host.config import HostConfig
 from fusevm.host.daemon import Daemon, Identification
 from fusevm.host.events import EventHub, Subscription
-from fusevm.host.faults import NoFault
+from fusevm.host.faults import Fault, NoFault
 from fusevm.host.images.store import ImageStore
 from fusevm.host.journal import Journal
 from fusevm.host.machines import Machines
@@ -46,12 +46,14 @@ class World:
         self.driver = FakeDriver()
         self.quarters = FakeQuarters(self.driver, root)
         self.boot_id = BOOT_ID
+        #: Of the next daemon.
+        self.fault: Fault = NoFault()
         self.events: list[MachineEvent] = []
 
     @asynccontextmanager
     async def daemon(self) -> AsyncIterator[Daemon]:
         """One run of the daemon, ended in order."""
-        clock, fault = SystemClock(), NoFault()
+        clock, fault = SystemClock(), self.fault
         journal = await Journal.open(self.root / "data", fault, clock.now_ms)
         parts = Surroundings(
             journal=journal,

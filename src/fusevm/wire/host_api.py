@@ -113,6 +113,8 @@ class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
     images: list[str] = []
     agent_version: str = ""
     kernel: str = ""
+    #: Of the program that runs machines, as it says itself.
+    vmm_version: str = ""
 
 
 class MachineEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

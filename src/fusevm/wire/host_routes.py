@@ -158,7 +158,7 @@ HOST_ROUTES: tuple[Route, ...] = (
             Param(name="follow", kind="boolean", summary="Go on until the machine ends"),
             Param(name="tail_bytes", kind="integer", summary="How much of what is there, default 65536"),
         ),
-        errors=(e.BadField, e.MachineNotFound),
+        errors=(*_FENCE, e.MachineNotFound),
     ),
     Route(
         method="GET",

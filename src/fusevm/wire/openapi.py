@@ -10,27 +10,31 @@ from fusevm.model.errors import Error
 from fusevm.wire.errors import Envelope
 from fusevm.wire.routes import ROUTES, Param, Payload, Route, Scope, errors_of
 
-_SEGMENT = re.compile(r"{(\w+)}")
+#: `{path:path}` takes the rest of a path (host daemon).
+_SEGMENT = re.compile(r"{(\w+)(?::path)?}")
 _REFERENCES = "#/components/schemas/{name}"
 
 
-def render_openapi(version: str, routes: Iterable[Route] = ROUTES) -> dict[str, Any]:
-    """The document as plain data."""
+def render_openapi(
+    version: str, routes: Iterable[Route] = ROUTES, *, title: str = "Fuse", failure: type[msgspec.Struct] = Envelope
+) -> dict[str, Any]:
+    """The document as plain data. `failure` is the body of every answer that is no success."""
     table = tuple(routes)
     types = [kind for route in table for kind in (route.request, route.answer) if kind is not None]
-    unique = list(dict.fromkeys([*types, Envelope]))
+    unique = list(dict.fromkeys([*types, failure]))
     schemas, components = msgspec.json.schema_components(unique, ref_template=_REFERENCES)
     schema_of = dict(zip(unique, schemas, strict=True))
+    schema_of[Error] = schema_of[failure]
     paths: dict[str, dict[str, Any]] = {}
     for route in table:
-        operations = paths.setdefault(route.path, {})
+        operations = paths.setdefault(_SEGMENT.sub(r"{\1}", route.path), {})
         method = route.method.lower()
         same = [other for other in table if (other.method, other.path) == (route.method, route.path)]
         if same[0] is route:
             operations[method] = _operation(same, schema_of)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Fuse", "version": version, "license": {"name": "MIT", "identifier": "MIT"}},
+        "info": {"title": title, "version": version, "license": {"name": "MIT", "identifier": "MIT"}},
         "paths": paths,
         "components": {
             "schemas": components,
@@ -112,7 +116,7 @@ def _responses(same: list[Route], schema_of: dict[Any, dict[str, Any]]) -> dict[
         by_status.setdefault(cls.status, []).append(cls)
     for status, classes in sorted(by_status.items()):
         reasons = ", ".join(f"`{cls.reason}`" for cls in classes)
-        content = {Payload.JSON.value: {"schema": schema_of[Envelope]}}
+        content = {Payload.JSON.value: {"schema": schema_of[Error]}}
         found.setdefault(str(status), {"description": f"details.reason: {reasons}", "content": content})
     return found
 

@@ -190,6 +190,10 @@ class HostBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     arch: str = ""
     driver: str = ""
     version: str = ""
+    #: Of the VMM, the guest agent and the guest kernel of this host.
+    vmm_version: str = ""
+    agent_version: str = ""
+    kernel: str = ""
     labels: dict[str, str] = {}
     images: list[str] = []
     capacity: ResourcesBody = msgspec.field(default_factory=ResourcesBody)
@@ -217,6 +221,17 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
 
     status: Literal["ready", "not_ready"]
     checks: dict[str, str] = {}
+
+
+class Invariants(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /v1/debug/invariants`. `environments` and `hosts`: how many were looked at, so that nothing is not all well.
+
+    The machines on the hosts are not part of it: their lists are of other moments than the store.
+    """
+
+    violations: list[str]
+    environments: int
+    hosts: int
 
 
 class FilePath(msgspec.Struct, frozen=True, kw_only=True):

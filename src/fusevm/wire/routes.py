@@ -147,6 +147,16 @@ _ENVS, _ENV = "/v1/environments", "/v1/environments/{id}"
 _PROC = _ENV + "/processes/{pid}"
 _NOT_YET = "it is not built yet"
 
+#: Values of `?source=`, the first is the default; and those that answer 501, with the reason.
+LOG_SOURCES = ("console",)
+LOG_SOURCES_LATER = {
+    "startup": "startup scripts are not built yet",
+    "agent": "the agent writes to the console; ask for source=console",
+}
+_LOG_SOURCES_SUMMARY = f"{LOG_SOURCES[0]} (default). 501: " + "; ".join(
+    f"`{source}` ({why})" for source, why in LOG_SOURCES_LATER.items()
+)
+
 _LIFE: tuple[Route, ...] = (
     Route(
         method="POST",
@@ -461,10 +471,10 @@ _INSIDE: tuple[Route, ...] = (
         summary="Logs of the machine",
         gives=Payload.TEXT,
         params=(
-            Param(name="source", summary="console (default), startup or agent"),
+            Param(name="source", summary=_LOG_SOURCES_SUMMARY),
             Param(name="follow", kind="boolean", summary="Go on until the machine ends"),
         ),
-        errors=_GUEST,
+        errors=(*_GUEST, e.Unimplemented),
     ),
 )
 
@@ -517,6 +527,15 @@ _SERVICE: tuple[Route, ...] = (
         scope=Scope.OPEN,
         summary="Which server this is",
         answer=rest.Version,
+    ),
+    Route(
+        method="GET",
+        path="/v1/debug/invariants",
+        name="check_invariants",
+        scope=Scope.ADMIN,
+        summary="Check everything in the store against the rules of the core, and tell every broken one in a sentence. "
+        "Reads the whole store: for people, not for monitors",
+        answer=rest.Invariants,
     ),
     Route(method="GET", path="/openapi.json", name="openapi", scope=Scope.OPEN, summary="This API as OpenAPI 3.1"),
 )

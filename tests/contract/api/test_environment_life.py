@@ -1,12 +1,16 @@
 """Create, get, list, delete and drain, over HTTP against fake hosts."""
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
 from control_harness import Running, running, until
 
+from fusevm.control.config import ControlConfig
 from fusevm.core.policy import Policy
+from fusevm.model.environment import Environment
 from fusevm.model.errors import BootFailed, HostFull
 from fusevm.model.host import Resources
 from fusevm.testing.fake_host import FakeHost, lose_reply
@@ -371,3 +375,32 @@ async def _state(server: Running, task_id: str, state: str) -> bool:
 
 async def _gone(server: Running, task_id: str) -> bool:
     return bool((await server.get(task_id)).status_code == 404)
+
+
+async def test_create_and_delete_wait_as_long_as_the_config_says() -> None:
+    async with running(wait_s=ControlConfig().wait_s) as server:
+        waits: list[float] = []
+        wait_for = server.plane.entry.wait_for
+
+        async def recording(
+            record: Environment, is_done: Callable[[Environment], bool], timeout_s: float, **rest: Any
+        ) -> Environment:
+            waits.append(timeout_s)
+            return await wait_for(record, is_done, timeout_s, **rest)
+
+        server.plane.entry.wait_for = recording  # type: ignore[method-assign]
+        await server.create()
+        assert (await server.delete()).status_code == 204
+        assert waits == [55.0, 55.0]
+
+
+async def test_create_and_delete_answer_at_the_end_of_their_wait() -> None:
+    host = FakeHost("h1")
+    host.hold["create"], host.hold["destroy"] = asyncio.Event(), asyncio.Event()
+    async with running(host, wait_s=0.3) as server:
+        began = asyncio.get_running_loop().time()
+        assert (await server.create())["state"] == "provisioning"
+        assert (await server.delete()).status_code == 202
+        assert asyncio.get_running_loop().time() - began >= 0.6
+        for hold in host.hold.values():
+            hold.set()

@@ -22,6 +22,7 @@ from fusevm.testing.clock import FakeClock
 from fusevm.testing.fake_host import FakeHost, FakeTerminal, result
 from fusevm.wire.frames import Frame, FrameType, decode_message, encode_frame
 from fusevm.wire.guest import ExecRequest, ExecResult
+from fusevm.wire.routes import LOG_SOURCES_LATER
 
 TRUE = {"cmd": ["true"]}
 
@@ -328,7 +329,15 @@ async def test_logs_come_from_the_host() -> None:
         await server.create()
         answer = await server.http.get("/v1/environments/fuse-t1/logs?source=console")
         assert (answer.status_code, answer.text) == (200, "booted\n")
-        assert (await server.http.get("/v1/environments/fuse-t1/logs?source=mail")).status_code == 400
+        asked = server.host.count("relay")
+        unknown = await server.http.get("/v1/environments/fuse-t1/logs?source=mail")
+        assert (unknown.status_code, unknown.json()["error"]["details"]["field"]) == (400, "source")
+        for source, why in LOG_SOURCES_LATER.items():
+            later = await server.http.get(f"/v1/environments/fuse-t1/logs?source={source}")
+            assert (later.status_code, later.json()["error"]["code"]) == (501, "unimplemented")
+            assert source in later.json()["error"]["message"]
+            assert why in later.json()["error"]["message"]
+        assert server.host.count("relay") == asked
         await server.act("t1", "drain")
         assert (await server.http.get("/v1/environments/fuse-t1/logs")).status_code == 200
 

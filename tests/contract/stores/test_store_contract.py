@@ -19,6 +19,7 @@ from fusevm.control.store.protocol import (
 )
 from fusevm.control.store.sqlite import SqliteStore
 from fusevm.core import lifecycle
+from fusevm.core.invariants import violations
 from fusevm.core.lifecycle import Identity, Step
 from fusevm.core.placement import can_reserve
 from fusevm.core.policy import Policy
@@ -437,3 +438,18 @@ async def test_what_was_kept_long_enough_is_purged(store: Store, clock: FakeCloc
 
 async def test_the_cluster_has_an_id(store: Store) -> None:
     assert len(store.cluster) > 16
+
+
+async def test_the_world_is_everything(store: Store, clock: FakeClock) -> None:
+    live, other = await _create(store, clock, "t1"), await _create(store, clock, "t2")
+    ended = await _end(store, other, clock)
+    world = await store.world()
+    assert world.environments == {live.uid: live, ended.uid: ended}
+    assert world.placements == {live.uid: ("h1", Resources(cpus=1, ram_mb=512, storage_gb=4, vm_count=1))}
+    assert world.hosts == {host.id: host for host in await store.hosts()}
+    assert {uid: [fact.seq for fact in facts] for uid, facts in world.facts.items()} == {
+        live.uid: [1],
+        ended.uid: [1, 2, 3],
+    }
+    assert world.machines == {}
+    assert violations(world, POLICY) == []

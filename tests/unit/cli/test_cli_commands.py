@@ -6,13 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import msgspec
 import pytest
 from fake_api import CUT, FakeApi, make_environment, to_json
 from outcome import Fuse
 
+from fusevm import __version__
 from fusevm.model import errors
 from fusevm.wire.rest import EventBody
 
@@ -26,14 +26,6 @@ def test_create_prints_the_id_and_nothing_else_on_stdout(fuse: Fuse, api: FakeAp
         "storage_gb": 8,
         "max_runtime_seconds": 1800,
     }
-
-
-def test_a_manifest_is_sent_in_base64(fuse: Fuse, api: FakeApi, tmp_path: Path) -> None:
-    manifest = tmp_path / "m.json"
-    manifest.write_text('{"version": 1}')
-    assert fuse("env", "create", "--manifest", str(manifest)).code == 0
-    sent = msgspec.json.decode(api.requests[-1][3])["manifest_inline"]
-    assert base64.b64decode(sent) == b'{"version": 1}'
 
 
 def test_unlimited_runtime_is_said_in_words(fuse: Fuse, api: FakeApi) -> None:
@@ -128,12 +120,28 @@ def test_hosts(fuse: Fuse) -> None:
     assert fuse("host", "get", "nope").code == 3
 
 
-def test_version_says_what_it_cannot_ask(fuse: Fuse, environ: pytest.MonkeyPatch) -> None:
-    assert "9.9.9 (fuse at" in fuse("version").out
+def test_version_names_everything_that_takes_part(fuse: Fuse, api: FakeApi) -> None:
+    versions = {"version": "1.2.3", "vmm_version": "7.2.22", "agent_version": "a1b2c3", "kernel": "6.12.1-cloud"}
+    api.hosts = [msgspec.structs.replace(api.hosts[0], driver="qemu (tcg)", **versions)]
+    text = fuse("version").out
+    assert f"client          {__version__}\n" in text
+    assert "9.9.9 (fuse at" in text
+    for value in ("qemu (tcg)", *versions.values()):
+        assert value in text
+    assert json.loads(fuse("version", "-o", "json").out)["hosts"] == [
+        {"id": "default", "driver": "qemu (tcg)"} | versions
+    ]
+    shown = fuse("host", "get", "default").out
+    for value in versions.values():
+        assert value in shown
+
+
+def test_version_says_that_no_server_answers(fuse: Fuse, environ: pytest.MonkeyPatch) -> None:
     environ.setenv("FUSE_BASE_URL", "http://127.0.0.1:9")
     done = fuse("version")
-    assert done.code == 0
-    assert "problem  Nothing answers" in done.out
+    assert (done.code, done.out) == (5, f"client  {__version__}\n")
+    assert done.err.startswith("fuse: Nothing answers")
+    assert json.loads(fuse("version", "-o", "json").out) == {"client": __version__}
 
 
 # -- running commands ------------------------------------------------------------------------------------------------

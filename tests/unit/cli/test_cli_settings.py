@@ -6,13 +6,12 @@ from typing import Any
 import click
 import pytest
 
-from fusevm.cli import places, settings
+from fusevm.cli import settings
 from fusevm.cli.host_settings import host_config
 from fusevm.cli.main import COMMANDS, cli
 from fusevm.cli.serve import control_config
 from fusevm.cli.settings import CONTROL, HOST, SECTIONS, Setting, load
 from fusevm.control.config import ControlConfig, check
-from fusevm.host import config as host_module
 from fusevm.model.errors import BadSetting
 
 KEY = "ab" * 32
@@ -175,10 +174,6 @@ def test_the_host_daemon_lives_within_the_installation_unless_it_has_a_root_of_i
     assert (within.data_root, within.artefacts) == (Path("/srv/fuse/host"), Path("/srv/fuse"))
     own = host_config(load("host", {}, {"FIRECRACKER_HOST_ROOT_DIR": "/data"}), {})
     assert (own.data_root, own.artefacts) == (Path("/data"), Path("/data"))
-
-
-def test_the_socket_has_one_name() -> None:
-    assert places.SOCKET_NAME == host_module.SOCKET_NAME
 
 
 def test_the_settings_file_is_found(tmp_path: Path) -> None:

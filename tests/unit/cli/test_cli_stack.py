@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from fusevm.cli import installation, processes, settings, stack
+from fusevm.cli.addresses import choose_address
 from fusevm.cli.failures import CliError
 from fusevm.cli.installation import (
     UpRecord,
-    choose_address,
     end_predecessor,
     load_settings,
     make_folders,
@@ -27,7 +27,7 @@ from fusevm.cli.installation import (
 from fusevm.cli.leftovers import find_leftovers
 from fusevm.cli.places import Places
 from fusevm.cli.processes import Identity, end, identify, is_running
-from fusevm.cli.stack import Program, Stack, last_words, rotate
+from fusevm.cli.stack import Program, Stack, StartFailed, last_words, rotate
 from fusevm.cli.supervised import VARIABLE
 from fusevm.model.errors import DataRootInUse, PortInUse
 
@@ -115,9 +115,25 @@ def test_a_child_that_serves_ends_with_the_stack(run_code: Callable[[str], Progr
 
 
 def test_a_child_that_does_not_start_is_quoted(run_code: Callable[[str], Program]) -> None:
-    with Stack(print) as running, pytest.raises(CliError, match="did not start: listen: it is taken") as caught:
-        running.start(run_code("import sys; sys.exit('fuse: listen: it is taken')"), 10)
+    with Stack(print) as running, pytest.raises(StartFailed, match="did not start: KeyError: 'x'") as caught:
+        running.start(run_code("{}['x']"), 10)
     assert "daemon.log" in caught.value.hint
+    assert caught.value.code == 5
+
+
+def test_a_childs_refusal_is_passed_on_with_hint_and_code(run_code: Callable[[str], Program], tmp_path: Path) -> None:
+    (tmp_path / "daemon.log").write_text("fuse: what an earlier run said\n")
+    refuse = "import sys; print('fuse: listen: it is taken\\n      take another', file=sys.stderr); sys.exit(4)"
+    with Stack(print) as running, pytest.raises(CliError) as caught:
+        running.start(run_code(refuse), 10)
+    assert not isinstance(caught.value, StartFailed)
+    assert (str(caught.value), caught.value.hint, caught.value.code) == ("listen: it is taken", "take another", 4)
+
+
+def test_what_an_earlier_run_said_is_not_repeated(run_code: Callable[[str], Program], tmp_path: Path) -> None:
+    (tmp_path / "daemon.log").write_text("fuse: what an earlier run said\n")
+    with Stack(print) as running, pytest.raises(StartFailed):
+        running.start(run_code("raise SystemExit(3)"), 10)
 
 
 def test_a_child_that_never_serves_is_given_up(run_code: Callable[[str], Program]) -> None:

@@ -8,8 +8,6 @@ import asyncio
 import contextlib
 import inspect
 import socket
-import sqlite3
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -21,14 +19,11 @@ from fusevm.control.clock import Clock
 from fusevm.control.config import ControlConfig, HostSetting, check
 from fusevm.control.main import HttpServer, base_url, bind, open_plane, run_server, server_config
 from fusevm.control.plane import Plane
-from fusevm.control.store import transactions as tx
 from fusevm.control.store.sqlite import SqliteStore
 from fusevm.core.invariants import World, violations
 from fusevm.core.policy import Policy
 from fusevm.core.reconcile import ObservedMachine
 from fusevm.model.environment import Environment
-from fusevm.model.fact import Fact
-from fusevm.model.host import Resources
 from fusevm.testing.fake_host import FakeHost
 from fusevm.wire.routes import ROUTES, errors_of
 from fusevm.wire.sse import Message, MessageDecoder
@@ -169,24 +164,7 @@ def check_errors_in_tables(plane: Plane) -> None:
 async def world(store: SqliteStore, hosts: Mapping[str, FakeHost] | None = None) -> World:
     """One consistent reading of the whole store, and of the fake hosts."""
 
-    def read(db: sqlite3.Connection) -> World:
-        records = [tx.decode_row(row) for row in db.execute("select doc from environments")]
-        placed = db.execute("select uid, host_id, cpus, ram_mb, storage_gb, vm_count from placements").fetchall()
-        facts: defaultdict[str, list[Fact]] = defaultdict(list)
-        for row in db.execute("select doc from events order by position"):
-            fact = msgspec.json.decode(row[0], type=Fact)
-            facts[fact.uid].append(fact)
-        return World(
-            environments={record.uid: record for record in records if record is not None},
-            hosts={host.id: host for host in tx.list_hosts(db)},
-            placements={
-                row[0]: (row[1], Resources(cpus=row[2], ram_mb=row[3], storage_gb=row[4], vm_count=row[5]))
-                for row in placed
-            },
-            facts={uid: tuple(found) for uid, found in facts.items()},
-        )
-
-    found: World = await store._writer.read(read)
+    found = await store.world()
     machines = {host.id: observed(host) for host in (hosts or {}).values() if not host.is_down}
     return msgspec.structs.replace(found, machines=machines)
 

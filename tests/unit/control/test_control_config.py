@@ -73,6 +73,11 @@ def test_settings_that_are_refused(config: ControlConfig, setting: str, problem:
     assert problem in caught.value.problem
 
 
+def test_creates_and_deletes_wait_55_seconds_unless_told_otherwise() -> None:
+    """The contract's client gives up after 60 s of silence."""
+    assert ControlConfig().wait_s == 55.0
+
+
 def test_the_default_address_depends_on_the_token() -> None:
     assert effective_listen(ControlConfig()) == "127.0.0.1:8080"
     assert effective_listen(ControlConfig(auth_token="t")) == ":8080"

@@ -51,7 +51,7 @@ def test_a_second_process_on_one_database_is_refused(tmp_path: Path) -> None:
     database = str(tmp_path / "fuse.db")
     with serving(tmp_path, "--database", database) as server:
         second = _run("--listen", "127.0.0.1:0", "--database", database)
-        assert second.returncode == 2
+        assert second.returncode == 4
         assert f"pid {server.process.pid}" in second.stderr
         assert "Traceback" not in second.stderr
 
@@ -60,7 +60,7 @@ def test_a_taken_port_and_an_open_door_are_said_in_a_sentence(tmp_path: Path) ->
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         refused = _run("--listen", f"127.0.0.1:{port}")
-        assert (refused.returncode, f"127.0.0.1:{port} is in use" in refused.stderr) == (2, True)
+        assert (refused.returncode, f"127.0.0.1:{port} is in use" in refused.stderr) == (4, True)
     open_door = _run("--listen", "0.0.0.0:0")
     assert (open_door.returncode, "auth token" in open_door.stderr) == (2, True)
     with_token = _run("--listen", "127.0.0.1:0", "--host-url", "http://10.0.0.1:1")

@@ -1,6 +1,7 @@
 """What is particular to the SQLite store: one process per file, schema versions, full disks, group commit."""
 
 import asyncio
+import contextlib
 import os
 import re
 import sqlite3
@@ -9,11 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from control_harness import running
 
 from fusevm.control.store import migrate
 from fusevm.control.store.sql import Migration, load_migrations, load_queries
 from fusevm.control.store.sqlite import SqliteStore
+from fusevm.control.store.world import read_world
 from fusevm.control.store.writer import Writer
+from fusevm.core.invariants import violations
 from fusevm.core.policy import Policy
 from fusevm.model.errors import BadSetting, DataRootInUse, ShuttingDown, StoreFull
 from fusevm.testing.clock import FakeClock
@@ -211,7 +215,7 @@ async def test_a_job_that_raises_takes_nothing_of_its_neighbours_with_it() -> No
 def test_every_query_is_used_and_every_used_query_exists() -> None:
     folder = Path(migrate.__file__).parent
     used: set[str] = set()
-    for name in ("sqlite.py", "transactions.py"):
+    for name in ("sqlite.py", "transactions.py", "world.py"):
         text = (folder / name).read_text()
         used |= {word for word in re.findall(r'"(\w+)"', text) if word in load_queries()}
     assert used == set(load_queries())
@@ -222,3 +226,25 @@ def test_parameters_are_numbered_as_asyncpg_wants_them() -> None:
         numbers = {int(number) for number in re.findall(r"\$(\d+)", text)}
         assert numbers == set(range(1, len(numbers) + 1)), name
         assert "?" not in text
+
+
+async def test_a_world_is_of_one_moment(tmp_path: Path) -> None:
+    """Nothing seems broken because it changes while it is read."""
+    path = str(tmp_path / "fuse.db")
+    async with running(database=path, checked=False) as server:
+        await server.create()
+        with (
+            contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader,
+            contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other,
+        ):
+            changed: list[int] = []
+
+            def meanwhile(statement: str) -> None:
+                if "from events" in statement:
+                    changed.append(other.execute("delete from placements").rowcount)
+
+            reader.set_trace_callback(meanwhile)
+            assert violations(read_world(reader), server.plane.config.policy) == []
+            assert changed == [1]
+            reader.set_trace_callback(None)
+            assert violations(read_world(reader), server.plane.config.policy) != []

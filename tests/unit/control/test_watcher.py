@@ -8,6 +8,7 @@ import pytest
 from control_harness import Running, running, until
 from msgspec.structs import replace
 
+from fusevm.control.watcher import LIST_PAUSE_S
 from fusevm.core.policy import Policy
 from fusevm.model.errors import HostRejected, Internal
 from fusevm.model.host import Resources
@@ -187,3 +188,21 @@ async def test_a_machine_that_is_over_in_the_list_ends_its_environment(phase: Ph
         machine_id = next(iter(server.host.table))
         server.host.table[machine_id] = replace(server.host.table[machine_id], phase=phase)
         await until(lambda: _ends(server, made["uid"], "machine_exited"))
+
+
+async def test_changes_that_come_in_a_burst_are_looked_at_together() -> None:
+    async with running(reconcile_s=60.0) as server:
+        await until(lambda: server.host.count("events") > 0)
+        began, lists = asyncio.get_running_loop().time(), server.host.count("machines")
+        made = [await server.create(f"t{number}") for number in range(30)]
+        took_s = asyncio.get_running_loop().time() - began
+        assert server.host.count("machines") - lists <= 2 + took_s / LIST_PAUSE_S
+        for machine_id in list(server.host.table):
+            server.host.crash(machine_id, "killed")  # the end of a burst is seen, too
+
+        async def are_over() -> bool:
+            return await server.plane.store.count_live() == {}
+
+        await until(are_over)
+        ended = [await server.record(env["uid"]) for env in made]
+        assert {env.ending.reason for env in ended if env.ending is not None} == {"machine_exited"}

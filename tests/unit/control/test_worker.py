@@ -13,14 +13,14 @@ from fusevm.control import worker as module
 from fusevm.control.entry import Entry
 from fusevm.control.metrics import Metrics
 from fusevm.control.signals import Signals
-from fusevm.control.store.protocol import Claim, Committed
+from fusevm.control.store.protocol import Claim, Committed, Due
 from fusevm.control.store.sqlite import SqliteStore
 from fusevm.control.worker import Worker
 from fusevm.core.invariants import violations
 from fusevm.core.policy import Policy
 from fusevm.core.spec import complete
-from fusevm.model.environment import BootSucceeded, DestroyRequested, Environment, State
-from fusevm.model.errors import BootFailed, HostRejected, StaleIncarnation, StoreFull, WrongCluster
+from fusevm.model.environment import BootSucceeded, DestroyRequested, Environment, MachineExited, State
+from fusevm.model.errors import BootFailed, HostNotFound, HostRejected, StaleIncarnation, StoreFull, WrongCluster
 from fusevm.model.host import Host, Resources
 from fusevm.model.machine import Phase
 from fusevm.testing.clock import FakeClock
@@ -37,6 +37,8 @@ class Replica:
         self, name: str, store: SqliteStore, hosts: dict[str, FakeHost], clock: FakeClock, lease_ms: int
     ) -> None:
         async def host_of(host_id: str) -> FakeHost:
+            if host_id not in hosts:
+                raise HostNotFound(id=host_id)
             return hosts[host_id]
 
         self.metrics = Metrics()
@@ -64,6 +66,7 @@ class Bench:
         self.store = store
         self.clock = clock
         self.host = FakeHost("h1")
+        self.hosts = {"h1": self.host}
         self.replicas: list[Replica] = []
         store.listener = self._spread
 
@@ -72,7 +75,7 @@ class Bench:
             replica.worker.notice(committed.record, committed.leased_to)
 
     def replica(self, name: str, lease_ms: int = 600) -> Replica:
-        self.replicas.append(Replica(name, self.store, {"h1": self.host}, self.clock, lease_ms))
+        self.replicas.append(Replica(name, self.store, self.hosts, self.clock, lease_ms))
         return self.replicas[-1]
 
     async def is_in(self, uid: str, *states: State) -> bool:
@@ -305,7 +308,7 @@ async def test_pending_actions_survive_a_crash_of_the_process(tmp_path: Path) ->
         cluster, host = at.store.cluster, at.host
     async with bench(path) as at:
         assert at.store.cluster == cluster
-        at.host = host
+        at.host = at.hosts["h1"] = host
         heir = at.replica("heir")
         async with at_work(heir):
             await until(lambda: at.is_in(booting.uid, State.RUNNING))
@@ -359,6 +362,47 @@ async def test_a_look_or_a_renewal_that_fails_is_made_again() -> None:
             await until(lambda: at.is_in(env.uid, State.RUNNING))
         assert replica.metrics.loop_failures.labels("worker")._value.get() == 2
         assert replica.metrics.loop_failures.labels("renewal")._value.get() == 2
+
+
+async def _remove_host(at: Bench) -> None:
+    """As if somebody had taken the host out of the table."""
+    del at.hosts["h1"]
+    await at.store._writer.run(lambda db: db.execute("delete from hosts").rowcount)
+
+
+async def test_a_destroy_on_a_host_that_is_no_longer_registered_ends() -> None:
+    async with bench() as at:
+        replica = at.replica("r")
+        async with at_work(replica):
+            env, given_up = await replica.create("deleted"), await replica.create("exited")
+            for record in (env, given_up):
+                await until(lambda uid=record.uid: at.is_in(uid, State.RUNNING))  # type: ignore[misc]
+            await _remove_host(at)
+            await replica.entry.feed(env.uid, DestroyRequested(cause="test"))
+            await until(lambda: at.is_in(env.uid, State.DESTROYED))
+            exited = MachineExited(cause="test", machine_id=given_up.machine_id, message="gone")
+            await replica.entry.feed(given_up.uid, exited)
+            await until(lambda: at.is_in(given_up.uid, State.FAILED))
+        ended = await at.store.get(env.uid)
+        assert ended is not None
+        assert (ended.pending, ended.error) == (None, "host h1 was lost")
+        assert at.host.count("destroy") == 0
+        assert (await at.store.world()).placements == {}
+        assert await at.store.due(10) == Due()
+
+
+async def test_a_boot_on_a_host_that_is_no_longer_registered_ends_as_host_lost() -> None:
+    async with bench() as at:
+        replica = at.replica("r")
+        env = await replica.create()
+        await _remove_host(at)
+        at.clock.advance(600)
+        async with at_work(replica):
+            await until(lambda: at.is_in(env.uid, State.FAILED))
+        ended = await at.store.get(env.uid)
+        assert ended is not None
+        assert ended.ending is not None
+        assert (ended.ending.reason, ended.pending) == ("host_lost", None)
 
 
 async def test_a_silent_host_cannot_hold_a_boot_beyond_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,12 +273,18 @@ async def test_orders_without_a_fence_touch_no_machine_of_a_cluster(api: Api):
         ("POST", "/machines/m-1/stop", None),
         ("POST", "/machines/m-1/exec", b'{"command":["echo"]}'),
         ("GET", "/machines/m-1/guest/files?path=/x", None),
+        ("GET", "/machines/m-1/logs", None),
     ):
         assert (await api.fails(method, target, None, body)).reason == "wrong_cluster", target
-    stale = fence_headers(fence(incarnation=0))
-    assert (await api.fails("GET", "/machines/m-1/guest/health", stale)).reason == "stale_incarnation"
-    foreign = fence_headers(fence(uid="u2"))
-    assert (await api.fails("GET", "/machines/m-1/guest/health", foreign)).reason == "machine_exists"
+    for target in ("/machines/m-1/guest/health", "/machines/m-1/logs"):
+        stale = fence_headers(fence(incarnation=0))
+        assert (await api.fails("GET", target, stale)).reason == "stale_incarnation"
+        foreign = fence_headers(fence(uid="u2"))
+        assert (await api.fails("GET", target, foreign)).reason == "machine_exists"
+        other = fence_headers(fence(cluster="c2"))
+        assert (await api.fails("GET", target, other)).reason == "wrong_cluster"
+        local = {**FENCE, "fuse-cluster": "local"}
+        assert (await api.fails("GET", target, local)).reason == "bad_field"
 
 
 async def test_a_user_of_the_contract_needs_no_fence(api: Api):
@@ -383,9 +389,23 @@ async def test_ranges_and_heads_pass_through(api: Api):
         assert (response.status, response.headers["content-length"]) == (200, "10")
     error = await api.fails("GET", target, {**FENCE, "range": "bytes=99-"})
     assert (error.reason, error.status) == ("bad_range", 400)
-    async with api.exchange("HEAD", "/machines/m-1/guest/files?path=/no", FENCE) as response:
-        assert response.status == 404
+    assert await api.call("HEAD", "/machines/m-1/guest/files?path=/no", FENCE) == (404, b"")
     assert await api.call("DELETE", target, FENCE) == (204, b"")
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 409, 500, 503])
+async def test_an_error_without_a_body_keeps_its_status_for_head(api: Api, monkeypatch, status: int):
+    """Nobody can tell what it was but by its status; an answer that may have a body and has none is a fault."""
+    await api.create()
+
+    async def answer(self, connection, path):
+        await connection.answer(status, b"")
+
+    monkeypatch.setattr("fusevm.testing.fake_agent.FakeAgent._send_file", answer)
+    target = "/machines/m-1/guest/files?path=/x"
+    assert await api.call("HEAD", target, FENCE) == (status, b"")
+    error = await api.fails("GET", target, FENCE)
+    assert (error.reason, str(status) in error.message) == ("internal", True)
 
 
 async def test_the_guest_hears_neither_token_nor_fence(api: Api, monkeypatch):
@@ -525,14 +545,14 @@ async def test_a_refused_socket_is_answered_with_the_flat_error(api: Api):
 
 async def test_the_end_of_the_console_and_what_follows(api: Api):
     await api.create()
-    log = api.daemon.console_log("m-1")
+    _, log = api.daemon.console_log("m-1", fence())
     log.parent.mkdir(parents=True)
     log.with_name("console.log.1").write_bytes(b"old\n")
     log.write_bytes(b"one\ntwo\n")
-    assert await api.call("GET", "/machines/m-1/logs?tail_bytes=4") == (200, b"two\n")
-    assert await api.call("GET", "/machines/m-1/logs?tail_bytes=10") == (200, b"d\none\ntwo\n"[-10:])
-    assert await api.call("GET", "/machines/m-1/logs") == (200, b"old\none\ntwo\n")
-    async with api.exchange("GET", "/machines/m-1/logs?follow=true&tail_bytes=4") as response:
+    assert await api.call("GET", "/machines/m-1/logs?tail_bytes=4", FENCE) == (200, b"two\n")
+    assert await api.call("GET", "/machines/m-1/logs?tail_bytes=10", FENCE) == (200, b"d\none\ntwo\n"[-10:])
+    assert await api.call("GET", "/machines/m-1/logs", FENCE) == (200, b"old\none\ntwo\n")
+    async with api.exchange("GET", "/machines/m-1/logs?follow=true&tail_bytes=4", FENCE) as response:
         chunks = response.chunks()
         assert await anext(chunks) == b"two\n"
         with log.open("ab") as file:
@@ -545,11 +565,21 @@ async def test_the_end_of_the_console_and_what_follows(api: Api):
         assert [chunk async for chunk in chunks] == []
 
 
+async def test_who_follows_a_console_does_not_hear_the_next_machine_of_that_name(api: Api):
+    await api.create()
+    machine, _ = api.daemon.console_log("m-1", fence())
+    assert api.daemon.is_live(machine)
+    await api.call("DELETE", "/machines/m-1", FENCE)
+    assert not api.daemon.is_live(machine)
+    await api.create(uid="u2")
+    assert not api.daemon.is_live(machine)
+
+
 async def test_logs_know_their_parameters(api: Api):
     await api.create()
     for query in ("source=agent", "follow=maybe", "tail_bytes=-1", "tail_bytes=99999999999"):
-        assert (await api.fails("GET", f"/machines/m-1/logs?{query}")).reason == "bad_field"
-    assert await api.call("GET", "/machines/m-1/logs") == (200, b"")
+        assert (await api.fails("GET", f"/machines/m-1/logs?{query}", FENCE)).reason == "bad_field"
+    assert await api.call("GET", "/machines/m-1/logs", FENCE) == (200, b"")
 
 
 # -- sockets, TLS, token ---------------------------------------------------------------------------------------------

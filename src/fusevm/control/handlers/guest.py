@@ -15,8 +15,8 @@ from fusevm.control.outcome import fence_of
 from fusevm.control.plane import Plane
 from fusevm.control.resolve import READABLE, RUNS, usable_environment
 from fusevm.model.environment import Environment, State
-from fusevm.model.errors import BadField
-from fusevm.wire.routes import NO_LIMIT, Payload, Route
+from fusevm.model.errors import BadField, Unimplemented
+from fusevm.wire.routes import LOG_SOURCES, LOG_SOURCES_LATER, NO_LIMIT, Payload, Route
 from fusevm.wire.routes import Scope as Right
 
 #: Seconds until the head of an answer; an upload's answer comes after its last byte.
@@ -25,7 +25,6 @@ _ASKED = ("content-type", "content-length", "range", "if-range")
 _ANSWERED = ("content-type", "content-length", "content-range", "accept-ranges", "last-modified", "etag")
 #: Ours, not the guest's.
 _OWN_PARAMETERS = frozenset({"action", "uid"})
-LOG_SOURCES = ("console", "startup", "agent")
 
 
 class RelayedResponse(StreamingResponse):
@@ -115,8 +114,10 @@ async def _without_body(upstream: Upstream, *, is_head: bool) -> Response:
 
 async def read_logs(plane: Plane, call: Call) -> Response:
     """Logs come from the host itself."""
-    source = call.text("source")
-    if source and source not in LOG_SOURCES:
+    source = call.text("source") or LOG_SOURCES[0]
+    if source in LOG_SOURCES_LATER:
+        raise Unimplemented(feature=f"the log source {source}", why=LOG_SOURCES_LATER[source])
+    if source not in LOG_SOURCES:
         raise BadField(field="source", problem=f"{source[:40]!r} is none of {', '.join(LOG_SOURCES)}")
     call.flag("follow")
     return await _logs(plane, call)

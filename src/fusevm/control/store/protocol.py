@@ -13,6 +13,7 @@ from typing import Protocol
 
 import msgspec
 
+from fusevm.core.invariants import World
 from fusevm.core.lifecycle import Step
 from fusevm.model.environment import Environment
 from fusevm.model.fact import Fact
@@ -239,6 +240,10 @@ class Store(Records, Leases, Facts, Hosts, Requests, Secrets, Protocol):
 
     async def ping(self) -> None:
         """Answer a trivial query. Raises Error."""
+        ...
+
+    async def world(self) -> World:
+        """Everything at one moment, for `core.invariants`; without machines, which the store does not know."""
         ...
 
     async def purge(self, keep_ms: int, limit: int) -> int:

@@ -24,7 +24,9 @@ from fusevm.control.store.protocol import (
     StoredFact,
     StoredRequest,
 )
+from fusevm.control.store.world import read_world
 from fusevm.control.store.writer import Writer, translate
+from fusevm.core.invariants import World
 from fusevm.core.lifecycle import Step
 from fusevm.core.policy import Policy
 from fusevm.model.environment import Environment
@@ -237,6 +239,9 @@ class SqliteStore:
 
     async def ping(self) -> None:
         await self._read(lambda db: tx.one(db, "last_position"))
+
+    async def world(self) -> World:
+        return await self._read(read_world)
 
     async def purge(self, keep_ms: int, limit: int) -> int:
         now_ms = self._now_ms()

@@ -7,7 +7,9 @@ import contextlib
 import os
 import pwd
 import shutil
+import stat
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -26,6 +28,8 @@ _PROBE_TIMEOUT_S = 30
 _NEEDED_BYTES = 2 << 30
 _POCKETS = ("", "-updates", "-security")
 _OS_RELEASE = Path("/etc/os-release")
+#: Where an ordinary user with a private home builds; ours are below it, one folder per user.
+_SHARED_TMP = Path("/var/tmp")  # noqa: S108 - what is made in it is checked
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,20 +88,18 @@ async def build_debian(
         if image is not None and image.record.inputs == inputs and not force:
             progress(ProgressEvent(step="Image ready", detail=up_to_date_text(image, time.time())))
             return Built(image=image, is_new=False)
-        await asyncio.to_thread(_check_rootless)
+        await asyncio.to_thread(check_rootless)
         async with workspace(store.root, _NEEDED_BYTES) as folder:
-            tar = await debootstrap(recipe, folder, progress)
+            async with _scratch(folder) as scratch:
+                tar = await debootstrap(recipe, folder, scratch, progress)
             source = f"mmdebstrap {recipe.suite}"
             image = await finish(store, name, tar, folder, recipe.config, source, inputs, progress)
     return Built(image=image, is_new=True)
 
 
-async def debootstrap(recipe: Recipe, folder: Path, progress: Progress) -> Path:
-    """Install the recipe's packages into a new root file system and return its tar."""
-    tar, scratch = folder / "root.tar", folder / "mmdebstrap"
-    await asyncio.to_thread(scratch.mkdir)
-    await asyncio.to_thread(folder.chmod, 0o755)
-    await asyncio.to_thread(scratch.chmod, 0o1777)
+async def debootstrap(recipe: Recipe, folder: Path, scratch: Path, progress: Progress) -> Path:
+    """Install the recipe's packages into a new root file system below `scratch` and return its tar in `folder`."""
+    tar = folder / "root.tar"
     lines = mirror_lines(await read_sources(), await asyncio.to_thread(_host_codename), recipe.suite)
     words = mmdebstrap_command(recipe, tar, lines, await read_network_settings())
     archives = "mmdebstrap.*/var/cache/apt/archives"
@@ -163,7 +165,7 @@ def up_to_date_text(image: Image, now_s: float) -> str:
     return f"{image.label} is up to date (built {age}); --force builds it again with the packages of today"
 
 
-def _check_rootless() -> None:
+def check_rootless() -> None:
     """Raise unless this user may own the many users of a Debian system, by subordinate ids or as root."""
     if os.geteuid() == 0:
         return
@@ -176,9 +178,40 @@ def _check_rootless() -> None:
         lines = table.read_text().splitlines() if table.exists() else []
         if not any(line.partition(":")[0] in me for line in lines):
             remedy = f"usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {me[-1]}"
-            raise BadSetting(
-                setting=str(table), problem=f"no line for {me[-1]}; as root run `{remedy}`, or build as root"
-            )
+            problem = f"no line for {me[-1]}, which building an image without root needs; as root run `{remedy}`"
+            raise BadSetting(setting=str(table), problem=f"{problem}, or run all of this as root")
+
+
+@contextlib.asynccontextmanager
+async def _scratch(folder: Path) -> AsyncIterator[Path]:
+    """A folder for mmdebstrap: in the workspace, or elsewhere when that is below a private home.
+
+    Without root mmdebstrap works as subordinate users, and these do not get through a folder of mode 0700.
+    """
+    await asyncio.to_thread(folder.chmod, 0o755)
+    async with contextlib.AsyncExitStack() as stack:
+        if not await asyncio.to_thread(_is_reachable, folder):
+            folder = await stack.enter_async_context(workspace(await asyncio.to_thread(_own_tmp), _NEEDED_BYTES))
+        scratch = folder / "mmdebstrap"
+        await asyncio.to_thread(scratch.mkdir)
+        await asyncio.to_thread(scratch.chmod, 0o1777)
+        yield scratch
+
+
+def _is_reachable(folder: Path) -> bool:
+    return os.geteuid() == 0 or all(path.stat().st_mode & stat.S_IXOTH for path in (folder, *folder.parents))
+
+
+def _own_tmp() -> Path:
+    """Make this user's folder for builds. Raises BadSetting when somebody else has made it."""
+    path = _SHARED_TMP / f"fuse-build-{os.geteuid()}"
+    with contextlib.suppress(FileExistsError):
+        path.mkdir()
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise BadSetting(setting=str(path), problem="it belongs to another user; remove it")
+    path.chmod(0o711)
+    return path
 
 
 def _host_codename() -> str:

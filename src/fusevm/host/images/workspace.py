@@ -186,3 +186,5 @@ async def _remove_tree(folder: Path) -> None:
         return
     # Without root, a Debian build leaves files of subordinate uids, which only its own user namespace can remove.
     await run(["mmdebstrap", "--unshare-helper", "rm", "-rf", folder], timeout_s=120, check=False)
+    # That one, in turn, cannot remove the folders that are this user's own.
+    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)

@@ -156,3 +156,12 @@ delete from environments where uid = $1 and is_live = 0
 
 -- name: delete_requests
 delete from idempotency where expires_at_ms <= $1
+
+-- name: all_environments
+select doc from environments
+
+-- name: all_placements
+select uid, host_id, cpus, ram_mb, storage_gb, vm_count from placements
+
+-- name: all_events
+select doc from events order by uid, seq

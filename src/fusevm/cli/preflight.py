@@ -1,0 +1,104 @@
+"""What can be known to be wrong before `fuse up` writes anything: settings, files, programs, names, addresses, rivals.
+
+Only looks. What it cannot see (a range that overlaps a route, a full disk) the daemons refuse at their start.
+"""
+
+import asyncio
+import os
+import ssl
+from pathlib import Path
+
+import msgspec
+
+from fusevm.cli.addresses import choose_address
+from fusevm.cli.building import carry_out
+from fusevm.cli.host_settings import host_config
+from fusevm.cli.installation import CONTROL_LISTEN, HOST_LISTEN, find_predecessor, take_lock
+from fusevm.cli.places import Places
+from fusevm.cli.serve import control_config
+from fusevm.cli.settings import Loaded
+from fusevm.control.config import ControlConfig
+from fusevm.control.config import check as check_control
+from fusevm.host.config import HostConfig
+from fusevm.host.images.bzimage import NotAKernel, extract_elf
+from fusevm.host.images.debian import RECIPES
+from fusevm.host.images.initramfs import agent_path
+from fusevm.host.images.store import ImageStore
+from fusevm.host.listeners import lock_instance
+from fusevm.host.net.plan import PREFIX_SETTING, NetworkPlan
+from fusevm.host.vmm.launch import find_program
+from fusevm.host.vmm.qemu import PROGRAM, REMEDY
+from fusevm.model.errors import BadSetting, KernelCorrupt
+
+#: In place of the token that an installation makes for itself.
+_SOME_TOKEN = "to-be-made"  # noqa: S105 - no secret
+
+
+def check_start(places: Places, control: Loaded, host: Loaded, image: str) -> None:
+    """Raise the Error of the first thing that would keep Fuse from starting. Leaves everything as it was."""
+    if places.lock.exists():
+        take_lock(places).close()
+    with host.naming_sources():
+        config = msgspec.structs.replace(host_config(host, os.environ), data_root=places.host)
+        config.check()
+        _check_network(config)
+    with control.naming_sources():
+        check_control(_expected_control(places, control))
+        _check_certificate(control)
+    find_program(PROGRAM, REMEDY)
+    agent_path()
+    carry_out(_check_parts(host["artefact_root"] or places.data, config.kernel, image))
+    if not find_predecessor(places):
+        _check_addresses(control, host, config)
+
+
+def _check_network(config: HostConfig) -> None:
+    try:
+        NetworkPlan(prefix=config.instance, range=config.network_range, mtu=config.network_mtu)
+    except BadSetting as error:
+        if error.setting != PREFIX_SETTING:
+            raise
+        raise BadSetting(setting="instance", problem=error.problem) from error
+
+
+def _expected_control(places: Places, control: Loaded) -> ControlConfig:
+    """What the control plane will be started with, as far as it is known."""
+    return msgspec.structs.replace(
+        control_config(control),
+        listen=control["listen"] if control.is_given("listen") else CONTROL_LISTEN,
+        auth_token=control["auth_token"] or _SOME_TOKEN,
+        database=str(places.control / "fuse.db"),
+        hosts=(),
+    )
+
+
+def _check_certificate(control: Loaded) -> None:
+    if not control["tls_cert"]:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(control["tls_cert"], control["tls_key"], password="")
+    except OSError as error:
+        raise BadSetting(setting="tls_cert", problem=f"cannot load certificate and key: {error}") from error
+
+
+async def _check_parts(artefacts: Path, kernel: Path | None, image: str) -> None:
+    if kernel is not None:
+        await check_kernel(kernel)
+    if image and image not in RECIPES:
+        await ImageStore(artefacts).resolve(image)
+
+
+async def check_kernel(path: Path) -> None:
+    """Raise KernelCorrupt unless a kernel can be taken out of the file."""
+    try:
+        await extract_elf(await asyncio.to_thread(path.read_bytes))
+    except OSError as error:
+        raise KernelCorrupt(path=str(path), problem=error.strerror or str(error)) from error
+    except NotAKernel as error:
+        raise KernelCorrupt(path=str(path), problem=str(error)) from error
+
+
+def _check_addresses(control: Loaded, host: Loaded, config: HostConfig) -> None:
+    choose_address(host, "host_listen", HOST_LISTEN)
+    choose_address(control, "listen", CONTROL_LISTEN)
+    lock_instance(config.instance).close()

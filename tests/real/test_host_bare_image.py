@@ -1,0 +1,56 @@
+"""A machine of an image that is one static program: no shell, no Python, no /etc/passwd."""
+
+import os
+from urllib.parse import quote
+
+import msgspec
+import pytest
+from real_host import Guest, Host, make_fence, stdout_of
+
+from fusevm.model.errors import CommandNotFound, UnknownUser
+from fusevm.wire.guest import AgentHealth, ExecRequest, ExecResult
+
+pytestmark = pytest.mark.real
+
+FENCE = make_fence()
+#: What exists of programs and users in the machine.
+_ABSENT = ("/bin/sh", "/bin/bash", "/usr/bin/python3", "/etc/passwd", "/etc/group", "/usr")
+
+
+async def test_everything_that_needs_nothing_of_the_image_works(bare_host: Host):
+    host = bare_host
+    await host.start()
+    machine = await host.create("m-1", FENCE, image="bare", memory_mib=128)
+    assert machine.phase == "running"
+    guest = Guest(host, "m-1", FENCE)
+    health = msgspec.json.decode(await guest.ask("GET", "/health"), type=AgentHealth)
+    assert health.ok
+
+    # Commands by words: with an absolute path, by PATH, with what they wrote and how they ended.
+    for word in ("/bin/tool", "tool"):
+        result = await guest.exec(word, "version")
+        assert (result.exit_code, stdout_of(result).strip() != b"") == (0, True)
+    failed = await guest.exec("tool", "nonsense")
+    assert (failed.exit_code, stdout_of(failed)) == (1, b"")
+    # A user by number needs no /etc/passwd, one by name cannot be.
+    assert (await guest.exec("tool", "version", user="1234")).exit_code == 0
+    assert (await guest.exec("tool", "version", user="1234:56")).exit_code == 0
+    with pytest.raises(UnknownUser):
+        await guest.exec("tool", "version", user="nobody")
+
+    # What needs a shell says that there is none.
+    body = msgspec.json.encode(ExecRequest(shell="echo hello"))
+    with pytest.raises(CommandNotFound):
+        msgspec.json.decode(await guest.ask("POST", "/exec", body), type=ExecResult)
+    with pytest.raises(CommandNotFound):
+        await guest.exec("python3", "-c", "1")
+
+    # Files go in and come out.
+    data = os.urandom(300_000)
+    await guest.ask("PUT", f"/files?path={quote('/data/deep/file')}", data)
+    assert await guest.ask("GET", "/files?path=/data/deep/file") == data
+    for path in _ABSENT:
+        status, _ = await host.call("HEAD", guest.path(f"/files?path={path}"), FENCE)
+        assert status == 404, path
+    await host.delete("m-1", make_fence(action_seq=2))
+    assert await host.stop() == 0
