@@ -12,6 +12,7 @@ import fusevm
 from fusevm.control.metrics import Metrics as ControlMetrics
 from fusevm.core.diagram import render_states
 from fusevm.host.metrics import Metrics as HostMetrics
+from fusevm.model import errors
 from fusevm.model.environment import State
 from fusevm.model.errors import error_classes, field_names
 from fusevm.model.fact import Kind
@@ -35,7 +36,9 @@ def render_errors() -> str:
         "| code | reason | status | retry helps | message | details |",
         "|---|---|---|---|---|---|",
     ]
-    for cls in sorted(error_classes(), key=lambda item: (item.code, item.status, item.reason)):
+    # Errors of the client's own (and of tests) are classes, too, but no answers.
+    answers = [cls for cls in error_classes() if cls.__module__ == errors.__name__]
+    for cls in sorted(answers, key=lambda item: (item.code, item.status, item.reason)):
         fields = ", ".join(f"`{name}`" for name in field_names(cls))
         retry = "yes" if cls.retryable else ""
         message = _cell(cls.template)
