@@ -85,10 +85,10 @@ def test_crash_points_are_known_by_name():
     }
 
 
-def test_a_daemon_that_cannot_start_says_why(capsys, monkeypatch):
+def test_a_daemon_that_cannot_start_says_why(monkeypatch):
     monkeypatch.setattr("fusevm.host.main.configure_logging", lambda: None)
-    assert serve(msgspec.structs.replace(GOOD, listen="bad")) == 1
-    assert "fuse host: listen: 'bad' is not host:port" in capsys.readouterr().err
+    with pytest.raises(BadSetting, match="'bad' is not host:port"):
+        serve(msgspec.structs.replace(GOOD, listen="bad"))
 
 
 def test_every_error_of_the_daemon_is_an_error_of_the_tree():
