@@ -77,10 +77,6 @@ class HostNetwork:
         """Open the slot's DNS forwarder. Idempotent."""
         await self._dns.serve(slot)
 
-    async def stop_dns(self, index: int) -> None:
-        """Close a slot's DNS forwarder. Idempotent."""
-        await self._dns.stop(index)
-
     async def settle(self) -> None:
         """Wait until no slot is being made or destroyed."""
         await self._pool.settle()
