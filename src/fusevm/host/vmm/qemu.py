@@ -160,9 +160,16 @@ class QemuVmm:
 
     # -- for the driver --------------------------------------------------------------------------------------------
 
+    def listen(self) -> None:
+        """Read what QEMU says from now on.
+
+        To be called while the caller still holds the pipe's other end: a pipe that neither has open forgets the last
+        words of a QEMU that ended at once. Raises OSError.
+        """
+        self._pipe = PipeReader(self._files.output, self._on_output)
+
     async def attach(self, agent: Socket, qmp: Socket, console: Socket) -> None:
         """Take over the connections that were made before QEMU started."""
-        self._pipe = PipeReader(self._files.output, self._on_output)
         await self._channel.connect(agent.client)
         self._console = await ConsoleReader.start(console.client, self._log)
         self._qmp = await Qmp.start(qmp.client, self._on_event)
@@ -171,7 +178,7 @@ class QemuVmm:
         """Connect to a VMM of an earlier daemon, as far as its sockets are still there."""
         self._log.load_tail()
         try:
-            self._pipe = PipeReader(self._files.output, self._on_output)
+            self.listen()
             self._console = await ConsoleReader.start(await connect_unix(self._files.console), self._log)
             self._qmp = await Qmp.start(await connect_unix(self._files.qmp), self._on_event)
             await self._channel.connect()
@@ -313,8 +320,9 @@ class QemuDriver:
                 )
                 argv = render_command_line(program, plan, acceleration, descriptors)
                 handle = await _start(_launch(argv, plan, descriptors, output, acceleration.kind))
-            vmm = QemuVmm(plan, handle)
-            undo.push_async_callback(_discard, vmm)
+                vmm = QemuVmm(plan, handle)
+                undo.push_async_callback(_discard, vmm)
+                vmm.listen()
             await vmm.attach(agent, qmp, console)
             await vmm.wait_started()
             undo.pop_all()
