@@ -37,7 +37,7 @@ def render_errors() -> str:
         "|---|---|---|---|---|---|",
     ]
     # Errors of the client's own (and of tests) are classes, too, but no answers.
-    answers = [cls for cls in error_classes() if cls.__module__ == errors.__name__]
+    answers = [cls for cls in error_classes() if cls.__module__.startswith(errors.__name__)]
     for cls in sorted(answers, key=lambda item: (item.code, item.status, item.reason)):
         fields = ", ".join(f"`{name}`" for name in field_names(cls))
         retry = "yes" if cls.retryable else ""

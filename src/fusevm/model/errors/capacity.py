@@ -1,0 +1,138 @@
+"""Errors of limits, time and capacity."""
+
+from fusevm.model.errors.base import Error
+
+
+class PayloadTooLarge(Error):
+    reason = "payload_too_large"
+    code, status = "payload_too_large", 413
+    template = "The request body is larger than {limit} bytes"
+    limit: int
+
+
+class Unimplemented(Error):
+    reason = "unimplemented"
+    code, status = "unimplemented", 501
+    template = "{feature} is not available: {why}"
+    feature: str
+    why: str
+
+
+class NotSupported(Error):
+    """The guest agent, or the driver, lacks what was asked for."""
+
+    reason = "not_supported"
+    code, status = "unimplemented", 501
+    template = "{feature} is not supported here"
+    feature: str
+
+
+class Unavailable(Error):
+    code, status, retryable = "unavailable", 503, True
+
+
+class NoCapacity(Unavailable):
+    """No host can take the machine; `rejections` counts hosts per reason."""
+
+    reason = "no_capacity"
+    template = "No host can take this environment ({rejections}); free capacity or add a host"
+    rejections: str
+
+
+class NoHosts(Unavailable):
+    reason = "no_hosts"
+    template = "No host is registered; start one with `fuse up`, or register one with `fuse host register`"
+
+
+class HostUnreachable(Unavailable):
+    reason = "host_unreachable"
+    template = "Host {id} does not answer ({problem})"
+    id: str
+    problem: str
+
+
+class HostFull(Unavailable):
+    """Admission on the host refused before any side effect."""
+
+    reason = "host_full"
+    template = "The host has no room: {resource} needs {needed}, {free} are free"
+    resource: str
+    needed: str
+    free: str
+
+
+class SlotFailed(Unavailable):
+    """A slot's kernel objects could not be made, or are not in use."""
+
+    reason = "slot_failed"
+    template = "Network slot {index} is not usable: {problem}"
+    index: int
+    problem: str
+
+
+class NoSpace(Unavailable):
+    reason = "no_space"
+    template = "No disk space left below {path}: {needed} bytes needed, {free} free; remove images or machines"
+    path: str
+    needed: int
+    free: int
+
+
+class NoSpaceInGuest(Unavailable):
+    reason = "no_space_in_guest"
+    template = "The machine's disk is full (writing {path!r}); ask for a larger storage_gb"
+    path: str
+
+
+class StoreFull(Unavailable):
+    reason = "store_full"
+    template = "The database cannot write ({problem}); free disk space"
+    problem: str
+
+
+class ShuttingDown(Unavailable):
+    reason = "shutting_down"
+    template = "The server is shutting down; try again shortly"
+
+
+class GuestUnreachable(Unavailable):
+    reason = "guest_unreachable"
+    template = "The guest agent of {id} does not answer ({problem})"
+    id: str
+    problem: str
+
+
+class BootFailed(Unavailable):
+    """The machine did not come up; its console's last words are in `problem`."""
+
+    reason = "boot_failed"
+    retryable = False
+    template = "Machine {id} did not start: {problem}"
+    id: str
+    problem: str
+
+
+class ToolMissing(Unavailable):
+    """A program that the host daemon needs is not installed."""
+
+    reason = "tool_missing"
+    retryable = False
+    template = "The program {program} is not installed; install it with `apt-get install {package}` or run `make setup`"
+    program: str
+    package: str
+
+
+class VmmMissing(Unavailable):
+    reason = "vmm_missing"
+    retryable = False
+    template = "{program} is not installed; {remedy}"
+    program: str
+    remedy: str
+
+
+class Timeout(Error):
+    code, status, retryable = "timeout", 504, True
+    reason = "timeout"
+    template = "{what} took longer than {limit_s} s"
+    what: str
+    limit_s: int
