@@ -7,7 +7,7 @@ GO := env CGO_ENABLED=0 GOENV=off GOFLAGS= GOPROXY=off GOTOOLCHAIN=local GOWORK=
 # More arguments for pytest, fuse bench: make test ARGS="-k images"
 ARGS ?=
 
-.PHONY: help setup quickstart test lint test-agent test-python bench agent docs clean
+.PHONY: help setup quickstart console test lint test-agent test-python bench agent docs clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -19,6 +19,10 @@ setup: ## Install everything that running, checking and testing needs (safe to r
 quickstart: ## Install what running needs, then start a first machine
 	@tools/setup.sh run
 	@.venv/bin/python -m fusevm.cli.quickstart $(ARGS)
+
+console: ## Install what the web console needs, then start it (Ctrl-C ends it)
+	@tools/setup.sh console
+	@.venv/bin/fuse console $(ARGS)
 
 test: setup lint test-agent test-python ## Run every check and every test, as CI does
 

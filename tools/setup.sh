@@ -1,8 +1,9 @@
 #!/bin/sh
 # Make this source folder ready: system packages, .venv, the project in it with the guest agent.
 #
-#   tools/setup.sh run    what `fuse` needs to run
-#   tools/setup.sh dev    the same, and what checks and tests need (default)
+#   tools/setup.sh run        what `fuse` needs to run
+#   tools/setup.sh console    the same, and what `fuse console` needs
+#   tools/setup.sh dev        the same, and what checks and tests need (default)
 #
 # Safe to repeat: a step whose inputs (by content) have not changed is skipped. Packages come from wherever this
 # machine's apt and pip are configured to take them. PYTHON names another interpreter (3.11 or newer).
@@ -34,6 +35,11 @@ unshare util-linux
 mount mount
 newuidmap uidmap
 /etc/ssl/certs/ca-certificates.crt ca-certificates
+'
+# The same for checks and tests: the browser in which the console is tested, and what drives it.
+test_needs='
+chromium chromium
+chromedriver chromium-driver
 '
 
 say() { printf '%s\n' "$*" >&2; }
@@ -72,7 +78,8 @@ find_python() {
 # missing_packages: the packages whose program or file is not there, each once.
 missing_packages() {
     "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
-    echo "$needs" | while read -r thing package; do
+    [ "$mode" = dev ] || test_needs=
+    echo "$needs$test_needs" | while read -r thing package; do
         case $thing in
         '') ;;
         /*) [ -e "$thing" ] || echo "$package" ;;
@@ -114,18 +121,29 @@ make_venv() {
     [ -d "$venv" ] || step "making .venv with $python" "$python" -m venv "$venv"
 }
 
+# requirement_files MODE: what a mode installs. dev.txt includes console.txt.
+requirement_files() {
+    echo requirements/build.txt requirements/run.txt
+    [ "$1" = run ] || echo "requirements/$1.txt"
+}
+
+# requirements_key MODE: changes with the files, and with the interpreter.
+requirements_key() {
+    # shellcheck disable=SC2046 # words on purpose
+    echo "$1 $(fingerprint $(requirement_files "$1")) $("$venv/bin/python" -V)"
+}
+
 install_requirements() {
-    set -- requirements/build.txt requirements/run.txt
-    [ "$mode" = run ] || set -- "$@" requirements/dev.txt
-    key="$mode $(fingerprint "$@") $("$venv/bin/python" -V)"
-    is_done "requirements-$mode" "$key" && return
-    files=
-    for file in "$@"; do files="$files -r $file"; done
+    is_done "requirements-$mode" "$(requirements_key "$mode")" && return
+    files=$(requirement_files "$mode" | sed 's/requirements/-r &/g')
     # shellcheck disable=SC2086
-    step "installing $*" "$venv/bin/python" -m pip install --quiet --require-hashes --only-binary=:all: $files
-    mark_done "requirements-$mode" "$key"
+    step "installing the packages of requirements/$mode.txt" \
+        "$venv/bin/python" -m pip install --quiet --require-hashes --only-binary=:all: $files
     # What tests the project includes what runs it.
-    mark_done requirements-run "run $(fingerprint requirements/build.txt requirements/run.txt) $("$venv/bin/python" -V)"
+    for included in run console dev; do
+        mark_done "requirements-$included" "$(requirements_key "$included")"
+        [ "$included" != "$mode" ] || break
+    done
 }
 
 install_project() {
@@ -136,7 +154,7 @@ install_project() {
     mark_done project "$(fingerprint pyproject.toml hatch_build.py guest) $(cat "$root"/.cache/fused.json)"
 }
 
-case $mode in run | dev) ;; *) fail "usage: tools/setup.sh [run|dev]" ;; esac
+case $mode in run | console | dev) ;; *) fail "usage: tools/setup.sh [run|console|dev]" ;; esac
 cd "$root"
 python=$(find_python)
 install_system_packages

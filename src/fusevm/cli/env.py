@@ -7,10 +7,11 @@ import click
 
 from fusevm.cli.failures import USAGE, CliError
 from fusevm.cli.options import Duration, Size, State, api_options, environment_argument, environment_id, variables
-from fusevm.cli.output import format_age, print_json, print_json_line, print_record, print_table, say
+from fusevm.cli.output import print_json, print_json_line, print_record, print_table, say
 from fusevm.model.environment import TERMINAL
 from fusevm.model.environment import State as EnvironmentState
 from fusevm.sdk.client import make_task_id
+from fusevm.sdk.words import format_age, record
 from fusevm.wire.rest import EnvironmentBody, EventBody
 
 if TYPE_CHECKING:
@@ -156,30 +157,7 @@ def get(*, state: State, env_id: str, uid: str) -> None:
     if state.is_json:
         print_json(one)
         return
-    spec, timings = one.spec, one.timings
-    phases = ("schedule", "prepare", "boot", "agent")
-    start = [(phase, getattr(timings, f"{phase}_ms", 0)) for phase in phases]
-    limit = "unlimited" if spec.max_runtime_seconds < 0 else f"{spec.max_runtime_seconds} s"
-    print_record(
-        [
-            ("id", one.id),
-            ("uid", one.uid),
-            ("state", one.state),
-            ("reason", one.reason),
-            ("error", one.error),
-            ("image", spec.image),
-            ("size", f"{spec.cpus} vCPU, {spec.ram_mb} MiB memory, {spec.storage_gb} GiB disk"),
-            ("internet", "yes" if one.network.internet else "no"),
-            ("host", one.host_id),
-            ("runtime limit", limit),
-            ("idle limit", f"{spec.idle_timeout_seconds} s" if spec.idle_timeout_seconds else "none"),
-            ("url", one.url or ""),
-            ("created", one.created_at),
-            ("running", one.running_at),
-            ("ended", one.ended_at),
-            ("start", ", ".join(f"{name} {value:.0f} ms" for name, value in start if value)),
-        ]
-    )
+    print_record(record(one))
 
 
 @env.command()

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cp": ("fusevm.cli.cp:cp", "Copy files and folders in and out."),
     "logs": ("fusevm.cli.logs:logs", "Show the console of an environment."),
     "story": ("fusevm.cli.story:story", "Tell what happened to an environment, and why."),
+    "console": ("fusevm.cli.console:console", "Show environments and hosts in a browser."),
     "host": ("fusevm.cli.host:host", "Show hosts; run the host daemon."),
     "serve": ("fusevm.cli.serve:serve", "Run the control plane."),
     "image": ("fusevm.cli.image:image", "List and build images on this machine."),

@@ -92,19 +92,3 @@ def format_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
-
-
-def format_age(timestamp: str, now_s: float) -> str:
-    """How long an RFC 3339 time is ago: 12s, 5m, 3h, 2d; empty for an empty one."""
-    if not timestamp:
-        return ""
-    from datetime import datetime  # noqa: PLC0415 - most commands do without
-
-    try:
-        seconds = max(int(now_s - datetime.fromisoformat(timestamp).timestamp()), 0)
-    except ValueError:
-        return timestamp
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
-        if seconds >= size:
-            return f"{seconds // size}{unit}"
-    return f"{seconds}s"

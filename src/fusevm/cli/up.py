@@ -108,6 +108,8 @@ def announce(running: "Running", image: str, instance: str, *, ready_file: str, 
         save_private(Path(ready_file), Ready(context=running.context, instance=instance))
     for line in running.describe(image):
         print(line, flush=True)
+    if is_default:
+        print("Console fuse console", flush=True)
 
 
 def watch(installation: "Installation") -> None:

@@ -11,9 +11,10 @@ from fusevm.cli.cp import parse_place
 from fusevm.cli.ephemeral import free_range
 from fusevm.cli.failures import CliError
 from fusevm.cli.options import Duration, Size, environment_id, variables
-from fusevm.cli.output import format_age, format_bytes
+from fusevm.cli.output import format_bytes
 from fusevm.cli.places import find_places
 from fusevm.cli.transfer import Remote
+from fusevm.sdk.words import format_age
 
 
 @pytest.mark.parametrize(
