@@ -8,7 +8,9 @@ from fusevm.model import errors
 from fusevm.model.errors import BadField, Error, InvalidArgument, NoSpace, error_classes, field_names
 
 #: The SDK has a few of its own that never cross a wire.
-CLASSES = sorted((cls for cls in error_classes() if cls.__module__.startswith(errors.__name__)), key=lambda cls: cls.__name__)
+CLASSES = sorted(
+    (cls for cls in error_classes() if cls.__module__.startswith(errors.__name__)), key=lambda cls: cls.__name__
+)
 #: The contract's short list, with the statuses that each may have.
 STATUSES = {
     "invalid_argument": {400, 405},
