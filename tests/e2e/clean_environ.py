@@ -3,9 +3,11 @@
 import os
 from pathlib import Path
 
+from own_world import MARK
+
 
 def clean_environ(home: Path) -> dict[str, str]:
-    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR", MARK) if name in os.environ}
     return kept | {
         "HOME": str(home),
         "XDG_CONFIG_HOME": str(home / "config"),

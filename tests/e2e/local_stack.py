@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import signal
@@ -15,12 +14,13 @@ from pathlib import Path
 import msgspec
 from terminal_window import FUSE
 
+from artefacts import ensure_artefacts
 from fusevm.cli.ephemeral import free_range
 from fusevm.cli.leftovers import find_leftovers
 from fusevm.cli.up import Ready
+from own_world import DATA as ARTEFACTS
+from own_world import run_prefix
 
-#: Kernel and images, made once and kept between runs.
-ARTEFACTS = Path(os.environ.get("FUSE_TEST_DATA", "/var/cache/fuse-test"))
 START_S = 600.0
 
 
@@ -28,10 +28,11 @@ class LocalStack:
     """One data folder. `up` and `kill` as often as needed; `down` at the end."""
 
     def __init__(self, folder: Path, environ: Mapping[str, str]) -> None:
+        ensure_artefacts()
         # Not below pytest's own folder, which is private: the users that machines run as must get through.
         self.data = Path(tempfile.mkdtemp(prefix="fuse-test-", dir="/var/tmp"))
         self.data.chmod(0o711)
-        self.instance = f"t{secrets.token_hex(3)}"
+        self.instance = f"{run_prefix()}{secrets.token_hex(2)[:3]}"
         self.base_environ = dict(environ) | {
             "FUSE_DATA_DIR": str(self.data),
             "FUSE_INSTANCE": self.instance,
@@ -45,7 +46,7 @@ class LocalStack:
 
     def up(self, *arguments: str) -> Ready:
         if self.process is not None:
-            self.process.wait(30)
+            self.process.wait(240)
         self._ready.unlink(missing_ok=True)
         command = [*FUSE, "up", "--ready-file", str(self._ready), *arguments]
         with self.log.open("ab") as log:
@@ -60,13 +61,13 @@ class LocalStack:
         self.environ = self.base_environ | {"FUSE_BASE_URL": ready.context.url, "FUSE_TOKEN": ready.context.token}
         return ready
 
-    def end(self, number: int, timeout_s: float = 60.0) -> int:
+    def end(self, number: int, timeout_s: float = 240.0) -> int:
         assert self.process is not None
         self.process.send_signal(number)
         return self.process.wait(timeout_s)
 
     def fuse(self, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-        settings = {"capture_output": True, "text": True, "env": self.environ, "timeout": 180}
+        settings = {"capture_output": True, "text": True, "env": self.environ, "timeout": 400}
         command = [*FUSE, *arguments]
         return subprocess.run(command, check=False, **(settings | options))  # type: ignore[call-overload,no-any-return]
 
@@ -80,7 +81,7 @@ class LocalStack:
         shutil.rmtree(self.data, ignore_errors=True)
         assert done.returncode == 0, done.stderr + self.log.read_text()
 
-    def leftovers(self, timeout_s: float = 10.0) -> list[str]:
+    def leftovers(self, timeout_s: float = 120.0) -> list[str]:
         """What is still there after a while, but for the data folder itself."""
         ends_at = time.monotonic() + timeout_s
         while left := [name for name in find_leftovers(self.data, self.instance) if name != f"folder {self.data}"]:
@@ -92,4 +93,4 @@ class LocalStack:
 
 def interrupt(process: subprocess.Popen[bytes], number: int = signal.SIGINT) -> int:
     process.send_signal(number)
-    return process.wait(60)
+    return process.wait(240)

@@ -63,7 +63,7 @@ class TerminalWindow:
     def is_raw(self) -> bool:
         return not self.modes[2] & (termios.ICANON | termios.ECHO | termios.ISIG)
 
-    def type(self, data: bytes | str, timeout_s: float = 60.0) -> None:
+    def type(self, data: bytes | str, timeout_s: float = 240.0) -> None:
         """Type or paste; reads the screen meanwhile, as a window does."""
         rest = memoryview(data.encode() if isinstance(data, str) else data)
         ends_at = time.monotonic() + timeout_s
@@ -76,7 +76,7 @@ class TerminalWindow:
                     rest = rest[os.write(self._fd, rest[:4096]) :]
             assert time.monotonic() < ends_at, f"{len(rest)} bytes were not taken"
 
-    def wait_for(self, pattern: str | bytes, timeout_s: float = 30.0) -> re.Match[bytes]:
+    def wait_for(self, pattern: str | bytes, timeout_s: float = 120.0) -> re.Match[bytes]:
         """Wait until the screen shows a regular expression, and forget everything up to its end."""
         sought = re.compile(pattern.encode() if isinstance(pattern, str) else pattern, re.DOTALL)
         ends_at = time.monotonic() + timeout_s
@@ -91,7 +91,7 @@ class TerminalWindow:
         self.screen = self.screen[found.end() :]
         return found
 
-    def wait_until(self, is_true: object, timeout_s: float = 20.0) -> None:
+    def wait_until(self, is_true: object, timeout_s: float = 120.0) -> None:
         """Wait until a function says True; the screen is read meanwhile."""
         ends_at = time.monotonic() + timeout_s
         while not is_true():  # type: ignore[operator]
@@ -99,7 +99,22 @@ class TerminalWindow:
             if select.select([self._fd], [], [], 0.02)[0]:
                 self._read()
 
-    def wait_end(self, timeout_s: float = 30.0) -> int:
+    def wait_size(self, rows: int, cols: int, timeout_s: float = 60.0) -> None:
+        """Ask a shell for the size of its terminal until it is this one."""
+        ends_at = time.monotonic() + timeout_s
+        while True:
+            self.type("stty size\n")
+            size = self.wait_for(r"(\d+ \d+)\r\n")[1].decode()
+            if size == f"{rows} {cols}":
+                return
+            assert time.monotonic() < ends_at, f"the size stays {size}"
+
+    def start_sleep(self) -> None:
+        """Have a shell wait for a program of which it is sure that it runs."""
+        self.type("sh -c 'echo asl\"\"eep; exec sleep 1000'\n")
+        self.wait_for("asleep\r\n")
+
+    def wait_end(self, timeout_s: float = 120.0) -> int:
         """Wait for the end of the program; the exit code as a shell would have it."""
         ends_at = time.monotonic() + timeout_s
         while True:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -26,28 +27,21 @@ def window(environ: dict[str, str]):  # type: ignore[no-untyped-def]
 
 
 def test_the_shell_has_our_size_and_follows_it(window: TerminalWindow) -> None:
-    window.type("stty size\n")
-    window.wait_for("30 100\r\n")
+    window.wait_size(30, 100)
     window.resize(41, 133)
-    time.sleep(0.3)
-    window.type("stty size\n")
-    window.wait_for("41 133\r\n")
+    window.wait_size(41, 133)
 
 
 def test_ctrl_c_stops_the_command_and_not_the_shell(window: TerminalWindow) -> None:
-    window.type("sleep 1000\n")
-    time.sleep(0.3)
-    began = time.monotonic()
+    window.start_sleep()
     window.type("\x03")
     window.wait_for(PROMPT)
-    assert time.monotonic() - began < 5
     window.type("echo sta''tus $?\n")
     window.wait_for("status 130\r\n")
 
 
 def test_ctrl_z_and_ctrl_d_belong_to_the_other_side(window: TerminalWindow) -> None:
-    window.type("sleep 1000\n")
-    time.sleep(0.3)
+    window.start_sleep()
     window.type("\x1a")
     window.wait_for("Stopped")
     window.wait_for(PROMPT)
@@ -69,10 +63,10 @@ def test_a_paste_of_one_mebibyte_arrives_whole(window: TerminalWindow, tmp_path:
     target = tmp_path / "pasted"
     lines = b"".join(b"%06d %s\n" % (number, b"x" * 56) for number in range(16384))
     assert len(lines) == 1 << 20
-    window.type(f"stty -icanon -echo; head -c {len(lines)} > {target}; stty icanon; echo wri''tten\n")
-    time.sleep(0.3)
+    window.type(f"stty -icanon -echo; echo li''stens; head -c {len(lines)} > {target}; stty icanon; echo wri''tten\n")
+    window.wait_for("listens\r\n")
     window.type(lines)
-    window.wait_for("written\r\n", timeout_s=60)
+    window.wait_for("written\r\n")
     assert target.read_bytes() == lines
 
 
@@ -121,7 +115,7 @@ def test_closing_the_window_ends_the_session(environ: dict[str, str], api: FakeA
     with TerminalWindow([*FUSE, "shell", "a", "--", "sh", "-c", f"echo $$ > {marker}; exec sleep 1000"], environ):
         wait_for_file(marker)
         pid = int(marker.read_text())
-    ends_at = time.monotonic() + 10
+    ends_at = time.monotonic() + 120
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < ends_at
         time.sleep(0.05)
@@ -133,7 +127,7 @@ def test_a_script_can_be_fed_to_a_shell(environ: dict[str, str]) -> None:
         input=b"echo one; tty; echo two >&2; exit 7\n",
         capture_output=True,
         env=environ,
-        timeout=30,
+        timeout=240,
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (7, b"one\nnot a tty\n", b"two\n")
@@ -145,7 +139,7 @@ def test_a_script_can_be_fed_to_a_shell(environ: dict[str, str]) -> None:
 def test_exec_passes_bytes_through_unchanged(environ: dict[str, str]) -> None:
     data = os.urandom(8 << 20)
     done = subprocess.run(
-        [*FUSE, "exec", "a", "cat"], input=data, capture_output=True, env=environ, timeout=60, check=False
+        [*FUSE, "exec", "a", "cat"], input=data, capture_output=True, env=environ, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == data
@@ -167,19 +161,19 @@ def test_ctrl_c_reaches_a_command_without_a_terminal(environ: dict[str, str], ap
     assert api.signals == ["INT"]
 
 
-def test_a_second_ctrl_c_gives_up(environ: dict[str, str]) -> None:
+def test_a_second_ctrl_c_gives_up(environ: dict[str, str], api: FakeApi) -> None:
     script = "trap '' INT; echo up; while :; do sleep 0.05; done"
     with TerminalWindow([*FUSE, "exec", "-n", "a", "--", "sh", "-c", script], environ) as window:
         window.wait_for("up\r\n")
         window.type("\x03")
-        time.sleep(0.3)
+        window.wait_until(lambda: api.signals)
         window.type("\x03")
         assert window.wait_end() == 130
 
 
 def test_a_reader_that_goes_away_is_no_error(environ: dict[str, str]) -> None:
     command = f"{' '.join(FUSE)} exec -n a -- yes | head -1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, env=environ, timeout=30, check=False)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, env=environ, timeout=240, check=False)
     assert done.stdout == b"y\n141\n"
     assert done.stderr == b""
 
@@ -188,7 +182,7 @@ def test_lists_end_quietly_when_their_reader_goes_away(environ: dict[str, str], 
     for number in range(3000):
         api.add(f"t{number}")
     command = f"{' '.join(FUSE)} env list | head -1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, env=environ, timeout=30, check=False)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, env=environ, timeout=240, check=False)
     assert done.stdout.splitlines()[-1] in (b"141", b"0")
     assert done.stderr == b""
 
@@ -214,11 +208,11 @@ def test_ctrl_c_during_run_destroys_the_machine(environ: dict[str, str], api: Fa
 
 
 def test_ctrl_c_during_create_destroys_the_machine(environ: dict[str, str], api: FakeApi) -> None:
-    def slow():  # type: ignore[no-untyped-def]
+    async def slow():  # type: ignore[no-untyped-def]
         api.add("late")
-        time.sleep(1.5)
+        while not any(method == "DELETE" for method, *_ in api.requests):
+            await asyncio.sleep(0.01)
         api.environments.pop("fuse-late")
-        return
 
     api.script("POST", "/v1/environments", slow)  # the answer is a failure, after Ctrl-C
     with TerminalWindow([*FUSE, "run", "-n", "debian-12", "--", "true"], environ) as window:
@@ -252,26 +246,29 @@ def test_a_killed_copy_leaves_no_partial_target(environ: dict[str, str], api: Fa
     (api.disk / "big").write_bytes(bytes(1000))
     folder = tmp_path / "here"
     folder.mkdir()
+    sent = threading.Event()  # more than connections and pipes hold: the copy is under way
 
     def endless():  # type: ignore[no-untyped-def]
         async def pieces():  # type: ignore[no-untyped-def]
-            for _ in range(10_000):
+            for _ in range(100):
                 yield bytes(100_000)
-                await asyncio.sleep(0.005)
+            sent.set()
+            await asyncio.Event().wait()
 
         return StreamingResponse(pieces(), headers={"content-length": str(10_000 * 100_000)})
 
     for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
         api.script("GET", "/v1/environments/fuse-a/files", endless)
+        sent.clear()
         process = subprocess.Popen([*FUSE, "cp", "-q", "a:/big", "target"], env=environ, cwd=folder)
-        time.sleep(0.8)
+        assert sent.wait(120)
         assert process.poll() is None
         process.send_signal(number)
-        process.wait(10)
+        process.wait(120)
         assert list(folder.iterdir()) == []
 
 
-def wait_for_file(path: Path, timeout_s: float = 10.0) -> None:
+def wait_for_file(path: Path, timeout_s: float = 120.0) -> None:
     ends_at = time.monotonic() + timeout_s
     while not (path.exists() and path.read_text()):
         assert time.monotonic() < ends_at

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import local_stack
@@ -19,15 +19,20 @@ from clean_environ import clean_environ
 from local_stack import ARTEFACTS, LocalStack
 from terminal_window import FUSE
 
+from fusevm.host.config import HostConfig
+
 pytestmark = [
     pytest.mark.real,
     pytest.mark.root,
     pytest.mark.skipif(os.geteuid() != 0, reason="`fuse up` with its own network needs root"),
     pytest.mark.timeout(600),
+    pytest.mark.shared_stack,
 ]
 QEMU = "qemu-system-x86_64"
 #: Offset of the magic number of ext4 (ext4(5)).
-_MAGIC_AT = 1024 + 0x38
+_MAGIC_AT, _MAGIC = 1024 + 0x38, b"\x53\xef"
+#: Network slots that wait for machines.
+WARM_SLOTS = HostConfig(data_root=Path("/nowhere")).warm_slots
 REMEDY = f"{QEMU} is not installed; install it with `apt-get install qemu-system-x86`"
 #: Exit status of a command that can never work (400), and of one that the servers could not do.
 INVALID, UNAVAILABLE = 2, 5
@@ -105,14 +110,11 @@ class Lab(LocalStack):
 
     def count_spare(self) -> None:
         """Before there is any machine."""
-        before = -1
-        while (now := len(self.namespaces())) != before:
-            before = now
-            time.sleep(1)
-        self.spare = now
+        wait_until(lambda: len(self.namespaces()) == WARM_SLOTS)
+        self.spare = WARM_SLOTS
 
     def check_nothing_left(self) -> None:
-        ends_at = time.monotonic() + 20
+        ends_at = time.monotonic() + 120
         while left := self.machine_traces():
             assert time.monotonic() < ends_at, left
             time.sleep(0.2)
@@ -146,7 +148,7 @@ def test_a_vmm_that_is_killed_is_told_everywhere(stack: Lab) -> None:
         os.kill(stack.vmm(), signal.SIGKILL)
         # The stream ends by itself.
         told = [json.loads(line) for line in follower.stdout]
-        assert follower.wait(30) == 0
+        assert follower.wait(120) == 0
     assert (told[-1]["state"], told[-1]["reason"]) == ("failed", "machine_exited")
     assert "SIGKILL" in told[-1]["error"]
 
@@ -168,10 +170,28 @@ def test_a_vmm_that_is_killed_is_told_everywhere(stack: Lab) -> None:
 def refused(stack: Lab, image: str, *, code: int) -> str:
     """The message of a create that does not succeed; nothing of it is left."""
     done = stack.fuse("env", "create", image, "--task-id", "never", "--ram", "256M", "-o", "json")
+    return error_of(stack, done, code=code)
+
+
+def error_of(stack: Lab, done: subprocess.CompletedProcess[str], *, code: int) -> str:
+    """The message of a command that failed with this code; nothing of it is left."""
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     assert stack.environments() == []
     stack.check_nothing_left()
     return str(json.loads(done.stderr)["error"]["message"])
+
+
+def put_magic(rootfs: Path, magic: bytes) -> None:
+    with rootfs.open("r+b") as file:
+        file.seek(_MAGIC_AT)
+        file.write(magic)
+
+
+def wait_until(is_true: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    ends_at = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < ends_at
+        time.sleep(0.1)
 
 
 def last_failure(stack: Lab) -> tuple[str, str]:
@@ -188,19 +208,21 @@ def test_an_unknown_image_is_refused(stack: Lab) -> None:
 def test_a_damaged_image_is_refused(stack: Lab) -> None:
     hosts = json.loads(stack.fuse("host", "list", "-o", "json").stdout)
     assert "fragile" in json.dumps(hosts), "the control plane believes in it"
-    with stack.fragile.open("r+b") as file:
-        file.seek(_MAGIC_AT)
-        file.write(b"\0\0")
+    for _ in range(20):  # until the create comes before the host has told the control plane
+        put_magic(stack.fragile, b"\0\0")
+        if "fragile" in stack.fuse("host", "list", "-o", "json").stdout:
+            done = stack.fuse("env", "create", "fragile", "--task-id", "never", "--ram", "256M", "-o", "json")
+            if done.returncode != INVALID:
+                break
+        put_magic(stack.fragile, _MAGIC)
+        wait_until(lambda: "fragile" in stack.fuse("host", "list", "-o", "json").stdout)
     # The host sees it, the environment fails with this reason.
-    message = refused(stack, "fragile", code=UNAVAILABLE)
+    message = error_of(stack, done, code=UNAVAILABLE)
     assert f"{stack.fragile} is damaged (it is no ext4 file system)" in message
     assert "fuse image build --force fragile" in message
     assert last_failure(stack) == ("failed", "image_corrupt")
     # Soon the control plane knows that no host has it.
-    ends_at = time.monotonic() + 60
-    while "fragile" in stack.fuse("host", "list", "-o", "json").stdout:
-        assert time.monotonic() < ends_at
-        time.sleep(0.2)
+    wait_until(lambda: "fragile" not in stack.fuse("host", "list", "-o", "json").stdout)
     assert "There is no image 'fragile'" in refused(stack, "fragile", code=INVALID)
 
 
@@ -218,7 +240,13 @@ def test_without_qemu_fuse_does_not_start(stack: Lab) -> None:
     assert stack.end(signal.SIGINT) == 0
     words = [*_APART, f'{hiding()}; exec "$@"', "sh", *FUSE, "up"]
     done = subprocess.run(
-        words, env=stack.base_environ, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False
+        words,
+        env=stack.base_environ,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        stdin=subprocess.DEVNULL,
+        check=False,
     )
     assert done.returncode == UNAVAILABLE, done.stderr
     assert REMEDY in done.stderr

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from artefacts import ensure_artefacts
 from fusevm.host.images.build import build_from_tree
 from fusevm.host.images.initramfs import agent_path
 from fusevm.host.images.store import ImageConfig, ImageStore
 from fusevm.model.errors import VmmMissing
+from own_world import run_prefix
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from real_host import Box, Guest, Host, ensure_artefacts, make_fence, until
+from real_host import Box, Guest, Host, make_fence, until
 
 
 @pytest.fixture(scope="session")
@@ -28,20 +30,16 @@ def artefacts() -> Path:
         pytest.skip("needs root for namespaces of its own")
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("qemu-system-x86_64 is not installed")
-    data = Path(os.environ.get("FUSE_TEST_DATA", "/var/cache/fuse-test"))
-    data.mkdir(parents=True, exist_ok=True)
     try:
-        agent_path()
+        return ensure_artefacts()
     except VmmMissing as e:
         pytest.skip(str(e))
-    asyncio.run(ensure_artefacts(data))
-    return data
 
 
 @pytest.fixture
 def host(artefacts: Path) -> Iterator[Host]:
     """A host without a daemon, in a box of its own; at the end nothing of machines may be left."""
-    host = Host(Box(), artefacts, "fuseh")
+    host = Host(Box(), artefacts, f"{run_prefix()}h")
     try:
         yield host
         left = asyncio.run(_wait_empty(host))
@@ -53,14 +51,14 @@ def host(artefacts: Path) -> Iterator[Host]:
 async def _wait_empty(host: Host) -> list[str]:
     """What is left when the kernel has had its time to take network devices apart."""
     with contextlib.suppress(TimeoutError):
-        await until(lambda: not host.leftovers(), 5)
+        await until(lambda: not host.leftovers(), 60)
     return host.leftovers()
 
 
 @pytest.fixture(scope="session")
 def shared_host(artefacts: Path) -> Iterator[Host]:
     """A running daemon for tests that do not harm it."""
-    host = Host(Box(), artefacts, "fuses", warm_slots=1)
+    host = Host(Box(), artefacts, f"{run_prefix()}s", warm_slots=1)
     try:
         asyncio.run(host.start())
         yield host
@@ -95,7 +93,7 @@ def bare_artefacts(artefacts: Path) -> Iterator[Path]:
 @pytest.fixture
 def bare_host(bare_artefacts: Path) -> Iterator[Host]:
     """As `host`, for machines of the image `bare`."""
-    host = Host(Box(), bare_artefacts, "fuseb")
+    host = Host(Box(), bare_artefacts, f"{run_prefix()}b")
     try:
         yield host
         left = asyncio.run(_wait_empty(host))

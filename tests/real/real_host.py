@@ -23,12 +23,9 @@ from typing import Any
 import msgspec
 import websockets.asyncio.client as ws
 
+from artefacts import IMAGE
 from fusevm.host.cgroup import Cgroups, observe_mounts
 from fusevm.host.faults import VARIABLE
-from fusevm.host.images.debian import build_debian
-from fusevm.host.images.initramfs import ensure_initramfs
-from fusevm.host.images.kernel import KernelStore
-from fusevm.host.images.store import ImageStore
 from fusevm.model.errors import Error
 from fusevm.model.machine import Fence
 from fusevm.wire.errors import parse_error
@@ -39,19 +36,11 @@ from fusevm.wire.http1 import Body, Connection, Response
 from fusevm.wire.streams import open_unix
 
 ROOT = Path(__file__).resolve().parents[2]
-IMAGE = "debian-12"
 #: Generous: two cores, software emulation, and whatever else the machine does.
 BOOT_MS = 180_000
 _START_S = 60.0
 _UNSHARE = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 _PREPARE = "mkdir -p /run/netns && mount -t tmpfs fuse-test /run/netns && ip link set lo up && exec sleep infinity"
-
-
-async def ensure_artefacts(data: Path) -> None:
-    kernel = await KernelStore(data).ensure()
-    await ensure_initramfs(data, kernel)
-    if await ImageStore(data).find(IMAGE) is None:
-        await build_debian(ImageStore(data), IMAGE)
 
 
 class Box:
@@ -353,7 +342,7 @@ def make_fence(uid: str = "u1", incarnation: int = 1, action_seq: int = 1) -> Fe
     return Fence(cluster="test", uid=uid, incarnation=incarnation, action_seq=action_seq)
 
 
-async def until(condition: Any, timeout_s: float = 30.0) -> None:
+async def until(condition: Any, timeout_s: float = 120.0) -> None:
     """Wait until a (possibly asynchronous) condition holds."""
     async with asyncio.timeout(timeout_s):
         while True:

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from fusevm.host.cgroup import Cgroup, Cgroups, Limits, observe_mounts
+from fusevm.host.cgroup import Cgroup, Cgroups, Limits, has_run_out_of_memory, observe_mounts
 from fusevm.host.process import ProcessHandle
 from fusevm.host.vmm.driver import Confinement
 from fusevm.host.vmm.launch import Launch, open_output, start_process
@@ -56,6 +56,24 @@ async def test_more_memory_than_the_limit_ends_the_process(groups, tmp_path):
     usage = [p / "memory.max_usage_in_bytes" for p in group.paths] + [p / "memory.peak" for p in group.paths]
     peaks = [int(path.read_text()) for path in usage if path.exists()]
     assert all(peak <= LIMITS.memory_bytes for peak in peaks)
+
+
+async def test_a_group_that_ran_out_of_memory_says_so_and_another_does_not(groups, tmp_path):
+    group = await ensure(groups, "memory")
+    handle = start(tmp_path, group, "head -c 200000000 /dev/zero | tail -c 190000000")
+    async with asyncio.timeout(60):
+        await handle.wait()
+    assert await groups.find("m-1") == Cgroup(paths=group.paths)
+    assert has_run_out_of_memory(group.paths)
+    other = await groups.ensure("m-2", LIMITS)
+    killed = start(tmp_path, other, "exec sleep 60")
+    killed.send(signal.SIGKILL)
+    async with asyncio.timeout(60):
+        await killed.wait()
+    assert not has_run_out_of_memory(other.paths)
+    await groups.remove("m-1")
+    assert not has_run_out_of_memory(group.paths)
+    assert await groups.find("m-1") == Cgroup()
 
 
 async def test_more_processes_than_the_limit_are_refused(groups, tmp_path):

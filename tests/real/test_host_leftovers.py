@@ -46,7 +46,7 @@ async def test_leftovers_are_removed_at_the_start(host: Host):
 async def test_leftovers_that_appear_later_are_removed_by_the_sweep(host: Host):
     await host.start()
     stray = _plant(host, "m-late")
-    await until(lambda: host.leftovers() == [], 20)
+    await until(lambda: host.leftovers() == [], 120)
     assert stray.wait(10) != 0
     assert await host.stop() == 0
 
@@ -55,7 +55,7 @@ async def test_a_sweep_leaves_machines_alone_and_state_says_what_is_there(host: 
     await host.start()
     await host.create("m-1", make_fence())
     stray = _plant(host, "m-lost")
-    await until(lambda: not any("m-lost" in line for line in host.leftovers()), 20)
+    await until(lambda: not any("m-lost" in line for line in host.leftovers()), 120)
     stray.wait(10)
     state = json.loads(await host.ask("GET", "/state"))
     assert state["observed"]["phases"] == {"m-1": "running"}

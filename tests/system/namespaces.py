@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-_INSIDE = "FUSE_TEST_PRIVATE_NETWORK"
+from own_world import INSIDE
+
 _NAMESPACES = ["--net", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
 _PREPARE = 'mkdir -p /run/netns && mount -t tmpfs fuse-test /run/netns && ip link set lo up && exec "$@"'
 _DEADLINE_S = 280
@@ -27,7 +28,7 @@ _TAIL_CHARACTERS = 20_000
 
 def is_inside() -> bool:
     """Tell whether this process is one that `private_network` started."""
-    return os.environ.get(_INSIDE) == "1"
+    return os.environ.get(INSIDE) == "1"
 
 
 def private_network(test: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,7 +59,7 @@ def _run_again(request: pytest.FixtureRequest, base_temp: Path) -> None:
     node = f"{path}::{request.node.nodeid.partition('::')[2]}"
     options = ["-q", "-p", "no:cacheprovider", "--no-header", f"--basetemp={base_temp}"]
     pytest_argv = [sys.executable, "-m", "pytest", *options, node]
-    done = run_in_private_network(pytest_argv, cwd=root, env={**os.environ, _INSIDE: "1"}, timeout=_DEADLINE_S)
+    done = run_in_private_network(pytest_argv, cwd=root, env={**os.environ, INSIDE: "1"}, timeout=_DEADLINE_S)
     if "1 skipped" in done.stdout:
         pytest.skip(done.stdout[-_TAIL_CHARACTERS:])
     if done.returncode != 0:

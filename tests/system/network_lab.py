@@ -31,7 +31,9 @@ ECHO_PORT = 7
 RANGE = "10.211.0.0/16"
 PLAN = NetworkPlan(prefix="ft", range=RANGE)
 
-_TIMEOUT_S = 2.0
+#: An answer that comes is waited for that long, one that must not come this long.
+PATIENCE_S = 60.0
+SILENCE_S = 2.0
 
 
 def sh(command: str) -> str:
@@ -244,22 +246,22 @@ class Guest:
 
         return await run_inside(namespace_path(self.namespace), make)
 
-    async def connect(self, address: str, port: int = ECHO_PORT) -> socket.socket:
+    async def connect(self, address: str, port: int = ECHO_PORT, *, timeout_s: float = PATIENCE_S) -> socket.socket:
         """Open a TCP connection; OSError when it is refused, TimeoutError when nobody answers."""
         connection = await self.open_socket(socket.SOCK_STREAM)
         try:
-            async with asyncio.timeout(_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 await asyncio.get_running_loop().sock_connect(connection, (address, port))
         except BaseException:
             connection.close()
             raise
         return connection
 
-    async def tcp(self, address: str, port: int = ECHO_PORT) -> str:
+    async def tcp(self, address: str, port: int = ECHO_PORT, *, timeout_s: float = PATIENCE_S) -> str:
         """Exchange a word by TCP; return what the service said."""
-        connection = await self.connect(address, port)
+        connection = await self.connect(address, port, timeout_s=timeout_s)
         with connection:
-            return await say(connection, b"hello")
+            return await say(connection, b"hello", timeout_s=timeout_s)
 
     async def udp(
         self,
@@ -268,7 +270,7 @@ class Guest:
         data: bytes = b"hello",
         *,
         source: str = "",
-        timeout_s: float = _TIMEOUT_S,
+        timeout_s: float = PATIENCE_S,
     ) -> bytes:
         """Exchange a datagram; OSError or TimeoutError when there is no answer."""
         loop = asyncio.get_running_loop()
@@ -280,15 +282,16 @@ class Guest:
 
     async def is_refused(self, address: str, port: int = ECHO_PORT) -> bool:
         """Tell whether neither TCP nor UDP gets an answer."""
-        answers = await asyncio.gather(self.tcp(address, port), self.udp(address, port), return_exceptions=True)
+        tcp = self.tcp(address, port, timeout_s=SILENCE_S)
+        answers = await asyncio.gather(tcp, self.udp(address, port, timeout_s=SILENCE_S), return_exceptions=True)
         assert all(isinstance(answer, OSError | str | bytes) for answer in answers), answers  # TimeoutError is one
         return all(isinstance(answer, OSError) for answer in answers)
 
 
-async def say(connection: socket.socket, data: bytes) -> str:
+async def say(connection: socket.socket, data: bytes, *, timeout_s: float = PATIENCE_S) -> str:
     """Send on an open connection and return the answer; TimeoutError when none comes."""
     loop = asyncio.get_running_loop()
-    async with asyncio.timeout(_TIMEOUT_S):
+    async with asyncio.timeout(timeout_s):
         await loop.sock_sendall(connection, data)
         return (await loop.sock_recv(connection, 65536)).decode()
 

@@ -117,7 +117,7 @@ async def test_an_answer_from_another_address_is_passed_over(tmp_path):
         other = await world.add_server("127.0.0.2", well)
         original = server.datagram_received
         server.datagram_received = lambda data, addr: (original(data, addr), other.datagram_received(data, addr))
-        reply = await world.guest.udp(GATEWAY, 53, question("example.org"), timeout_s=6)
+        reply = await world.guest.udp(GATEWAY, 53, question("example.org"))
         assert code(reply) == 2
         assert len(other.asked) == dns.MAX_ATTEMPTS
 
@@ -129,7 +129,7 @@ async def test_a_silent_server_is_followed_by_the_next(tmp_path):
         await world.add_server("127.0.0.2", well)
         world.use("127.0.0.1", "127.0.0.2")
         start = time.monotonic()
-        assert code(await world.guest.udp(GATEWAY, 53, question("example.org"), timeout_s=4)) == 0
+        assert code(await world.guest.udp(GATEWAY, 53, question("example.org"))) == 0
         assert time.monotonic() - start >= dns.ATTEMPT_TIMEOUT_S
         assert len(silent.asked) == 1
 
@@ -194,9 +194,13 @@ async def test_a_guest_has_a_bounded_number_of_questions_in_work(tmp_path):
         with await world.guest.open_socket(socket.SOCK_DGRAM) as datagram:
             await loop.sock_connect(datagram, (GATEWAY, 53))
             for number in range(dns.MAX_IN_FLIGHT + 40):
-                await loop.sock_sendall(datagram, question("example.org", number))
-            await asyncio.sleep(1)
-        assert len(server.asked) == dns.MAX_IN_FLIGHT
+                await loop.sock_sendall(datagram, question(f"n{number}.example.org", number))
+            async with asyncio.timeout(60):
+                while len(server.asked) < dns.MAX_IN_FLIGHT:
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+        # Without their numbers: each is asked again when there is no answer in time.
+        assert len({query[2:] for query in server.asked}) == dns.MAX_IN_FLIGHT
 
 
 @private_network
@@ -208,16 +212,20 @@ async def test_a_flood_is_stopped_by_the_kernel(tmp_path):
         with await world.guest.open_socket(socket.SOCK_DGRAM) as datagram:
             await loop.sock_connect(datagram, (GATEWAY, 53))
             start = time.monotonic()
-            for number in range(3000):
-                await loop.sock_sendall(datagram, question("example.org", number))
+            sent = 0
+            # Until some must have been refused, whatever the speed of this machine.
+            while sent < 3000 or sent < 400 + 400 * (time.monotonic() - start):
+                for _ in range(20):
+                    await loop.sock_sendall(datagram, question("example.org", sent % 65536))
+                    sent += 1
                 await asyncio.sleep(0)
-            duration_s = time.monotonic() - start
             await asyncio.sleep(0.3)
             with contextlib.suppress(BlockingIOError):
                 while True:
                     received.append(datagram.recv(4096))
-        assert 0 < len(received) <= 300 + 300 * (duration_s + 0.5)
-        assert len(received) < 3000
+            duration_s = time.monotonic() - start
+        assert 0 < len(received) <= 300 + 300 * duration_s
+        assert len(received) < sent
 
 
 @private_network
@@ -281,7 +289,7 @@ def test_it_works_on_uvloop(tmp_path):
 
 async def exchange(connection: socket.socket, query: bytes) -> bytes:
     loop = asyncio.get_running_loop()
-    async with asyncio.timeout(6):
+    async with asyncio.timeout(60):
         await loop.sock_sendall(connection, len(query).to_bytes(2, "big") + query)
         data = b""
         while len(data) < 2 or len(data) < 2 + int.from_bytes(data[:2], "big"):

@@ -89,13 +89,14 @@ async def test_a_released_slot_comes_back_as_another_namespace():
             await guest.tcp(SERVER)
             counted = sh(f"nsenter --net={slot.namespace_path} cat /proc/sys/net/netfilter/nf_conntrack_count")
             assert int(counted) > 0
-        first = identity(slot)
+        # Not its inode: the kernel gives the number of a namespace that is gone to the next.
+        sh(f"ip -n {slot.namespace} link add dev old type veth peer name older")
         await network.release(3)
         await network.release(3)
         with pytest.raises(SlotFailed):
             await network.set_policy(slot, OFFLINE)
         slot = await network.acquire(3)
-        assert identity(slot) != first
+        assert " old@" not in sh(f"ip -n {slot.namespace} -o link")
         assert_complete(slot)
         counted = sh(f"nsenter --net={slot.namespace_path} cat /proc/sys/net/netfilter/nf_conntrack_count")
         assert int(counted) == 0
@@ -214,7 +215,7 @@ async def test_a_daemon_that_is_killed_at_work_leaves_nothing_that_a_sweep_canno
         await asyncio.sleep(delay_s)  # wherever that is: any point will do
         daemon.send_signal(signal.SIGKILL)
         await daemon.wait()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while running_tools():
                 await asyncio.sleep(0.001)  # in the middle of a system call, which SIGKILL lets them finish
         network = HostNetwork(PLAN)

@@ -221,6 +221,9 @@ class _Conversation(asyncio.SubprocessProtocol):
             self.over.set_result(None)
 
 
+_Started = tuple[asyncio.SubprocessTransport, _Conversation]
+
+
 async def _run(
     argv: Sequence[str | Path],
     out: _Sink,
@@ -267,7 +270,7 @@ async def _start(
     cwd: Path | None,
     env: Mapping[str, str] | None,
     pass_fds: Sequence[int],
-) -> tuple[asyncio.SubprocessTransport, _Conversation]:
+) -> _Started:
     if cwd is not None and not await asyncio.to_thread(cwd.is_dir):
         raise NotADirectoryError(f"{cwd}: the working directory of {words[0]} does not exist")
     program_env = program_environment(env)
@@ -275,18 +278,42 @@ async def _start(
     program = next(_candidates(words[0], program_env["PATH"]), None)
     if program is None:
         raise ToolMissing(program=words[0], package=PACKAGES.get(words[0], words[0]))
-    return await asyncio.get_running_loop().subprocess_exec(
-        lambda: _Conversation(out, err),
-        program,
-        *words[1:],
-        stdin=PIPE if has_stdin else DEVNULL,
-        stdout=PIPE,
-        stderr=PIPE,
-        cwd=cwd,
-        env=program_env,
-        pass_fds=tuple(pass_fds),
-        start_new_session=True,
+    starting = asyncio.ensure_future(
+        asyncio.get_running_loop().subprocess_exec(
+            lambda: _Conversation(out, err),
+            program,
+            *words[1:],
+            stdin=PIPE if has_stdin else DEVNULL,
+            stdout=PIPE,
+            stderr=PIPE,
+            cwd=cwd,
+            env=program_env,
+            pass_fds=tuple(pass_fds),
+            start_new_session=True,
+        )
     )
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError as e:
+        await _end_unwanted(starting, blame=e)
+        raise
+
+
+async def _end_unwanted(starting: asyncio.Future[_Started], blame: BaseException) -> None:
+    """End a program whose caller was cancelled while it started.
+
+    The start itself must not be cancelled: asyncio would kill the leader alone and wait for its pipes, which are never
+    connected then (Python 3.11, `_make_subprocess_transport`). It takes a few turns of the loop.
+    """
+    while not starting.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({starting})
+    if starting.exception() is None:
+        transport, talk = starting.result()
+        try:
+            await _end(transport, talk, blame)
+        finally:
+            transport.close()
 
 
 def _candidates(program: str, path: str) -> Iterator[str]:

@@ -168,10 +168,10 @@ class FakeHost:
 
     async def events(self) -> AsyncIterator[MachineEvent]:
         await self._arrive("events", None)
-        yield MachineEvent(kind="hello", epoch="e1")
         queue: asyncio.Queue[MachineEvent] = asyncio.Queue()
-        self._listeners.add(queue)
+        self._listeners.add(queue)  # before the greeting: what happens after it is not missed
         try:
+            yield MachineEvent(kind="hello", epoch="e1")
             while True:
                 yield await queue.get()
         finally:

@@ -98,7 +98,7 @@ async def test_a_confined_machine_on_a_tap(bench, netns, cgroups, agent_of, _):
     agent = agent_of(vmm)
     pid = vmm.process.pid
     assert "06:00:0a:09:00:02" in await agent.shell("cat /sys/class/net/eth0/address")
-    ping = ["nsenter", f"--net={netns}", "--", "ping", "-c", "1", "-W", "10", "10.9.0.2"]
+    ping = ["nsenter", f"--net={netns}", "--", "ping", "-c", "1", "-W", "60", "10.9.0.2"]
     if shutil.which("ping"):
         assert (await asyncio.to_thread(subprocess.run, ping, capture_output=True)).returncode == 0
 
@@ -124,7 +124,7 @@ async def test_a_confined_machine_on_a_tap(bench, netns, cgroups, agent_of, _):
     assert plan.memory_mib < used < plan.memory_mib + overhead_mib("tcg")
 
     await cgroups.kill(plan.machine_id)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert "SIGKILL" in await vmm.wait_exit()
     await cgroups.remove(plan.machine_id)
     assert await cgroups.names() == set()
@@ -187,7 +187,7 @@ async def test_the_control_socket_answers_after_adoption_too(bench, agent_of):
     await first.close()
     second = await bench.driver.adopt(plan, first.process)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert (await second.qmp.execute("query-status"))["running"]
     finally:
         await second.kill()
@@ -203,13 +203,18 @@ async def test_the_guests_clock_keeps_time(bench, agent_of):
     vmm = await bench.boot()
     agent = agent_of(vmm)
     loop = asyncio.get_running_loop()
-    drifts = []
-    for _ in range(2):
-        first, before = (await agent.health())["uptime_ms"], loop.time()
-        await asyncio.sleep(3)
-        last, after = (await agent.health())["uptime_ms"], loop.time()
-        drifts.append(abs((last - first) - (after - before) * 1000))
-    assert min(drifts) < 300  # milliseconds in three seconds: the frequency is the host's, not a guess
+
+    async def read() -> tuple[float, int, float]:
+        """What the guest's clock showed between two moments of ours."""
+        before = loop.time() * 1000
+        uptime_ms = (await agent.health())["uptime_ms"]
+        return before, uptime_ms, loop.time() * 1000
+
+    first = await read()
+    await asyncio.sleep(3)
+    last = await read()
+    # Within three seconds: the frequency is the host's, not a guess.
+    assert last[0] - first[2] - 300 < last[1] - first[1] < last[2] - first[0] + 300
 
 
 @pytest.mark.parametrize("_", [pytest.param(0, marks=as_root)])

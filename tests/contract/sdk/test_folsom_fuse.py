@@ -130,9 +130,9 @@ def test_events_until_the_end(client: fuse.Client, task_id: str) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert first.wait(10)
+    assert first.wait(120)
     client.environments.destroy(made.id)
-    reader.join(10)
+    reader.join(120)
     assert not reader.is_alive()
     assert [event.state for event in seen] == ["running", "destroying", "destroyed"]
     assert all(event.kind == "state" and event.vm_id == made.id and event.err is None for event in seen)
@@ -148,7 +148,8 @@ def test_lists_of_many_pages_end(client: fuse.Client, task_id: str) -> None:
     for name in names:
         client.environments.create(types.CreateRequest(task_id=name))
     listed = [env.task_id for env in client.environments.list(state="running", host_id="stub")]
-    assert [name for name in listed if name.startswith(task_id)] == names
+    # Each once. In the order of the wall clock, which may step back between two of them.
+    assert sorted(name for name in listed if name.startswith(task_id)) == names
     page = client.environments.list_page(limit=2)
     assert len(page.environments) == 2
     assert page.next_cursor

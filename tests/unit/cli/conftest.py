@@ -9,7 +9,7 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "sdk")]
 
 import fake_api  # noqa: E402 - found by the line above
-from outcome import Fuse, Outcome  # noqa: E402 - found by the line above
+from cli_outcome import Fuse, Outcome  # noqa: E402 - found by the line above
 
 from fusevm.cli import main  # noqa: E402 - found by the line above
 

@@ -9,8 +9,8 @@ import sys
 
 import msgspec
 import pytest
+from cli_outcome import Fuse
 from fake_api import CUT, FakeApi, make_environment, to_json
-from outcome import Fuse
 
 from fusevm import __version__
 from fusevm.model import errors
@@ -389,7 +389,7 @@ def test_small_commands_load_little(api: FakeApi, line: list[str]) -> None:
     code = "import sys; from fusevm.cli.main import run; run(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
     environ = os.environ | {"FUSE_BASE_URL": api.url, "FUSE_TOKEN": api.token}
     command = [sys.executable, "-c", code, *line]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, check=False)
     loaded = done.stderr.split()
     assert "fusevm.cli.main" in loaded
     assert [name for name in HEAVY if name in loaded] == []

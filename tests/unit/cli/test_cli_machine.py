@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from outcome import Fuse
+from cli_outcome import Fuse
 
 NEEDS_MKE2FS = pytest.mark.skipif(shutil.which("mke2fs", path="/usr/sbin:/sbin:/usr/bin") is None, reason="no mke2fs")
 

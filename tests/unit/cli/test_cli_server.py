@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
-from outcome import Outcome
+from cli_outcome import Outcome
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "control"))
 

@@ -32,7 +32,7 @@ from fusevm.cli.supervised import VARIABLE
 from fusevm.model.errors import DataRootInUse, PortInUse
 
 Child = Callable[[str], subprocess.Popen[bytes]]
-SLEEP = "import time; time.sleep(60)"
+SLEEP = "import time; time.sleep(600)"
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_an_identity_is_one_process_and_never_another(child: Child) -> None:
     assert not is_running(other)
     assert end(other, signal.SIGKILL, 1), "somebody else's pid is nothing to end"
     assert process.poll() is None
-    assert end(who, signal.SIGTERM, 10)
+    assert end(who, signal.SIGTERM, 60)
     process.wait()
     assert not is_running(who)
     assert end(who, signal.SIGTERM, 1)
@@ -70,7 +70,7 @@ def test_an_identity_is_one_process_and_never_another(child: Child) -> None:
 def test_a_process_that_does_not_end_is_told(child: Child, tmp_path: Path) -> None:
     marker = tmp_path / "up"
     deaf = "import signal, time; signal.signal(15, signal.SIG_IGN);"
-    process = child(f"{deaf} open({str(marker)!r}, 'w').close(); time.sleep(60)")
+    process = child(f"{deaf} open({str(marker)!r}, 'w').close(); time.sleep(600)")
     wait_for(marker.exists)
     who = identify(process.pid)
     assert who is not None
@@ -106,7 +106,7 @@ def no_pause(seconds: float) -> None:
 
 def test_a_child_that_serves_ends_with_the_stack(run_code: Callable[[str], Program]) -> None:
     with Stack(print) as running:
-        running.start(run_code(f"READY; {SLEEP}"), 10)
+        running.start(run_code(f"READY; {SLEEP}"), 60)
         who = running.children[0].identity
         assert who is not None
         assert os.getsid(who.pid) == who.pid, "Ctrl-C does not reach it"
@@ -116,7 +116,7 @@ def test_a_child_that_serves_ends_with_the_stack(run_code: Callable[[str], Progr
 
 def test_a_child_that_does_not_start_is_quoted(run_code: Callable[[str], Program]) -> None:
     with Stack(print) as running, pytest.raises(StartFailed, match="did not start: KeyError: 'x'") as caught:
-        running.start(run_code("{}['x']"), 10)
+        running.start(run_code("{}['x']"), 60)
     assert "daemon.log" in caught.value.hint
     assert caught.value.code == 5
 
@@ -125,7 +125,7 @@ def test_a_childs_refusal_is_passed_on_with_hint_and_code(run_code: Callable[[st
     (tmp_path / "daemon.log").write_text("fuse: what an earlier run said\n")
     refuse = "import sys; print('fuse: listen: it is taken\\n      take another', file=sys.stderr); sys.exit(4)"
     with Stack(print) as running, pytest.raises(CliError) as caught:
-        running.start(run_code(refuse), 10)
+        running.start(run_code(refuse), 60)
     assert not isinstance(caught.value, StartFailed)
     assert (str(caught.value), caught.value.hint, caught.value.code) == ("listen: it is taken", "take another", 4)
 
@@ -133,7 +133,7 @@ def test_a_childs_refusal_is_passed_on_with_hint_and_code(run_code: Callable[[st
 def test_what_an_earlier_run_said_is_not_repeated(run_code: Callable[[str], Program], tmp_path: Path) -> None:
     (tmp_path / "daemon.log").write_text("fuse: what an earlier run said\n")
     with Stack(print) as running, pytest.raises(StartFailed):
-        running.start(run_code("raise SystemExit(3)"), 10)
+        running.start(run_code("raise SystemExit(3)"), 60)
 
 
 def test_a_child_that_never_serves_is_given_up(run_code: Callable[[str], Program]) -> None:
@@ -144,7 +144,7 @@ def test_a_child_that_never_serves_is_given_up(run_code: Callable[[str], Program
 def test_a_child_that_ends_is_started_again(run_code: Callable[[str], Program]) -> None:
     said: list[str] = []
     with Stack(said.append, no_pause) as running:
-        running.start(run_code(f"READY; print('working'); {SLEEP}"), 10)
+        running.start(run_code(f"READY; print('working'); {SLEEP}"), 60)
         first = running.children[0].identity
         assert first is not None
         os.kill(first.pid, signal.SIGKILL)
@@ -159,7 +159,7 @@ def test_a_child_that_ends_is_started_again(run_code: Callable[[str], Program]) 
 def test_a_child_that_keeps_ending_is_given_up(run_code: Callable[[str], Program]) -> None:
     said: list[str] = []
     with Stack(said.append, no_pause) as running:
-        running.start(run_code("READY; import time; time.sleep(0.3); raise SystemExit('fuse: no luck')"), 10)
+        running.start(run_code("READY; raise SystemExit('fuse: no luck')"), 60)
 
         def check() -> None:
             while True:
@@ -176,13 +176,13 @@ def test_a_child_notices_that_its_supervisor_was_killed(tmp_path: Path) -> None:
     marker = tmp_path / "pid"
     daemon = (
         "import os, pathlib, time; from fusevm.cli.supervised import follow_supervisor; follow_supervisor(os.environ);"
-        f"pathlib.Path({str(marker)!r}).write_text(str(os.getpid())); time.sleep(60)"
+        f"pathlib.Path({str(marker)!r}).write_text(str(os.getpid())); time.sleep(600)"
     )
     supervisor = (
         "import os, subprocess, sys, time; r, w = os.pipe();"
         f"environ = os.environ | {{{VARIABLE!r}: str(r)}};"
         f"subprocess.Popen([sys.executable, '-c', {daemon!r}], pass_fds=[r], env=environ);"
-        "time.sleep(60)"
+        "time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", supervisor])
     wait_for(lambda: marker.exists() and bool(marker.read_text()))
@@ -247,7 +247,7 @@ def test_what_an_earlier_up_left_is_ended(places: Places, child: Child) -> None:
     places.record.write_bytes(installation.msgspec.json.encode(record))
     said: list[str] = []
     end_predecessor(places, said.append)
-    assert process.wait(10) == -signal.SIGTERM
+    assert process.wait(120) == -signal.SIGTERM
     assert said
 
 
@@ -291,14 +291,14 @@ def test_a_taken_port_is_replaced_unless_it_was_asked_for() -> None:
 
 def test_leftovers_are_found_by_folder_and_name(tmp_path: Path, child: Child) -> None:
     assert find_leftovers(tmp_path / "none", "zz9") == []
-    process = child(f"import time, os; os.chdir({str(tmp_path)!r}); open('here', 'w').close(); time.sleep(60)")
+    process = child(f"import time, os; os.chdir({str(tmp_path)!r}); open('here', 'w').close(); time.sleep(600)")
     wait_for((tmp_path / "here").exists)
     found = find_leftovers(tmp_path, "zz9")
     assert any(name.startswith(f"process {process.pid} ") for name in found)
     assert f"folder {tmp_path}" in found
 
 
-def wait_for(is_true: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def wait_for(is_true: Callable[[], bool], timeout_s: float = 60.0) -> None:
     ends_at = time.monotonic() + timeout_s
     while not is_true():
         assert time.monotonic() < ends_at

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+from cli_outcome import Fuse
 from fake_api import FakeApi, to_json
-from outcome import Fuse
 from starlette.responses import Response
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from outcome import Outcome
+from cli_outcome import Outcome
 
 from fusevm.cli import main, settings
 from fusevm.cli.failures import CliError
@@ -79,6 +79,28 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert files(tmp_path) == before
 
 
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives machines a network of the host's")
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (
+            ["--network-range", "127.0.64.0/20"],
+            4,
+            r"The machine address range 127.0.64.0/20 overlaps the route to 127.0.0.0/8 on lo; choose another ",
+        ),
+        (["--egress-interface", "none0"], 2, r"--egress-interface: there is no interface 'none0'; this host has .*lo"),
+    ],
+)
+def test_a_network_that_this_machine_cannot_have_is_refused_before_anything_is_written(
+    up: Up, tmp_path: Path, arguments: list[str], code: int, words: str
+) -> None:
+    done = up(*arguments)
+    assert (done.code, done.out) == (code, "")
+    assert re.fullmatch(f"fuse: {words}.*\n", done.err), done.err
+    assert files(tmp_path) == set()
+
+
 def test_without_qemu_nothing_is_begun(up: Up, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/none")
     monkeypatch.setattr("fusevm.host.vmm.launch.SYSTEM_PATH", ())
@@ -120,7 +142,7 @@ def test_an_ephemeral_start_that_is_refused_takes_its_folder_along(up: Up, envir
 @pytest.fixture
 def run_dir() -> Iterator[Path]:
     """A run directory that another daemon uses. Its path is short, because those of sockets are."""
-    folder = Path(tempfile.mkdtemp(prefix="fu-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="fu-", dir="/var/tmp"))
     fd = lock_directory(folder)
     yield folder
     os.close(fd)

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import inspect
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import httpx
@@ -28,8 +28,9 @@ from fusevm.testing.fake_host import FakeHost
 from fusevm.wire.routes import ROUTES, errors_of
 from fusevm.wire.sse import Message, MessageDecoder
 
-TIMEOUT_S = 10.0
-FAST = {"poll_s": 0.05, "heartbeat_s": 0.05, "reconcile_s": 0.05, "keepalive_s": 0.2, "lease_s": 3.0, "wait_s": 5.0}
+#: Of whatever is waited for: it comes, also on a busy machine.
+TIMEOUT_S = 60.0
+FAST = {"poll_s": 0.05, "heartbeat_s": 0.05, "reconcile_s": 0.05, "keepalive_s": 0.2, "lease_s": 300.0, "wait_s": 60.0}
 #: Reached by the matcher before a route is known.
 BEFORE_ROUTING = {"route_not_found", "method_not_allowed", "unknown_action"}
 
@@ -124,6 +125,16 @@ async def until(condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> A
             await asyncio.sleep(0.005)
 
 
+async def leave(asking: Awaitable[object], once: Callable[[], Any]) -> None:
+    """Be a client that asks, and hangs up when the condition is true."""
+    task = asyncio.ensure_future(asking)
+    await until(once)
+    assert not task.done()
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
 @contextlib.asynccontextmanager
 async def stream(server: Running, path: str, **options: Any) -> AsyncIterator[AsyncIterator[Message]]:
     """Messages of an event stream."""
@@ -187,4 +198,4 @@ async def broken_rules(plane: Plane, hosts: Mapping[str, FakeHost]) -> list[str]
     return violations(await world(plane.store, hosts), plane.config.policy)
 
 
-__all__ = ["Policy", "Running", "config", "next_message", "rest_of", "running", "stream", "until", "world"]
+__all__ = ["Policy", "Running", "config", "leave", "next_message", "rest_of", "running", "stream", "until", "world"]

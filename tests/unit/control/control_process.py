@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-START_S = 30.0
+START_S = 120.0
 
 
 class Server:

@@ -15,7 +15,7 @@ from control_process import serving
 
 def _run(*options: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "fusevm.control", *options]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

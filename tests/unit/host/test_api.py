@@ -344,7 +344,7 @@ async def test_a_client_that_goes_away_ends_its_command(api: Api):
     with contextlib.suppress(asyncio.CancelledError):
         await asking
     await connection.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await agent.abandoned_changed.wait()
     assert agent.abandoned == ["hang"]
 
@@ -369,6 +369,45 @@ async def test_files_are_streamed_both_ways(api: Api):
     agent = api.world.driver.processes["m-1"].agent
     assert agent.requests[-1] == "GET /files?path=/a%20b/%C3%A4"
     assert set(agent.files) == {"/a b/ä"}
+
+
+async def test_requests_one_after_another_share_a_stream_to_the_agent(api: Api):
+    await api.create()
+    serving = api.world.driver.processes["m-1"].serving
+    target = "/machines/m-1/guest/files?path=/shared"
+    assert (await api.call("PUT", target, FENCE, _chunks(3)))[0] == 200
+    await until(lambda: len(serving) == 1)
+    streams = set(serving)
+    assert len((await api.call("GET", target, FENCE))[1]) == 3 << 16
+    assert (await api.fails("GET", "/machines/m-1/guest/files?path=/no", FENCE)).reason == "file_not_found"
+    assert (await api.call("DELETE", target, FENCE))[0] == 204
+    assert serving == streams
+
+
+async def test_a_stream_whose_request_was_given_up_is_not_used_again(api: Api):
+    await api.create()
+    process = api.world.driver.processes["m-1"]
+    async with api.exchange("GET", "/machines/m-1/guest/endless", FENCE) as response:
+        await anext(response.chunks())
+        await until(lambda: len(process.serving) == 1)
+        given_up = set(process.serving)
+        assert (await api.call("GET", "/machines/m-1/guest/health", FENCE))[0] == 200
+    await until(lambda: not given_up & process.serving)
+    assert (await api.call("GET", "/machines/m-1/guest/health", FENCE))[0] == 200
+    assert len(process.serving) == 1
+
+
+async def test_no_more_streams_are_kept_than_a_few(api: Api):
+    await api.create()
+    serving = api.world.driver.processes["m-1"].serving
+    async with contextlib.AsyncExitStack() as readers:
+        for _ in range(12):
+            reading = api.exchange("GET", "/machines/m-1/guest/health", FENCE)
+            answer = await readers.enter_async_context(reading)
+            await answer.read()
+        assert len(serving) <= 2
+    await asyncio.gather(*(api.call("GET", "/machines/m-1/guest/health", FENCE) for _ in range(30)))
+    await until(lambda: len(serving) <= 8)
 
 
 @pytest.mark.parametrize("body", [b"", b"x"])
@@ -482,7 +521,7 @@ async def test_a_client_that_hangs_up_ends_its_command(api: Api):
     async with api.frames() as socket:
         await socket.send(_start("cat"))
         await socket.recv()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await agent.abandoned_changed.wait()
     assert agent.abandoned == ["interactive"]
 
@@ -495,7 +534,7 @@ async def test_a_flood_waits_for_its_reader(api: Api):
         assert decode_message(await socket.recv()).type is FrameType.STARTED
         for _ in range(50):
             assert decode_message(await socket.recv()).type is FrameType.STDOUT
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await agent.abandoned_changed.wait()
 
 

@@ -17,14 +17,14 @@ from fusevm.host.main import parse_vmm_version
 @pytest.fixture
 def run_dir() -> Iterator[Path]:
     """A run directory with a path short enough for sockets."""
-    folder = Path(tempfile.mkdtemp(prefix="fh-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="fh-", dir="/var/tmp"))
     yield folder
     shutil.rmtree(folder)
 
 
 def serve(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "fusevm.host", "--instance", f"h{os.getpid()}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_a_directory_in_use_is_a_conflict(run_dir: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def _do_and_die(world: World, point: str, deed: Callable[[Daemon], Awaitable[obj
 
     async def live() -> None:
         world.fault = DieAt(point, world)
-        async with world.daemon() as daemon, asyncio.timeout(5):
+        async with world.daemon() as daemon, asyncio.timeout(60):
             with suppress(Error):
                 await deed(daemon)
             await asyncio.Event().wait()
@@ -95,7 +95,7 @@ def _do_and_die(world: World, point: str, deed: Callable[[Daemon], Awaitable[obj
 
 async def settled(daemon: Daemon) -> list[Machine]:
     """The machines, once no operation is open and nothing is occupied for a machine that rests."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while True:
             entries = await daemon.journal.entries()
             records = daemon.machines.records()

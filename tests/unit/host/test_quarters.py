@@ -1,6 +1,7 @@
 """Quarters without root: directories and disks really made, really removed."""
 
 import os
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,7 @@ from fusevm.host.storage import observe_storage
 from fusevm.host.strays import _named
 from fusevm.host.wiring import UserWiring
 from fusevm.model.environment import Network
-from fusevm.model.errors import BadSetting, Error, ImageNotFound, Internal
+from fusevm.model.errors import BadSetting, Error, ImageCorrupt, Internal
 from fusevm.model.machine import Fence, Isolation, Machine, MachineSpec, Phase
 
 SPEC = MachineSpec(image="debian-12", memory_mib=256, disk_bytes=32 << 20, env={"A": "1"})
@@ -149,10 +150,10 @@ async def test_what_cannot_be_prepared_leaves_nothing(quarters: HostQuarters, tm
 async def test_a_machine_without_its_image_can_still_be_taken_over(quarters: HostQuarters, images: ImageStore):
     machine = await machine_of(quarters)
     await quarters.prepare(machine)
-    await images.remove("debian-12")
+    shutil.rmtree((await images.resolve("debian-12")).directory)
     lodging = await quarters.rejoin(machine)
     assert (lodging.plan.image, lodging.configure.image) == (None, None)
-    with pytest.raises(ImageNotFound):
+    with pytest.raises(ImageCorrupt):
         await quarters.prepare(machine)
 
 

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import fcntl
 import hashlib
+import inspect
 import os
 import pty
 import signal
@@ -106,7 +107,7 @@ class FakeApi:
         self.events: list[EventBody] = []
         self.log = b"line one\nline two\n"
         #: (method, path prefix) -> answers to give once each before the real ones.
-        self.scripts: dict[tuple[str, str], list[Callable[[], Response]]] = {}
+        self.scripts: dict[tuple[str, str], list[Callable[[], Any]]] = {}
         self.token = TOKEN
 
     # -- control by tests ----------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ class FakeApi:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def script(self, method: str, path: str, answer: Callable[[], Response] | errors.Error, times: int = 1) -> None:
+    def script(self, method: str, path: str, answer: Callable[[], Any] | errors.Error, times: int = 1) -> None:
         make = answer if callable(answer) else (lambda: fail(answer))
         self.scripts.setdefault((method, path), []).extend([make] * times)
 
@@ -148,7 +149,7 @@ class FakeApi:
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
             self._server.force_exit = True
-            self._thread.join(10)
+            self._thread.join(120)
 
     # -- the server ----------------------------------------------------------------------------------------------
 
@@ -181,6 +182,8 @@ class FakeApi:
                 for (method, path), answers in self.scripts.items():
                     if answers and request.method == method and target.startswith(path):
                         answer = answers.pop(0)()
+                        if inspect.isawaitable(answer):
+                            answer = await answer
                         if answer is CUT:
                             request.scope["cut"]()
                         return answer

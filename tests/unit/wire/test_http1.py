@@ -33,7 +33,7 @@ async def connected(script: Script) -> AsyncIterator[Connection]:
     server = await asyncio.start_server(play, "127.0.0.1", 0)
     connection = Connection(await open_tcp("127.0.0.1", server.sockets[0].getsockname()[1]), "fuse.test")
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             yield connection
     finally:
         await connection.close()
@@ -300,11 +300,15 @@ async def test_a_request_that_is_given_up_breaks_the_connection():
 
 
 async def test_a_streamed_request_that_is_given_up_leaves_no_task_behind():
+    up = asyncio.Event()
+
     async def script(reader: Reader, writer: Writer) -> None:
+        up.set()
         while await reader.read(1000):
             pass
 
     async with connected(script) as connection:
+        await up.wait()  # the server's task is none of ours
         before = asyncio.all_tasks()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):

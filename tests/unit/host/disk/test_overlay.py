@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusevm.host.disk.overlay import Method, allocated_bytes, create_overlay, delete_overlay, sync_overlay
+from fusevm.host.disk.overlay import Method, allocated_bytes, create_overlay, sync_overlay
 from fusevm.host.disk.qcow2 import CLUSTER, MAX_BYTES, render_overlay
 from fusevm.model.errors import NoSpace
 
@@ -136,12 +136,13 @@ async def test_a_full_disk_is_an_error_of_ours_and_leaves_nothing(tmp_path, blan
     assert not (tmp_path / "overlay").exists()
 
 
-async def test_deleting_is_idempotent(tmp_path, blank):
+async def test_a_disk_that_is_gone_takes_no_space_and_cannot_be_synced(tmp_path, blank):
     overlay = await create_overlay(blank, tmp_path / "overlay")
     await sync_overlay(overlay.path)
-    await delete_overlay(overlay.path)
-    await delete_overlay(overlay.path)
+    overlay.path.unlink()
     assert allocated_bytes(overlay.path) == 0
+    with pytest.raises(FileNotFoundError):
+        await sync_overlay(overlay.path)
 
 
 @pytest.mark.root

@@ -143,7 +143,7 @@ def test_the_user_network_is_closed_unless_administrator_and_policy_open_it():
 def test_the_user_network_in_full():
     value = render_user_network(forwards={40002: 443, 40001: 80}, internet=False, user_network=False)
     assert value == (
-        "user,id=net0,restrict=on,ipv6=off,net=10.208.0.0/24,host=10.208.0.1,dns=10.208.0.3,dhcpstart=10.208.0.2,"
+        "restrict=on,ipv6=off,net=10.208.0.0/24,host=10.208.0.1,dns=10.208.0.3,dhcpstart=10.208.0.2,"
         "hostfwd=tcp:127.0.0.1:40001-10.208.0.2:80,hostfwd=tcp:127.0.0.1:40002-10.208.0.2:443"
     )
     assert render_user_kernel_arguments() == "fuse.ip=10.208.0.2/24,10.208.0.1,1500 fuse.dns=10.208.0.3"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fusevm.host.cgroup import Cgroups, Limits, Mounts, limit_files, parse_mountinfo
+from fusevm.host.cgroup import Cgroups, Limits, Mounts, has_run_out_of_memory, limit_files, parse_mountinfo
 from fusevm.model.errors import BadSetting
 
 LIMITS = Limits(memory_bytes=600 << 20, cpus=1.5, pids=99)
@@ -41,6 +41,23 @@ def test_mounts_are_read():
 )
 def test_limit_files(controller, is_unified, files):
     assert {name: value for name, value, _ in limit_files(controller, LIMITS, is_unified=is_unified)} == files
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"memory.events": "low 0\noom 3\noom_kill 1\noom_group_kill 1\n"}, True),
+        ({"memory.events": "low 0\noom 3\noom_kill 0\noom_group_kill 0\n"}, False),
+        ({"memory.oom_control": "oom_kill_disable 0\nunder_oom 1\noom_kill 2\n"}, True),
+        ({"memory.oom_control": "oom_kill_disable 0\nunder_oom 1\noom_kill 0\n"}, False),
+        ({"memory.oom_control": "oom_kill_disable 0\nunder_oom 0\n"}, False),  # kernels before 4.13
+        ({}, False),
+    ],
+)
+def test_a_kill_for_want_of_memory_is_seen(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert has_run_out_of_memory([tmp_path / "gone", tmp_path]) is expected
 
 
 def tree(root: Path, mounts: Mounts, machine: str = "m-1") -> None:

@@ -17,6 +17,18 @@ async def channel(tmp_path):
     await channel.close()
 
 
+async def until(condition) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def cancel(task) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 async def read_all(stream) -> bytes:
     parts = []
     while data := await stream.read(1 << 16):
@@ -107,11 +119,11 @@ async def test_a_cancelled_write_does_not_tear_the_next_one(make_guest, channel)
             received.extend(data)
         stream.close_write()
 
-    await make_guest(collect)
+    guest = await make_guest(collect)
     stream = await channel.open_stream()
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.02):
-            await stream.write(b"a" * (INITIAL_CREDIT + 5))
+    writing = asyncio.ensure_future(stream.write(b"a" * (INITIAL_CREDIT + 5)))
+    await until(lambda: 1 in guest.streams and len(guest.streams[1].received) == INITIAL_CREDIT)
+    await cancel(writing)
     go_on.set()
     await stream.write(b"b")
     await stream.close_write()
@@ -163,8 +175,7 @@ async def test_open_stream_waits_for_a_guest_that_is_not_up_yet(make_guest, chan
     guest = await make_guest()
     guest.is_mute = True
     opening = asyncio.ensure_future(channel.open_stream())
-    while not guest.epochs:
-        await asyncio.sleep(0.001)
+    await until(lambda: guest.epochs)
     assert not opening.done()
     guest.send(Frame(FrameType.HELLO, 0, guest.epochs[0]))
     await opening
@@ -175,8 +186,7 @@ async def test_a_greeting_that_the_guest_lost_is_repeated(make_guest, tmp_path):
     guest.is_mute = True
     channel = GuestChannel(tmp_path / "agent.sock", answer_s=0.02)
     opening = asyncio.ensure_future(channel.open_stream())
-    while len(guest.epochs) < 3:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(guest.epochs) >= 3)
     guest.send(Frame(FrameType.HELLO, 0, guest.epochs[0]))  # too late: a newer one is under way
     await asyncio.sleep(0.01)
     assert not opening.done()
@@ -221,9 +231,9 @@ async def test_a_full_backlog_is_waited_for(tmp_path):
 async def test_a_cancelled_open_does_not_break_the_others(make_guest, channel):
     guest = await make_guest()
     guest.is_mute = True
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.02):
-            await channel.open_stream()
+    opening = asyncio.ensure_future(channel.open_stream())
+    await until(lambda: guest.epochs)
+    await cancel(opening)
     guest.send(Frame(FrameType.HELLO, 0, guest.epochs[0]))
     await channel.open_stream()
     assert channel.stats.epochs == 1
@@ -380,16 +390,16 @@ async def test_after_a_break_no_old_connection_is_used(make_guest, channel, http
     client = AgentClient(channel.open_stream)
     await asyncio.gather(*(ask(client) for _ in range(3)))
     guest.drop()
-    await asyncio.sleep(0.01)
+    await until(lambda: not channel.is_connected)
     assert '"stream": 1' in await ask(client)
 
 
 async def test_a_cancelled_request_closes_its_stream(make_guest, channel, http_handler):
     guest = await make_guest(http_handler)
     client = AgentClient(channel.open_stream)
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.05):
-            await client.request("GET", "/hang")
+    asking = asyncio.ensure_future(client.request("GET", "/hang"))
+    await until(lambda: 1 in guest.streams)
+    await cancel(asking)
     await ask(client)
     assert list(guest.streams) == [2]
 

@@ -49,7 +49,7 @@ def test_the_chain_without_root_and_with_a_group_for_kvm():
 async def run_shell(tmp_path: Path, script: str, **fields) -> tuple[str, int | None]:
     output = open_output(tmp_path / "vmm.out")
     handle = ProcessHandle.of_child(start_process(Launch(argv=["sh", "-c", script], output_fd=output, **fields)))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         status = await handle.wait()
     text = os.read(output, 65536).decode()
     os.close(output)

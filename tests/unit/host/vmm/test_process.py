@@ -8,7 +8,8 @@ import subprocess
 import msgspec
 import pytest
 
-from fusevm.host.process import ProcessHandle, command_line_of, find_processes, identify, observe_usage
+from fusevm.host.process import ProcessHandle, command_line_of, identify
+from fusevm.testing.processes import find_processes, observe_cpu_s
 
 
 def start(*words: str) -> int:
@@ -47,7 +48,7 @@ async def test_a_process_of_another_parent_is_found_and_its_end_is_seen():
     handle = ProcessHandle.find(identity)
     assert handle.identity == identity
     handle.send(signal.SIGKILL)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         assert await handle.wait() is None
     handle.close()
 
@@ -86,10 +87,9 @@ async def test_letting_go_ends_waiting_but_not_the_process():
 
 
 def test_usage_of_ourselves_and_of_nobody():
-    usage = observe_usage(os.getpid())
-    assert usage.cpu_s > 0
-    assert usage.rss_bytes > 1 << 20
-    assert observe_usage(2**22 - 1) is None
+    assert 0 < observe_cpu_s(os.getpid()) < sum(os.times()[:2]) + 1
+    with pytest.raises(FileNotFoundError):
+        observe_cpu_s(2**22 - 1)
 
 
 def test_the_command_line_of_ourselves_and_of_nobody():
@@ -99,7 +99,7 @@ def test_the_command_line_of_ourselves_and_of_nobody():
 
 async def test_processes_are_found_by_a_word_of_their_command_line():
     handle = ProcessHandle.of_child(start("sleep", "60.0625"))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while find_processes("60.0625") != [handle.identity]:
             await asyncio.sleep(0.01)
     assert find_processes("60.06") == []

@@ -34,7 +34,7 @@ GOLDEN = """
 /usr/bin/qemu-system-x86_64
 -name m-abc
 -M microvm
--accel tcg,thread=single,tb-size=64
+-accel tcg,thread=single,tb-size=96
 -cpu max
 -smp 1
 -m 512M
@@ -51,7 +51,7 @@ GOLDEN = """
 -device virtio-rng-device
 -drive if=none,id=image,file=/data/root,,fs.ext4,format=raw,readonly=on
 -device virtio-blk-device,drive=image,serial=image
--drive if=none,id=overlay,file=/data/overlay,format=qcow2,cache.no-flush=on,discard=unmap,werror=report,rerror=report
+-drive if=none,id=overlay,file=/data/overlay,format=qcow2,discard=unmap,werror=report,rerror=report
 -device virtio-blk-device,drive=overlay,serial=overlay
 -netdev tap,id=net,fd=9
 -device virtio-net-device,netdev=net,mac=06:00:0a:d0:00:02
@@ -76,7 +76,7 @@ def test_the_whole_command_line():
 def test_kernel_parameters_under_emulation_end_with_the_agents():
     text = render_kernel_parameters(PLAN, TCG)
     assert text.startswith("console=ttyS0 quiet panic=-1 ")
-    assert " tsc_early_khz=2596122 tsc=reliable initcall_blacklist=jent_mod_init init_on_alloc=0 " in text
+    assert " tsc_early_khz=2596122 tsc=reliable initcall_blacklist=jent_mod_init init_on_alloc=0 norandmaps " in text
     assert text.endswith(" fuse.nonce=00 fuse.hostname=box")
 
 
@@ -88,7 +88,7 @@ def test_kvm_guests_are_not_told_a_frequency():
 
 def test_several_cpus_run_in_several_threads():
     words = render_command_line("qemu", changed(cpus=3), TCG, DESCRIPTORS)
-    assert after(words, "-accel") == ["tcg,thread=multi,tb-size=64"]
+    assert after(words, "-accel") == ["tcg,thread=multi,tb-size=96"]
     assert after(words, "-smp") == ["3"]
 
 
@@ -100,7 +100,7 @@ def test_a_probe_has_neither_disks_nor_network():
 
 def test_a_raw_overlay_is_named_raw():
     words = render_command_line("qemu", changed(overlay_format="raw"), TCG, DESCRIPTORS)
-    assert "format=raw,cache.no-flush=on" in after(words, "-drive")[1]
+    assert "format=raw,discard=unmap" in after(words, "-drive")[1]
 
 
 @pytest.mark.parametrize(
@@ -117,4 +117,4 @@ def test_user_networks(nic, netdev):
 
 
 def test_emulation_takes_more_memory_beside_the_guests():
-    assert overhead_mib("tcg") == overhead_mib("kvm") + 64
+    assert overhead_mib("tcg") == overhead_mib("kvm") + 96
