@@ -13,15 +13,15 @@ import time
 import zlib
 from pathlib import Path
 
-QEMU = """qemu-system-x86_64 -M microvm -accel tcg,thread=single,tb-size=64 -cpu max -smp 1 -m 512M -nodefaults
+QEMU = """qemu-system-x86_64 -M microvm -accel tcg,thread=single,tb-size=96 -cpu max -smp 1 -m 512M -nodefaults
  -no-user-config -nographic -no-reboot -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
  -kernel {kernel} -initrd {initramfs} -serial null -chardev socket,id=agent,fd={fd},server=on,wait=off
  -device virtio-serial-device,max_ports=2 -device virtserialport,chardev=agent,name=fuse.agent -device virtio-rng-device
  -drive if=none,id=image,file={image},format=raw,readonly=on -device virtio-blk-device,drive=image,serial=image
- -drive if=none,id=overlay,file={overlay},format=qcow2,cache.no-flush=on,discard=unmap,werror=report,rerror=report
+ -drive if=none,id=overlay,file={overlay},format=qcow2,discard=unmap,werror=report,rerror=report
  -device virtio-blk-device,drive=overlay,serial=overlay"""
 LINUX = "console=ttyS0 quiet panic=-1 mitigations=off lsm= cryptomgr.notests tsc_early_khz={khz} tsc=reliable "
-LINUX += "initcall_blacklist=jent_mod_init init_on_alloc=0"
+LINUX += "initcall_blacklist=jent_mod_init init_on_alloc=0 norandmaps"
 
 
 def frame(kind: int, stream: int, body: bytes = b"") -> bytes:

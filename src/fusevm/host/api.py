@@ -202,8 +202,8 @@ async def _logs(daemon: Daemon, request: Request, _route: Route) -> Response:
 
 async def _relay(daemon: Daemon, scope: Scope, receive: Receive, send: Send) -> None:
     machine_id = scope["path_params"]["id"]
-    vmm = await daemon.guest(machine_id, parse_fence(Request(scope).headers))
-    await relay_request(vmm, machine_id, _guest_target(scope), scope, receive, send)
+    agent = await daemon.guest(machine_id, parse_fence(Request(scope).headers))
+    await relay_request(agent, machine_id, _guest_target(scope), scope, receive, send)
 
 
 def _guest_target(scope: Scope) -> str:
@@ -224,8 +224,8 @@ class _FramesEndpoint:
         scope["fuse.route"] = "exec_frames"
         websocket = WebSocket(scope, receive, send)
         machine_id = scope["path_params"]["id"]
-        vmm = await self._daemon.guest(machine_id, parse_fence(websocket.headers))
-        await relay_frames(vmm, machine_id, websocket)
+        agent = await self._daemon.guest(machine_id, parse_fence(websocket.headers))
+        await relay_frames(agent, machine_id, websocket)
 
 
 HANDLERS: dict[str, Handler] = {

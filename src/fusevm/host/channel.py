@@ -16,7 +16,7 @@ import struct
 import termios
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import msgspec
 
@@ -42,6 +42,13 @@ class AgentStream(ByteStream, Protocol):
     def is_usable(self) -> bool:
         """False once either side has closed or broken it."""
         ...
+
+
+class Lent(NamedTuple):
+    """A connection and the stream below it, which knows whether the guest still listens."""
+
+    stream: AgentStream
+    connection: Connection
 
 
 class TooManyStreams(ConnectionError):
@@ -403,14 +410,15 @@ def _connect_patiently(path: Path) -> socket.socket:
 class AgentClient:
     """HTTP requests to the agent of one machine over connections that are kept for reuse.
 
-    `open_stream` is that of a Vmm. Connections that broke with their epoch are dropped, never used again.
+    A new connection costs the guest more than a small request does, in software emulation above all. `open_stream` is
+    that of a Vmm. Connections that broke with their epoch are dropped, never used again.
     """
 
     def __init__(self, open_stream: Callable[[], Awaitable[AgentStream]], *, max_idle: int = _MAX_IDLE) -> None:
         self._open_stream = open_stream
         self._max_idle = max_idle
-        self._idle: list[tuple[AgentStream, Connection]] = []
-        self._busy: list[tuple[AgentStream, Connection]] = []
+        self._idle: list[Lent] = []
+        self._busy: list[Lent] = []
 
     async def request(
         self, method: str, target: str, *, headers: Mapping[str, str] | None = None, body: Body = None
@@ -419,18 +427,33 @@ class AgentClient:
 
         Read the answer to its end, or use it as a context manager: its connection is then used again, or closed.
         """
-        stream, connection = await self._take()
+        lent = await self.take()
         try:
-            response = await connection.request(method, target, headers=headers, body=body)
+            response = await lent.connection.request(method, target, headers=headers, body=body)
         except BaseException:
-            await connection.close()
+            await self.give_back(lent)
             raise
-        self._busy.append((stream, connection))
+        self._busy.append(lent)
         return response
 
-    async def connect(self) -> Connection:
-        """Open a connection of the caller's own, for an upgrade. The caller closes it."""
-        return Connection(await self._open_stream())
+    async def open_stream(self) -> AgentStream:
+        """Open a stream of the caller's own; waits until the guest serves. Raises ConnectionError."""
+        return await self._open_stream()
+
+    async def take(self) -> Lent:
+        """Lend an idle connection, or else a new one: that waits until the guest serves. Raises ConnectionError."""
+        await self._sort()
+        if self._idle:
+            return self._idle.pop()
+        stream = await self._open_stream()
+        return Lent(stream, Connection(stream))
+
+    async def give_back(self, lent: Lent) -> None:
+        """Keep it for the next request. One whose exchange is not over is closed: what ran for it in the guest ends."""
+        if lent.connection.is_reusable and lent.stream.is_usable and len(self._idle) < self._max_idle:
+            self._idle.append(lent)
+        else:
+            await asyncio.shield(lent.connection.close())
 
     async def close(self) -> None:
         """Close all connections, those in use among them."""
@@ -439,26 +462,19 @@ class AgentClient:
         for connection in connections:
             await connection.close()
 
-    async def _take(self) -> tuple[AgentStream, Connection]:
-        await self._sort()
-        if self._idle:
-            return self._idle.pop()
-        stream = await self._open_stream()
-        return stream, Connection(stream)
-
     async def _sort(self) -> None:
         """Find out which exchanges are over: a connection says so itself, there is nothing to give back."""
         busy, self._busy = self._busy, []
         for entry in busy:
-            (self._idle if entry[1].is_reusable else self._busy).append(entry)
+            (self._idle if entry.connection.is_reusable else self._busy).append(entry)
         for stream, _connection in self._busy:
             if not stream.is_usable:
                 # The guest has ended it; what it sent may still be read, but we have nothing more to say.
                 with contextlib.suppress(ConnectionError):
                     await stream.close_write()
-        self._busy = [entry for entry in self._busy if entry[0].is_usable]
-        usable = [entry for entry in self._idle if entry[0].is_usable]
-        surplus = [entry for entry in self._idle if not entry[0].is_usable] + usable[self._max_idle :]
+        self._busy = [entry for entry in self._busy if entry.stream.is_usable]
+        usable = [entry for entry in self._idle if entry.stream.is_usable]
+        surplus = [entry for entry in self._idle if not entry.stream.is_usable] + usable[self._max_idle :]
         self._idle = usable[: self._max_idle]
         for _stream, connection in surplus:
             with contextlib.suppress(ConnectionError):

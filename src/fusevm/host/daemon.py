@@ -20,6 +20,7 @@ import structlog
 from fusevm import __version__
 from fusevm.host.admission import render_capacity, render_reserved
 from fusevm.host.agent import run_command
+from fusevm.host.channel import AgentClient
 from fusevm.host.config import HostConfig
 from fusevm.host.events import EventHub
 from fusevm.host.images.store import ImageStore
@@ -31,7 +32,6 @@ from fusevm.host.rows import Entry
 from fusevm.host.storage import observe_storage
 from fusevm.host.surroundings import Surroundings
 from fusevm.host.sweep import Sweeper
-from fusevm.host.vmm.driver import Vmm
 from fusevm.model.errors import Error
 from fusevm.model.machine import Fence, Isolation, Machine, Phase
 from fusevm.wire.guest import ExecRequest, ExecResult
@@ -127,11 +127,10 @@ class Daemon:
 
     async def run_command(self, machine_id: str, fence: Fence | None, request: ExecRequest) -> ExecResult:
         """Run a command in a machine to its end. Cancelled: it is killed."""
-        vmm = await self.machines.guest(machine_id, fence)
-        return await run_command(vmm, request)
+        return await run_command(await self.machines.guest(machine_id, fence), request)
 
-    async def guest(self, machine_id: str, fence: Fence | None) -> Vmm:
-        """The running VMM of a machine, for streams."""
+    async def guest(self, machine_id: str, fence: Fence | None) -> AgentClient:
+        """The agent of a running machine."""
         return await self.machines.guest(machine_id, fence)
 
     def console_log(self, machine_id: str, fence: Fence | None) -> tuple[Machine, Path]:

@@ -21,6 +21,7 @@ import structlog
 
 from fusevm.host.agent import ask_shutdown
 from fusevm.host.boot import Marks, bring_up, check_guest, meet_guest
+from fusevm.host.channel import AgentClient
 from fusevm.host.mailbox import AnyOrder, Create, Delete, Exited, Mailbox, Recover, Start, Stop
 from fusevm.host.rows import Operation
 from fusevm.host.surroundings import Surroundings
@@ -63,6 +64,8 @@ class MachineTask:
         self._mailbox = Mailbox()
         self._creating: Create | None = None
         self._vmm: Vmm | None = None
+        #: Connections to the agent of the VMM above; they break with it.
+        self._agent: AgentClient | None = None
         self._is_gone = False
         #: Not set while it is unknown whether the machine runs.
         self._settled = asyncio.Event()
@@ -126,13 +129,13 @@ class MachineTask:
         self._settled.clear()
         self._mailbox.post(Recover(operation))
 
-    async def guest(self) -> Vmm:
-        """Return the running VMM, to open streams to its agent. Raises WrongState."""
+    async def guest(self) -> AgentClient:
+        """Return the running machine's agent. Raises WrongState."""
         await self._wait_settled()
-        if self._vmm is None or self._record.phase is not Phase.RUNNING:
+        if self._vmm is None or self._agent is None or self._record.phase is not Phase.RUNNING:
             state = self._record.phase.value
             raise WrongState(id=self._record.id, state=state, wanted="it must be running for this")
-        return self._vmm
+        return self._agent
 
     # -- the task ---------------------------------------------------------------------------------------------------
 
@@ -457,6 +460,7 @@ class MachineTask:
     def _adopt(self, vmm: Vmm) -> None:
         """The VMM is the machine's from here on; its end will be an order."""
         self._vmm = vmm
+        self._agent = AgentClient(vmm.open_stream)
         if self._group is not None:
             self._watch = self._group.create_task(self._watch_exit(vmm), name=f"watch {self._record.id}")
 

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 
 import structlog
 
+from fusevm.host.channel import AgentClient
 from fusevm.host.fencing import check_owner, check_reserved
 from fusevm.host.machine import MachineTask
 from fusevm.host.mailbox import Delete
 from fusevm.host.rows import Draft, Entry
 from fusevm.host.surroundings import Blueprint, Surroundings
-from fusevm.host.vmm.driver import Vmm
 from fusevm.model.errors import BadField, GuestUnreachable, MachineNotFound, ShuttingDown
 from fusevm.model.ids import parse_machine_id
 from fusevm.model.machine import Fence, Machine, MachineSpec
@@ -93,8 +93,8 @@ class Machines:
         """Ids of every machine of which anything may exist."""
         return {machine_id for machine_id, task in self._tasks.items() if not task.is_gone}
 
-    async def guest(self, machine_id: str, fence: Fence | None) -> Vmm:
-        """Return the running VMM of a machine, for streams. Raises MachineNotFound, WrongState, and for the fence."""
+    async def guest(self, machine_id: str, fence: Fence | None) -> AgentClient:
+        """Return the agent of a running machine. Raises MachineNotFound, WrongState, and for the fence."""
         self.owned(machine_id, fence)
         return await self._find(machine_id).guest()
 

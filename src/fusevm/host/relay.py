@@ -1,10 +1,11 @@
 """Passing users' requests on to a guest agent: HTTP with bodies streamed both ways, and exec frames over a WebSocket.
 
-Each has one stream of its own to the agent. Backpressure goes all the way: who does not read stops who writes. If the
-client goes away the guest's stream is reset, which ends what ran there. The guest is not trusted: only known headers
-and whole frames of it get through, and its errors are read and rendered anew.
+Each has a stream to the agent of its own; that of an HTTP request is kept for the next one. Backpressure goes all the
+way: who does not read stops who writes. If the client goes away the guest's stream is reset, which ends what ran there.
+The guest is not trusted: only known headers and whole frames of it get through, and its errors are read and rendered
+anew.
 
-Owns: the streams it opens. Must not: know machines beyond the VMM that is handed in.
+Owns: the streams it uses. Must not: know machines beyond the agent that is handed in.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import TypeVar
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from fusevm.host.channel import AgentClient
 from fusevm.host.tasks import Stopped, run_unless
-from fusevm.host.vmm.driver import Vmm
 from fusevm.model.errors import AgentFailure, Error, GuestUnreachable
 from fusevm.wire.errors import parse_error, render_flat
 from fusevm.wire.frames import BadFrame, Frame, FrameDecoder, FrameType, decode_message, encode_frame
@@ -89,20 +90,22 @@ async def run_for_client(receive: Receive, machine_id: str, work: Awaitable[T]) 
         return None
 
 
-async def relay_request(vmm: Vmm, machine_id: str, target: str, scope: Scope, receive: Receive, send: Send) -> None:
+async def relay_request(
+    agent: AgentClient, machine_id: str, target: str, scope: Scope, receive: Receive, send: Send
+) -> None:
     """Send a request to the agent and its answer to the client. Raises the agent's error, or GuestUnreachable."""
     incoming = Incoming(receive)
     try:
         await run_unless(
-            incoming.wait_gone(), _as_guest_errors(machine_id, _exchange(vmm, target, scope, incoming, send))
+            incoming.wait_gone(), _as_guest_errors(machine_id, _exchange(agent, target, scope, incoming, send))
         )
     except Stopped:
         return
 
 
-async def relay_frames(vmm: Vmm, machine_id: str, websocket: WebSocket) -> None:
+async def relay_frames(agent: AgentClient, machine_id: str, websocket: WebSocket) -> None:
     """Join a client's WebSocket and an interactive command. Raises, before it accepts, what the agent answers."""
-    stream, rest = await _as_guest_errors(machine_id, _upgrade(vmm))
+    stream, rest = await _as_guest_errors(machine_id, _upgrade(agent))
     try:
         await websocket.accept()
         session = _FrameSession(stream, machine_id, websocket)
@@ -114,21 +117,22 @@ async def relay_frames(vmm: Vmm, machine_id: str, websocket: WebSocket) -> None:
 # -- HTTP ------------------------------------------------------------------------------------------------------------
 
 
-async def _exchange(vmm: Vmm, target: str, scope: Scope, incoming: Incoming, send: Send) -> None:
+async def _exchange(agent: AgentClient, target: str, scope: Scope, incoming: Incoming, send: Send) -> None:
     method = scope["method"]
     headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
     passed = {name: value for name, value in headers.items() if name in _REQUEST_HEADERS}
     has_body = "content-length" in headers or "transfer-encoding" in headers
     if not has_body:
         incoming.ignore_rest()
-    stream = await _open(vmm)
+    async with asyncio.timeout(_OPEN_TIMEOUT_S):
+        lent = await agent.take()
     try:
         body = incoming.body() if has_body else None
-        response = await Connection(stream).request(method, target, headers=passed, body=body)
+        response = await lent.connection.request(method, target, headers=passed, body=body)
         incoming.ignore_rest()
         await _answer(response, method, send)
     finally:
-        await asyncio.shield(stream.close())
+        await agent.give_back(lent)
 
 
 async def _answer(response: Response, method: str, send: Send) -> None:
@@ -148,11 +152,6 @@ def _passed_back(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in lower.items() if name in _RESPONSE_HEADERS or name.startswith(_OWN_PREFIX)}
 
 
-async def _open(vmm: Vmm) -> ByteStream:
-    async with asyncio.timeout(_OPEN_TIMEOUT_S):
-        return await vmm.open_stream()
-
-
 async def _as_guest_errors(machine_id: str, work: Awaitable[T]) -> T:
     """What goes wrong on the way to the guest is GuestUnreachable."""
     try:
@@ -166,8 +165,9 @@ async def _as_guest_errors(machine_id: str, work: Awaitable[T]) -> T:
 # -- frames ----------------------------------------------------------------------------------------------------------
 
 
-async def _upgrade(vmm: Vmm) -> tuple[ByteStream, bytes]:
-    stream = await _open(vmm)
+async def _upgrade(agent: AgentClient) -> tuple[ByteStream, bytes]:
+    async with asyncio.timeout(_OPEN_TIMEOUT_S):
+        stream = await agent.open_stream()
     try:
         async with asyncio.timeout(_OPEN_TIMEOUT_S):
             connection = Connection(stream)

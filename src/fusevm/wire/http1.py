@@ -157,7 +157,7 @@ class Connection:
         """True when the exchange is over and another may follow."""
         return (
             not self._is_broken
-            and not self._h11.trailing_data[1]  # the peer has closed
+            and self._h11.trailing_data == (b"", False)  # the peer has neither closed nor said more than was asked
             and self._h11.our_state in (h11.DONE, h11.IDLE)
             and self._h11.their_state in (h11.DONE, h11.IDLE)
         )
