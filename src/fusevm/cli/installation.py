@@ -30,7 +30,6 @@ HOST_LISTEN, CONTROL_LISTEN = "127.0.0.1:8090", "127.0.0.1:8080"
 HOST_START_S, CONTROL_START_S = 90.0, 30.0
 HOST_HEALTHY_S = 30.0
 _PREDECESSOR_S = 25.0
-_READY_SILENCE_S = 2.0
 
 
 class UpRecord(msgspec.Struct, frozen=True, kw_only=True):

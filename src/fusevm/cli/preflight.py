@@ -1,6 +1,6 @@
-"""What can be known to be wrong before `fuse up` writes anything: settings, files, programs, names, addresses, rivals.
+"""What can be known to be wrong before `fuse up` writes anything: settings, files, programs, routes, addresses, rivals.
 
-Only looks. What it cannot see (a range that overlaps a route, a full disk) the daemons refuse at their start.
+Only looks. What it cannot see (a disk that fills up meanwhile) the daemons refuse.
 """
 
 import asyncio
@@ -25,10 +25,11 @@ from fusevm.host.images.debian import RECIPES
 from fusevm.host.images.initramfs import agent_path
 from fusevm.host.images.store import ImageStore
 from fusevm.host.listeners import lock_instance
-from fusevm.host.net.plan import PREFIX_SETTING, NetworkPlan
+from fusevm.host.net.plan import PREFIX_SETTING, NetworkPlan, check_range
+from fusevm.host.net.uplink import observe_routes, observe_uplinks
 from fusevm.host.vmm.launch import find_program
 from fusevm.host.vmm.qemu import PROGRAM, REMEDY
-from fusevm.model.errors import BadSetting, KernelCorrupt
+from fusevm.model.errors import BadSetting, KernelCorrupt, NetworkRangeConflict
 
 #: In place of the token that an installation makes for itself.
 _SOME_TOKEN = "to-be-made"  # noqa: S105 - no secret
@@ -41,20 +42,23 @@ def check_start(places: Places, control: Loaded, host: Loaded, image: str) -> No
     with host.naming_sources():
         config = msgspec.structs.replace(host_config(host, os.environ), data_root=places.host)
         config.check()
-        _check_network(config)
+        network = _plan_network(config)
     with control.naming_sources():
         check_control(_expected_control(places, control))
         _check_certificate(control)
     find_program(PROGRAM, REMEDY)
     agent_path()
+    if os.geteuid() == 0:  # without, machines have no network of the host's
+        with host.naming_sources():
+            carry_out(_check_routes(network, config.egress_interface, named=host.source("network_range")))
     carry_out(_check_parts(host["artefact_root"] or places.data, config.kernel, image))
     if not find_predecessor(places):
         _check_addresses(control, host, config)
 
 
-def _check_network(config: HostConfig) -> None:
+def _plan_network(config: HostConfig) -> NetworkPlan:
     try:
-        NetworkPlan(prefix=config.instance, range=config.network_range, mtu=config.network_mtu)
+        return NetworkPlan(prefix=config.instance, range=config.network_range, mtu=config.network_mtu)
     except BadSetting as error:
         if error.setting != PREFIX_SETTING:
             raise
@@ -79,6 +83,15 @@ def _check_certificate(control: Loaded) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(control["tls_cert"], control["tls_key"], password="")
     except OSError as error:
         raise BadSetting(setting="tls_cert", problem=f"cannot load certificate and key: {error}") from error
+
+
+async def _check_routes(network: NetworkPlan, egress_interface: str, named: str) -> None:
+    """Raise NetworkRangeConflict for a range that this machine uses already, BadSetting for an unknown interface."""
+    try:
+        check_range(network, await observe_routes())
+    except NetworkRangeConflict as error:
+        raise NetworkRangeConflict(range=error.range, route=error.route, setting=named) from error
+    await observe_uplinks(egress_interface)
 
 
 async def _check_parts(artefacts: Path, kernel: Path | None, image: str) -> None:

@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -108,6 +109,10 @@ class Cgroups:
         """Make a machine's groups with their limits, or set the limits of those that are there. Idempotent."""
         return await asyncio.to_thread(self._ensure, name, limits)
 
+    async def find(self, name: str) -> Cgroup:
+        """Return the groups that a machine has already."""
+        return Cgroup(paths=tuple(await asyncio.to_thread(self._groups, name)))
+
     async def kill(self, name: str) -> None:
         """SIGKILL every process of a machine's groups and wait until they are empty. Idempotent.
 
@@ -189,6 +194,19 @@ class Cgroups:
         return {path.name for parent in parents if parent.is_dir() for path in parent.iterdir() if path.is_dir()}
 
 
+def has_run_out_of_memory(groups: Iterable[Path]) -> bool:
+    """Tell whether the kernel has killed one of the processes of a machine's groups for want of memory.
+
+    Of its group or of the host: both count (`oom_kill` of cgroup v2's memory.events and v1's memory.oom_control).
+    """
+    return any(
+        (words := line.split())[:1] == ["oom_kill"] and words[1:] != ["0"]
+        for group in groups
+        for name in ("memory.events", "memory.oom_control")
+        for line in _read_lines(group / name)
+    )
+
+
 def limit_files(controller: str, limits: Limits, *, is_unified: bool) -> list[tuple[str, str, bool]]:
     """Return the files of a controller as (name, value, whether the limit depends on it). Pure."""
     quota = max(1000, round(limits.cpus * _PERIOD_US))
@@ -203,6 +221,13 @@ def limit_files(controller: str, limits: Limits, *, is_unified: bool) -> list[tu
             return [("cpu.cfs_period_us", str(_PERIOD_US), True), ("cpu.cfs_quota_us", str(quota), True)]
         case _:
             return [("pids.max", str(limits.pids), True)]
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:  # a group without this controller, or one that is gone
+        return []
 
 
 def _checked(name: str) -> str:

@@ -25,17 +25,20 @@ from fusevm.host.cgroup import CONTROLLERS, observe_mounts
 from fusevm.host.config import SOCKET_PATH_LIMIT, HostConfig
 from fusevm.host.images.kernel import KernelStore
 from fusevm.host.images.store import ImageStore
+from fusevm.host.images.subordinate import NEEDED, find_shortage
 from fusevm.host.net.foreign import find_blocking_chains, parse_ruleset
 from fusevm.host.net.plan import NetworkPlan, check_range
 from fusevm.host.net.uplink import observe_routes, observe_uplinks
 from fusevm.host.quarters import check_reachable
-from fusevm.host.run import run
-from fusevm.model.errors import Error
+from fusevm.host.run import program_environment, run
+from fusevm.model.errors import Error, KernelCorrupt
 
 _MIN_PYTHON: Final = (3, 11)
 _MIN_QEMU: Final = (7, 2)
 _WANTED_DISK_BYTES: Final = 20 << 30
 _TIMEOUT_S: Final = 10.0
+#: Of a check that reads gigabytes.
+_LONG_TIMEOUT_S: Final = 180.0
 
 
 class Level(StrEnum):
@@ -65,6 +68,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     #: Why it matters.
     purpose: str
     observe: Callable[[HostConfig], Awaitable[Finding]]
+    timeout_s: float = _TIMEOUT_S
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,8 +101,11 @@ def exit_status(reports: list[Report]) -> int:
 
 async def _examine(check: Check, config: HostConfig) -> Report:
     try:
-        async with asyncio.timeout(_TIMEOUT_S):
+        async with asyncio.timeout(check.timeout_s):
             finding = await check.observe(config)
+    except TimeoutError:
+        found = f"could not be looked at within {check.timeout_s:.0f} s"
+        finding = Finding(level=Level.DEGRADED, found=found, remedy="find out what keeps this machine busy")
     except (Error, OSError, ValueError) as e:
         finding = Finding(level=Level.DEGRADED, found=f"could not be looked at: {e}", remedy="solve that first")
     return Report(
@@ -228,7 +235,8 @@ async def _run_dir(config: HostConfig) -> Finding:
 
 
 async def _kernel(config: HostConfig) -> Finding:
-    kernels = await KernelStore(config.artefacts).load_all()
+    store = KernelStore(config.artefacts)
+    kernels = await store.load_all()
     if config.kernel is not None:
         is_there = config.kernel.is_file()
         return (
@@ -236,14 +244,35 @@ async def _kernel(config: HostConfig) -> Finding:
         )
     if not kernels:
         return _degraded("none yet", "it is fetched at the first start; that needs the Internet")
+    try:
+        await store.verify(kernels[0])
+    except KernelCorrupt as e:
+        return _unfit(f"{e.path}: {e.problem}", f"rm -r {kernels[0].directory}; it is fetched again at the next start")
     return _ok(kernels[0].record.version)
 
 
 async def _image(config: HostConfig) -> Finding:
-    images = await ImageStore(config.artefacts).load_all()
+    store = ImageStore(config.artefacts)
+    damage = await store.find_damage()
+    if damage:
+        remedy = "; ".join(f"fuse image build --force {one.image}" for one in damage)
+        return _degraded("; ".join(f"{one.path} is damaged: {one.problem}" for one in damage), remedy)
+    images = await store.load_all()
     if not images:
         return _degraded("none yet", "fuse image build debian-12")
     return _ok(", ".join(image.label for image in images))
+
+
+async def _subordinate_ids(_config: HostConfig) -> Finding:
+    if os.geteuid() == 0:
+        return _ok("not needed as root")
+    if shutil.which("newuidmap", path=program_environment()["PATH"]) is None:
+        return _degraded("newuidmap is not installed: no image can be built", "apt-get install uidmap")
+    short = await asyncio.to_thread(find_shortage)
+    if short is not None:
+        remedy = f"as root: {short.command}" if short.command else "build images as root"
+        return _degraded(f"{short.table}: {short.problem}", remedy)
+    return _ok(f"{NEEDED} of each kind")
 
 
 async def _agent(_config: HostConfig) -> Finding:
@@ -302,8 +331,9 @@ CHECKS: tuple[Check, ...] = (
     Check(name="data_root", purpose="VMMs run as users of their own and must reach their files", observe=_data_root),
     Check(name="run_dir", purpose="Paths of sockets are short", observe=_run_dir),
     Check(name="agent", purpose="Serves commands and files inside of machines", observe=_agent),
-    Check(name="kernel", purpose="What machines boot", observe=_kernel),
-    Check(name="image", purpose="What machines see as their disk", observe=_image),
+    Check(name="kernel", purpose="What machines boot", observe=_kernel, timeout_s=_LONG_TIMEOUT_S),
+    Check(name="image", purpose="What machines see as their disk", observe=_image, timeout_s=_LONG_TIMEOUT_S),
+    Check(name="subordinate_ids", purpose="Without root, images are built with them", observe=_subordinate_ids),
     Check(name="uplink", purpose="The machines' way to the Internet", observe=_uplink),
     Check(name="network_range", purpose="Addresses of the machines' networks", observe=_range),
     Check(name="foreign_rules", purpose="Other programs' firewalls", observe=_foreign_rules),

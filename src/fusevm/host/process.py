@@ -13,23 +13,11 @@ import signal
 from functools import cache
 from pathlib import Path
 
-import msgspec
-
 from fusevm.model.machine import VmmProcess
 
 _PROC = Path("/proc")
 #: Fields of /proc/<pid>/stat after the command name in parentheses, counted from 0 (proc(5)).
-_STATE, _UTIME, _STIME, _START = 0, 11, 12, 19
-_RSS = 21
-
-
-class ProcessUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process has used."""
-
-    #: User and system time.
-    cpu_s: float
-    #: Resident memory.
-    rss_bytes: int
+_STATE, _START = 0, 19
 
 
 @cache
@@ -46,33 +34,12 @@ def identify(pid: int) -> VmmProcess | None:
     return VmmProcess(pid=pid, start_ticks=int(fields[_START]), boot_id=boot_id())
 
 
-def observe_usage(pid: int) -> ProcessUsage | None:
-    """Return the cpu time and memory of a process, or None when it has gone."""
-    fields = _stat(pid)
-    if fields is None:
-        return None
-    ticks = int(fields[_UTIME]) + int(fields[_STIME])
-    return ProcessUsage(
-        cpu_s=ticks / os.sysconf("SC_CLK_TCK"), rss_bytes=int(fields[_RSS]) * os.sysconf("SC_PAGE_SIZE")
-    )
-
-
 def command_line_of(pid: int) -> list[str]:
     """Return the words with which a process was started; empty when it has gone."""
     try:
         return (_PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
     except OSError:
         return []
-
-
-def find_processes(word: str) -> list[VmmProcess]:
-    """Return the running processes whose command line has exactly this word: what a crash left unrecorded.
-
-    Sees all processes as root, else the user's own. Reads all of /proc: call it from a thread.
-    """
-    pids = [int(path.name) for path in _PROC.iterdir() if path.name.isdigit()]
-    found = (identify(pid) for pid in pids if word in command_line_of(pid))
-    return [process for process in found if process is not None]
 
 
 def _stat(pid: int) -> list[str] | None:

@@ -143,7 +143,8 @@ class HostQuarters:
         """Serve a machine that runs; its groups and disk are there. A missing image costs it nothing but defaults."""
         image = await self._images.find(machine.image_digest)
         wire = await self._wiring.rejoin(machine)
-        return await self._lodging(machine, self._boot_files.found or _NO_FILES, image, wire, Cgroup())
+        group = await self._cgroups.find(machine.id) if self._cgroups is not None else Cgroup()
+        return await self._lodging(machine, self._boot_files.found or _NO_FILES, image, wire, group)
 
     async def vacate(self, machine: Machine, *, keep_disk: bool) -> None:
         """End stray processes and remove everything; without `keep_disk` the disk and the console, too. Idempotent."""

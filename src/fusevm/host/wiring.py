@@ -28,8 +28,6 @@ log = structlog.get_logger()
 
 #: Ready slots that are offered to the journal.
 _OFFERED = 16
-#: QEMU's driver names the device itself.
-_QEMU_PREFIX = "user,id=net,"
 
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,9 +165,5 @@ class UserWiring:
         """Nothing is served."""
 
     def _wire(self, machine: Machine) -> Wire:
-        rendered = render_user_network(
-            forwards={}, internet=machine.spec.network.internet, user_network=self._is_open, device_id="net"
-        )
-        return Wire(
-            nic=Nic(user_network=rendered.removeprefix(_QEMU_PREFIX)), kernel_arguments=render_user_kernel_arguments()
-        )
+        options = render_user_network(forwards={}, internet=machine.spec.network.internet, user_network=self._is_open)
+        return Wire(nic=Nic(user_network=options), kernel_arguments=render_user_kernel_arguments())

@@ -104,7 +104,7 @@ class World:
 NOTHING: tuple[set[str], set[str], set[str]] = (set(), set(), set())
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Let other tasks run until a condition holds."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - the condition may be anything

@@ -59,13 +59,8 @@ async def create_overlay(
     return await asyncio.to_thread(_create, blank, path, without_reflink, uid, gid)
 
 
-async def delete_overlay(path: Path) -> None:
-    """Remove an overlay. Idempotent."""
-    await asyncio.to_thread(path.unlink, missing_ok=True)
-
-
 async def sync_overlay(path: Path) -> None:
-    """Make what a stopped machine has written survive a crash of the host: the VMM itself never flushes."""
+    """Make all that a stopped machine has written survive a crash of the host, also what its guest has not synced."""
     await asyncio.to_thread(_sync, path)
 
 

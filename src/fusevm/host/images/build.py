@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import shutil
 import time
 from pathlib import Path
 
@@ -33,15 +32,6 @@ async def build_from_tree(
     parse_name(name)
     async with exclusive(store.root, lock_name(name)), workspace(store.root) as folder:
         return await finish(store, name, content, folder, config, source or str(content), inputs, progress)
-
-
-async def build_minimal(store: ImageStore, binary: Path, name: str = "minimal") -> Image:
-    """Make an image that holds one static program, /bin/<its name>, and the folders a machine mounts things on."""
-    async with exclusive(store.root, lock_name(name)), workspace(store.root) as folder:
-        tree = folder / "minimal"
-        await asyncio.to_thread(_fill_minimal, tree, binary)
-        config = ImageConfig(entrypoint=(f"/bin/{binary.name}",))
-        return await finish(store, name, tree, folder, config, f"the program {binary.name}", "", ignore_progress)
 
 
 async def finish(
@@ -83,16 +73,6 @@ async def finish(
 def inputs_hash(*parts: object) -> str:
     """Return the hash of what an image is built from (any JSON), with the version of the builder."""
     return hashlib.sha256(msgspec.json.encode([BUILDER_VERSION, *parts], order="deterministic")).hexdigest()
-
-
-def _fill_minimal(tree: Path, binary: Path) -> None:
-    for path in ("bin", "dev", "etc", "proc", "root", "run", "sys", "tmp"):
-        (tree / path).mkdir(parents=True)
-    (tree / "tmp").chmod(0o1777)
-    (tree / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
-    (tree / "etc" / "group").write_text("root:x:0:\n")
-    shutil.copyfile(binary, tree / "bin" / binary.name)
-    (tree / "bin" / binary.name).chmod(0o755)
 
 
 def lock_name(name: str) -> str:

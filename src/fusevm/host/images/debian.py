@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import pwd
 import shutil
 import stat
 import time
@@ -19,7 +18,8 @@ from fusevm.host.images.build import finish, inputs_hash, lock_name
 from fusevm.host.images.ext4 import EPOCH_S
 from fusevm.host.images.progress import Progress, ProgressEvent, ignore_progress, watched_bytes
 from fusevm.host.images.store import Image, ImageConfig, ImageStore
-from fusevm.host.images.workspace import exclusive, workspace
+from fusevm.host.images.subordinate import find_shortage
+from fusevm.host.images.workspace import exclusive, passing_folder, workspace
 from fusevm.host.run import program_environment, run, run_streaming
 from fusevm.model.errors import BadSetting, ImageNotFound, ToolMissing
 
@@ -171,15 +171,10 @@ def check_rootless() -> None:
         return
     if shutil.which("newuidmap", path=program_environment()["PATH"]) is None:
         raise ToolMissing(program="newuidmap", package="uidmap")
-    me = [str(os.geteuid())]
-    with contextlib.suppress(KeyError):  # a user without a name
-        me.append(pwd.getpwuid(os.geteuid()).pw_name)
-    for table in (Path("/etc/subuid"), Path("/etc/subgid")):
-        lines = table.read_text().splitlines() if table.exists() else []
-        if not any(line.partition(":")[0] in me for line in lines):
-            remedy = f"usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {me[-1]}"
-            problem = f"no line for {me[-1]}, which building an image without root needs; as root run `{remedy}`"
-            raise BadSetting(setting=str(table), problem=f"{problem}, or run all of this as root")
+    short = find_shortage()
+    if short is not None:
+        remedy = f"as root run `{short.command}`, or run all of this as root" if short.command else "run this as root"
+        raise BadSetting(setting=short.table, problem=f"{short.problem}; {remedy}")
 
 
 @contextlib.asynccontextmanager
@@ -191,7 +186,8 @@ async def _scratch(folder: Path) -> AsyncIterator[Path]:
     await asyncio.to_thread(folder.chmod, 0o755)
     async with contextlib.AsyncExitStack() as stack:
         if not await asyncio.to_thread(_is_reachable, folder):
-            folder = await stack.enter_async_context(workspace(await asyncio.to_thread(_own_tmp), _NEEDED_BYTES))
+            root = await stack.enter_async_context(passing_folder(_SHARED_TMP / f"fuse-build-{os.geteuid()}"))
+            folder = await stack.enter_async_context(workspace(root, _NEEDED_BYTES))
         scratch = folder / "mmdebstrap"
         await asyncio.to_thread(scratch.mkdir)
         await asyncio.to_thread(scratch.chmod, 0o1777)
@@ -200,18 +196,6 @@ async def _scratch(folder: Path) -> AsyncIterator[Path]:
 
 def _is_reachable(folder: Path) -> bool:
     return os.geteuid() == 0 or all(path.stat().st_mode & stat.S_IXOTH for path in (folder, *folder.parents))
-
-
-def _own_tmp() -> Path:
-    """Make this user's folder for builds. Raises BadSetting when somebody else has made it."""
-    path = _SHARED_TMP / f"fuse-build-{os.geteuid()}"
-    with contextlib.suppress(FileExistsError):
-        path.mkdir()
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise BadSetting(setting=str(path), problem="it belongs to another user; remove it")
-    path.chmod(0o711)
-    return path
 
 
 def _host_codename() -> str:

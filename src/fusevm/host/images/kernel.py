@@ -102,19 +102,16 @@ class KernelStore:
         self._root = data / "kernels"
         self._names = Names(self._root)
 
-    async def ensure(
-        self, path: Path | None = None, *, progress: Progress = ignore_progress, force: bool = False
-    ) -> Kernel:
+    async def ensure(self, path: Path | None = None, *, progress: Progress = ignore_progress) -> Kernel:
         """Return the kernel of a file, or without one Debian's cloud kernel, fetched when it is not there yet.
 
-        `force` fetches the newest one. A file is a bzImage or an ELF with the drivers built in. Raises KernelCorrupt,
-        CommandFailed (apt), NoSpace.
+        A file is a bzImage or an ELF with the drivers built in. Raises KernelCorrupt, CommandFailed (apt), NoSpace.
         """
         if path is not None:
             return await self._ensure_file(path)
         async with exclusive(self._root, DEFAULT):
             names = await asyncio.to_thread(self._names.load)
-            if DEFAULT in names and not force:
+            if DEFAULT in names:
                 with contextlib.suppress(KernelCorrupt):  # a damaged one is fetched again
                     return await self.resolve(DEFAULT)
             async with workspace(self._root, _NEEDED_BYTES) as folder:

@@ -33,17 +33,6 @@ class Names:
         """Point a name at a digest, durably. Idempotent."""
         self._change(lambda names: {**names, name: digest})
 
-    def remove(self, wanted: Callable[[str, str], bool]) -> list[str]:
-        """Remove the names for which `wanted(name, digest)` holds, and return them."""
-        removed: list[str] = []
-
-        def without(names: dict[str, str]) -> dict[str, str]:
-            removed.extend(name for name, digest in names.items() if wanted(name, digest))
-            return {name: digest for name, digest in names.items() if name not in removed}
-
-        self._change(without)
-        return removed
-
     def _change(self, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
         with brief_lock(self._root):
             before = self.load()

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from fusevm.host.images.names import Names
-from fusevm.host.images.workspace import brief_lock, discard_folder, publish_folder, write_durably
+from fusevm.host.images.workspace import publish_folder, write_durably
 from fusevm.model.errors import BadField, ImageCorrupt, ImageNotFound
 
 #: Offset and value of the ext4 superblock's magic number, little-endian (ext4(5); kernel, ext4 disk layout).
@@ -105,18 +105,9 @@ class ImageStore:
         """Return all usable images, newest first."""
         return await asyncio.to_thread(self._list)
 
-    async def remove(self, name: str, *, used: Callable[[str], bool] = lambda _digest: False) -> bool:
-        """Remove a name, and the image itself when no other name is left and `used(digest)` is false.
-
-        A digest removes all names. Returns whether the image's files are gone.
-        """
-        return await asyncio.to_thread(self._remove, name, used)
-
-    async def verify(self, image: Image, on_bytes: Callable[[int], None] = lambda _done: None) -> None:
-        """Read the whole root file system and compare its sha256; raise ImageCorrupt when it differs."""
-        sha256 = await asyncio.to_thread(file_sha256, image.rootfs, on_bytes)
-        if sha256 != image.record.rootfs_sha256:
-            raise ImageCorrupt(image=image.label, path=str(image.rootfs), problem="its sha256 is not the recorded one")
+    async def find_damage(self) -> list[ImageCorrupt]:
+        """Read every image whole and return what is wrong with them. Takes some seconds per GiB."""
+        return await asyncio.to_thread(self._find_damage)
 
     async def publish(self, folder: Path, name: str, record: ImageRecord) -> Image:
         """Move a finished `rootfs.ext4` in `folder` (same file system) into the store under its digest and a name."""
@@ -152,19 +143,17 @@ class ImageStore:
                 images.append(self._load(folder.name.removeprefix("sha256-"), names, asked=folder.name))
         return sorted(images, key=lambda image: -image.record.created_at_ms)
 
-    def _remove(self, name: str, used: Callable[[str], bool]) -> bool:
+    def _find_damage(self) -> list[ImageCorrupt]:
         names = self._names.load()
-        found = _DIGEST.fullmatch(names.get(name, name))
-        folder = self.root / f"sha256-{found.group(1)}" if found else None
-        if found is None or folder is None or (name not in names and not folder.is_dir()):
-            raise ImageNotFound(image=name)
-        digest = f"sha256:{found.group(1)}"
-        self._names.remove(lambda key, value: key == name or (name not in names and value == digest))
-        if digest in self._names.load().values() or used(digest):
-            return False
-        with brief_lock(self.root), contextlib.suppress(FileNotFoundError):
-            discard_folder(folder)
-        return True
+        damage = []
+        for folder in sorted(self.root.glob("sha256-*")):
+            hex_digest = folder.name.removeprefix("sha256-")
+            known = [name for name, digest in names.items() if digest == f"sha256:{hex_digest}"]
+            try:
+                _check_content(self._load(hex_digest, names, asked=known[0] if known else folder.name))
+            except ImageCorrupt as e:
+                damage.append(e)
+        return damage
 
     def _publish(self, folder: Path, name: str, record: ImageRecord) -> Image:
         write_durably(folder / "image.json", msgspec.json.format(msgspec.json.encode(record)))
@@ -231,6 +220,11 @@ def _check_rootfs(path: Path, size_bytes: int, label: str) -> None:
         raise ImageCorrupt(image=label, path=str(path), problem=f"it has {size} bytes instead of {size_bytes}")
     if magic != _EXT4_MAGIC:
         raise ImageCorrupt(image=label, path=str(path), problem="it is no ext4 file system")
+
+
+def _check_content(image: Image) -> None:
+    if file_sha256(image.rootfs) != image.record.rootfs_sha256:
+        raise ImageCorrupt(image=image.label, path=str(image.rootfs), problem="its sha256 is not the recorded one")
 
 
 def _reason(error: Exception) -> str:

@@ -19,9 +19,10 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from fusevm.host.run import run
-from fusevm.model.errors import CommandFailed, NoSpace
+from fusevm.model.errors import BadSetting, CommandFailed, NoSpace
 
 PREFIX = ".build-"
+_LOCK = ".lock"
 _LOCK_POLL_S = 0.1
 
 
@@ -47,6 +48,19 @@ async def workspace(root: Path, needed_bytes: int = 64 << 20) -> AsyncIterator[P
 
 
 @asynccontextmanager
+async def passing_folder(path: Path) -> AsyncIterator[Path]:
+    """Use a folder of this user's as a root of workspaces: made when it is missing, gone with the last who uses it.
+
+    Others may pass through it, not look into it. Raises BadSetting when the path is somebody else's.
+    """
+    fd = await asyncio.to_thread(_hold, path)
+    try:
+        yield path
+    finally:
+        await asyncio.to_thread(_let_go, path, fd)
+
+
+@asynccontextmanager
 async def exclusive(root: Path, name: str) -> AsyncIterator[None]:
     """Hold the lock `name` below `root` among processes and tasks, waiting for its holder; death frees it."""
     fd = await asyncio.to_thread(_open_lock, root / f".lock-{name}")
@@ -61,7 +75,7 @@ async def exclusive(root: Path, name: str) -> AsyncIterator[None]:
 @contextmanager
 def brief_lock(root: Path) -> Iterator[None]:
     """Hold the folder's own lock for a change of milliseconds. Blocks: call it from a thread."""
-    fd = _open_lock(root / ".lock")
+    fd = _open_lock(root / _LOCK)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
@@ -152,6 +166,54 @@ def _try_lock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _hold(path: Path) -> int:
+    """Make the folder ours as long as the descriptor is open."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o711)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # its last user has just removed it
+        except OSError as e:
+            raise BadSetting(setting=str(path), problem=f"it is no folder of yours ({e.strerror}); remove it") from e
+        try:
+            _check_owner(path, fd)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            if _is_at(path, fd):
+                os.fchmod(fd, 0o711)
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _check_owner(path: Path, fd: int) -> None:
+    if os.fstat(fd).st_uid != os.geteuid():
+        raise BadSetting(setting=str(path), problem="it belongs to another user; remove it")
+
+
+def _let_go(path: Path, fd: int) -> None:
+    """Remove the folder unless somebody else holds it, or a killed build has left something in it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if {entry.name for entry in path.iterdir()} <= {_LOCK}:
+            (path / _LOCK).unlink(missing_ok=True)
+            path.rmdir()
+    except (BlockingIOError, FileNotFoundError):
+        return  # somebody else's to remove, or removed by hand
+    finally:
+        os.close(fd)
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def _make(root: Path) -> tuple[Path, int]:

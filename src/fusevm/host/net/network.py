@@ -1,6 +1,6 @@
 """The host's network as the daemon sees it: slots with policy and DNS.
 
-Life of a slot: the journal reserves a number (`candidates`), `acquire`, `open_tap` or `give_tap` for the VMM,
+Life of a slot: the journal reserves a number (`candidates`), `acquire`, `open_tap` for the VMM,
 `serve_dns`; `set_policy` at any time; after the VMM's end `release`, then the journal frees the number. After a
 restart: `open` with the slots of all machines, then `serve_dns` for each. From time to time: `ensure`.
 

@@ -18,18 +18,14 @@ _DNS = "10.208.0.3"
 _MTU = 1500
 
 
-def render_user_network(
-    *, forwards: Mapping[int, int], internet: bool, user_network: bool, device_id: str = "net0"
-) -> str:
-    """Render the value of QEMU's `-netdev` for one machine.
+def render_user_network(*, forwards: Mapping[int, int], internet: bool, user_network: bool) -> str:
+    """Render what follows `-netdev user,id=...,` on QEMU's command line for one machine.
 
     `forwards` maps ports of the host's loopback to TCP ports of the guest. The network is open only if the
     administrator allows it (`user_network`) and the machine's policy wants it (`internet`).
     """
     is_open = internet and user_network
     options = [
-        "user",
-        f"id={device_id}",
         f"restrict={'off' if is_open else 'on'}",
         "ipv6=off",
         f"net={_NETWORK}",

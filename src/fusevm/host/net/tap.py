@@ -1,7 +1,7 @@
 """Tap devices: made, owned and opened inside a slot's namespace.
 
 A tap is persistent: it exists as long as its namespace, with its address and its anti-spoofing rules, while VMMs come
-and go. An unprivileged VMM gets a descriptor (QEMU, `open_tap`) or ownership (Firecracker opens by name, `give_tap`).
+and go. It belongs to root; an unprivileged VMM gets an open descriptor (`open_tap`).
 
 Struct ifreq as used here (netdevice(7), linux/if_tun.h), native endianness:
 
@@ -41,15 +41,16 @@ async def open_tap(namespace_path: str, name: str) -> int:
     return await run_inside(namespace_path, lambda: attach_tap(name), discard=os.close)
 
 
-async def give_tap(namespace_path: str, name: str, uid: int) -> None:
-    """Let user `uid` open an existing, unopened tap by name; nobody else but root can. Idempotent."""
-    await run_inside(namespace_path, lambda: _own(name, uid))
-
-
 def ensure_tap(name: str) -> None:
     """Create a persistent tap that only root may open, in the namespace of the calling thread. Idempotent."""
-    if name not in {interface for _, interface in socket.if_nameindex()}:
-        _own(name, 0)
+    if name in {interface for _, interface in socket.if_nameindex()}:
+        return
+    fd = attach_tap(name)
+    try:
+        fcntl.ioctl(fd, _TUNSETOWNER, 0)
+        fcntl.ioctl(fd, _TUNSETPERSIST, 1)
+    finally:
+        os.close(fd)
 
 
 def attach_tap(name: str) -> int:
@@ -61,12 +62,3 @@ def attach_tap(name: str) -> int:
         os.close(fd)
         raise
     return fd
-
-
-def _own(name: str, uid: int) -> None:
-    fd = attach_tap(name)
-    try:
-        fcntl.ioctl(fd, _TUNSETOWNER, uid)
-        fcntl.ioctl(fd, _TUNSETPERSIST, 1)
-    finally:
-        os.close(fd)

@@ -18,7 +18,7 @@ class Nic(msgspec.Struct, frozen=True, kw_only=True):
     #: Open tap descriptor that the VMM inherits; None with `user_network`.
     tap_fd: int | None = None
     mac: str = ""
-    #: Value of QEMU's `-netdev user,...` when the daemon has no root; empty with a tap.
+    #: Options of QEMU's user network (`net.rootless`) when the daemon has no root; empty with a tap.
     user_network: str = ""
     #: Network namespace that the VMM process enters; None: the daemon's.
     netns: Path | None = None

@@ -8,6 +8,7 @@ import msgspec
 from fusevm.host.vmm.console import last_lines
 
 UNKNOWN = "unknown"
+OUT_OF_MEMORY = "the VMM was killed because memory ran out"
 _PANIC = re.compile(rb"Kernel panic - not syncing: ([^\r\n]{1,200})")
 _FATAL = re.compile(rb"fused: FATAL: ([^\r\n]{1,400})")
 
@@ -21,6 +22,8 @@ class LastWords(msgspec.Struct, frozen=True, kw_only=True):
     shutdown: str = ""
     #: We killed it ourselves, for this reason.
     killed: str = ""
+    #: The kernel has killed the process for want of memory: its control group says so.
+    is_out_of_memory: bool = False
     #: End of the guest's console.
     console: bytes = b""
     #: End of the VMM's own output.
@@ -47,6 +50,8 @@ def explain_exit(words: LastWords) -> str:
 
 
 def _by_status(words: LastWords) -> str:
+    if words.is_out_of_memory:
+        return OUT_OF_MEMORY
     said = last_lines(words.output)
     tail = f": {said}" if said else ""
     if words.status is None or (words.status == 0 and not said):

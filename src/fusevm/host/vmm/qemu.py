@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import msgspec
 
+from fusevm.host.cgroup import has_run_out_of_memory
 from fusevm.host.channel import GuestChannel, GuestStream, TooManyStreams, connect_unix
 from fusevm.host.process import ProcessHandle, command_line_of
 from fusevm.host.vmm.console import ConsoleLog, ConsoleReader, PipeReader, last_lines
@@ -94,6 +95,7 @@ class QemuVmm:
     def __init__(self, plan: BootPlan, handle: ProcessHandle) -> None:
         self._id = plan.machine_id
         self._files = RunFiles(plan.run_dir)
+        self._cgroups = plan.confinement.cgroups
         self._handle = handle
         self._log = ConsoleLog(plan.console_log, plan.console_bytes)
         self._output = bytearray()
@@ -231,6 +233,7 @@ class QemuVmm:
             status=status,
             shutdown=self._shutdown,
             killed=self._killed,
+            is_out_of_memory=await asyncio.to_thread(has_run_out_of_memory, self._cgroups),
             console=self._log.tail,
             output=bytes(self._output),
         )
