@@ -24,7 +24,7 @@ def explore(cluster: Cluster, limit: int = 300_000) -> Found:
     """Visit every reachable world once; stop at the first broken rule."""
     start = cluster.start()
     found = Found([start], [[]])
-    index = {_encode(start): 0}
+    index = {cluster.key(start): 0}
     came: list[tuple[int, str]] = [(-1, "")]
     checked: dict[bytes, list[str]] = {}
     todo = deque([0])
@@ -44,7 +44,7 @@ def explore(cluster: Cluster, limit: int = 300_000) -> Found:
             for kind, name, world in cluster.moves(here):
                 if world is here:
                     continue
-                key = _encode(world)
+                key = cluster.key(world)
                 target = index.setdefault(key, len(found.worlds))
                 if target == len(found.worlds):
                     found.worlds.append(world)

@@ -9,10 +9,14 @@ the crash of a worker (its action is repeated by the next) at once, and it keeps
 is forgotten only when it was tried and changed nothing, and its number is no longer the pending one's. Time has two
 values, NOW and FAR; whether a list is older than a record is kept as a relation.
 
+What can be done to a machine that is up (drain, token, snapshot, restore) is asked for at most `wishes` times per
+environment, so that numbers stay finite.
+
 The small methods of `Cluster` without an underscore are what `test_seeded_bugs.py` replaces to plant mistakes.
 """
 
 from collections.abc import Iterator
+from itertools import permutations
 from typing import Literal, NamedTuple, get_args
 
 import msgspec
@@ -22,42 +26,67 @@ from fusevm.core import invariants, lifecycle
 from fusevm.core.lifecycle import Identity, Step
 from fusevm.core.placement import can_reserve, place
 from fusevm.core.policy import Policy
-from fusevm.core.reconcile import ObservedMachine, Plan, Strikes, plan
+from fusevm.core.queue import plan_placements
+from fusevm.core.reconcile import ObservedMachine, Plan, Strikes, expectations, plan
+from fusevm.core.snapshots import begin_snapshot
 from fusevm.core.spec import complete, resources_of
+from fusevm.model import snapshot as snapshot_model
 from fusevm.model.environment import (
     Action,
     BootMachine,
+    Desired,
+    DestroyMachine,
+    DrainAgent,
+    Environment,
+    RestoreMachine,
+    RotateToken,
+    SetUpMachine,
+    SnapshotMachine,
+    State,
+)
+from fusevm.model.event import (
+    ActionRefused,
+    AgentDrained,
     BootRefused,
     BootSucceeded,
-    Desired,
     DestroyConfirmed,
-    DestroyMachine,
     DestroyRequested,
     DrainRequested,
-    Environment,
     Event,
     HostLost,
     MachineExited,
     MachineMissing,
     OutcomeUnknown,
-    State,
+    Placed,
+    RestoreRequested,
+    RotateRequested,
+    SetUpSucceeded,
+    SnapshotRequested,
+    SnapshotRestored,
+    SnapshotTaken,
     Tick,
+    TokenRotated,
 )
-from fusevm.model.errors import NoCapacity
 from fusevm.model.fact import Fact
 from fusevm.model.host import Host, HostHealth, Resources
 from fusevm.model.machine import Phase
+from fusevm.model.setup import Duties
+from fusevm.model.snapshot import Snapshot, SnapshotState
 
 NOW, FAR = 1_000, 10**9
 CLUSTER = "c1"
+NONE = Duties()
 POLICY = Policy(cpu_overcommit_percent=100, storage_overcommit_percent=100)
 SPEC = complete(POLICY)
+PATIENT = complete(POLICY, queue_seconds=60)
 ONE = resources_of(SPEC)
 #: How often the worker of one action may be left without an answer.
 MAX_UNKNOWN = 1
+_encode = msgspec.json.Encoder().encode
 
-Fault = Literal["boot", "unknown", "time", "drain", "exit", "delete", "host", "reconcile", "glitch"]
+Fault = Literal["boot", "unknown", "time", "drain", "exit", "delete", "host", "reconcile", "glitch", "queue", "refuse"]
 EVERYTHING: frozenset[Fault] = frozenset(get_args(Fault))
+Wish = Literal["rotate", "snapshot", "restore"]
 
 
 class Slot(msgspec.Struct, frozen=True):
@@ -69,6 +98,9 @@ class Slot(msgspec.Struct, frozen=True):
     placement: str = ""
     #: The host itself has said that the machine is gone for good.
     is_confirmed: bool = False
+    snapshots: tuple[Snapshot, ...] = ()
+    #: How often something was asked of the machine.
+    asked: int = 0
     #: Ended, cleaned up and without a message that could still do anything: forgotten, so that worlds stay few.
     is_forgotten: bool = False
 
@@ -128,12 +160,24 @@ class Cluster:
         room: int = 1,
         faults: frozenset[Fault] = frozenset(),
         comes_back: bool = True,
+        duties: Duties = NONE,
+        wishes: frozenset[Wish] = frozenset(),
+        most_wishes: int = 1,
+        is_symmetric: bool = False,
     ) -> None:
         self.tasks = tasks
         self.hosts = hosts
         self.room = room
         self.faults = faults
         self.comes_back = comes_back
+        self.duties = duties
+        self.wishes = wishes
+        self.most_wishes = most_wishes
+        #: Tasks differ and hosts are alike: worlds that differ only by their names are one (`key`).
+        self.is_symmetric = is_symmetric
+        if is_symmetric and ("reconcile" in faults or len(set(tasks)) < len(tasks)):
+            raise ValueError("hosts and tasks that differ cannot be exchanged")
+        self.spec = PATIENT if "queue" in faults else SPEC
 
     def start(self) -> World:
         room = self.room
@@ -167,6 +211,8 @@ class Cluster:
             yield from self._deliver(world, order)
         for uid, event in world.replies:
             yield Move("progress", f"{uid} hears {event}", self.apply(world, uid, event))
+        if "queue" in self.faults:
+            yield from self._serve_queue(world)
         for index, server in enumerate(world.servers):
             yield from self._server(world, index, server)
 
@@ -214,25 +260,69 @@ class Cluster:
         if slot.planned:
             yield Move("progress", f"book {index}", self._book(world, index))
         elif index == 0 or world.slots[index - 1] != Slot():
-            try:
-                chosen = place([server.record for server in world.servers], SPEC, POLICY)
-            except NoCapacity:
-                return
-            yield Move("user", f"create {index}", _with_slot(world, index, Slot(planned=chosen)))
+            records = [server.record for server in world.servers]
+            open_ = [record for record in records if can_reserve(record, self.spec, POLICY)]
+            if open_ and not self.is_symmetric:
+                open_ = [record for record in open_ if record.id == place(records, self.spec, POLICY)]
+            for record in open_:
+                yield Move("user", f"create {index}", _with_slot(world, index, Slot(planned=record.id)))
+            if not open_ and "queue" in self.faults and self.is_free(world, self.tasks[index]):
+                yield Move("user", f"create {index} to wait", self._begin(world, index, ""))
+
+    def _serve_queue(self, world: World) -> Iterator[Move]:
+        """Give places to those who wait; each is booked if it still fits."""
+        envs = [slot.env for slot in world.slots if slot.env is not None and slot.env.is_queued]
+        hosts = [server.record for server in world.servers]
+        for placed in self._plans(envs, hosts):
+            after = world
+            for uid, host_id in placed:
+                if self.has_room(after, host_id):
+                    after = self.apply(after, uid, Placed(cause="x", host_id=host_id))
+            yield Move("progress", f"the queue is served: {placed}", after)
+
+    def _plans(self, envs: list[Environment], hosts: list[Host]) -> Iterator[tuple[tuple[str, str], ...]]:
+        """The plan; where names are forgotten, one for every order of age and every way to name the hosts."""
+        if not self.is_symmetric:
+            yield self.plan_queue(envs, hosts)
+            return
+        for order in permutations(envs):
+            aged = [replace(env, created_at_ms=NOW - len(order) + place) for place, env in enumerate(order)]
+            for renamed in permutations([host.id for host in hosts]):
+                back = {new: host.id for new, host in zip(renamed, hosts, strict=True)}
+                others = [replace(host, id=new) for new, host in zip(renamed, hosts, strict=True)]
+                yield tuple((uid, back[host_id]) for uid, host_id in self.plan_queue(aged, others))
+
+    def plan_queue(self, envs: list[Environment], hosts: list[Host]) -> tuple[tuple[str, str], ...]:
+        return plan_placements(envs, hosts, {}, POLICY, now_ms=NOW)
 
     def _environment(self, world: World, index: int, env: Environment) -> Iterator[Move]:
         yield Move("user", f"delete {index}", self.apply(world, env.uid, DestroyRequested(cause="x")))
-        if "drain" in self.faults and env.state is State.RUNNING:
+        if "drain" in self.faults and env.state is State.RUNNING and env.pending is None:
             yield Move("user", f"drain {index}", self.apply(world, env.uid, DrainRequested(cause="x")))
         if "time" in self.faults:
             yield Move("fault", f"time is over for {index}", self.apply(world, env.uid, Tick(cause="x"), FAR))
+        if env.state is State.RUNNING and env.pending is None and world.slots[index].asked < self.most_wishes:
+            for event in self._wishes(world.slots[index], env):
+                asked = replace(world.slots[index], asked=world.slots[index].asked + 1)
+                yield Move("user", f"{event} of {index}", self.apply(_with_slot(world, index, asked), env.uid, event))
         action = env.pending
         if action is not None and "unknown" in self.faults and action.attempt < MAX_UNKNOWN:
             lost = OutcomeUnknown(cause="x", seq=action.seq, message="no answer")
             yield Move("fault", f"no answer to {action}", self.apply(world, env.uid, lost))
-        if _server_of(world, env.host_id).record.health is HostHealth.LOST:
+        if not env.is_queued and _server_of(world, env.host_id).record.health is HostHealth.LOST:
             event = HostLost(cause="x", host_id=env.host_id)
             yield Move("progress", f"{env.uid} hears that its host is lost", self.apply(world, env.uid, event))
+
+    def _wishes(self, slot: Slot, env: Environment) -> Iterator[Event]:
+        """What may be asked of a machine that is up."""
+        if "rotate" in self.wishes:
+            yield RotateRequested(cause="x")
+        if "snapshot" in self.wishes:
+            yield SnapshotRequested(cause="x", snapshot=begin_snapshot(env, f"{env.uid}-{slot.asked}", now_ms=NOW))
+        if "restore" in self.wishes:
+            for snapshot in slot.snapshots:
+                if snapshot.state is SnapshotState.READY:
+                    yield RestoreRequested(cause="x", snapshot=snapshot)
 
     def _server(self, world: World, index: int, server: Server) -> Iterator[Move]:
         id_ = server.record.id
@@ -248,7 +338,7 @@ class Cluster:
                 tombstones = _bury(server, machine.uid, machine.incarnation)
                 gone = replace(server, machines=_drop(server.machines, machine.id), tombstones=tombstones)
                 yield Move("fault", f"{machine.id} is deleted by hand", _with_server(world, index, gone))
-        if "host" in self.faults and index == 0:
+        if "host" in self.faults and (index == 0 or self.is_symmetric):
             yield from self._reachability(world, index, server)
         if "reconcile" in self.faults and server.is_reachable:
             if server.listed is None:
@@ -280,16 +370,19 @@ class Cluster:
         task, chosen = self.tasks[index], world.slots[index].planned
         if not self.is_free(world, task) or not self.has_room(world, chosen):
             return _with_slot(world, index, Slot())
-        identity = Identity(uid=f"u{index}", task_id=task, machine_id=f"m-{index}")
-        found = lifecycle.begin(identity, SPEC, chosen, cause="x", now_ms=NOW, policy=POLICY)
-        slot = Slot(env=found.record, facts=found.facts, placement=chosen)
+        return self._begin(world, index, chosen)
+
+    def _begin(self, world: World, index: int, host_id: str) -> World:
+        identity = Identity(uid=f"u{index}", task_id=self.tasks[index], machine_id=f"m-{index}")
+        found = lifecycle.begin(identity, self.spec, host_id, cause="x", now_ms=NOW, policy=POLICY, duties=self.duties)
+        slot = Slot(env=found.record, facts=found.facts, placement=host_id)
         return self.total(self._give(_with_slot(world, index, slot), identity.uid, found.actions))
 
     def is_free(self, world: World, task: str) -> bool:
         return all(slot.env is None or slot.env.is_terminal or slot.env.task_id != task for slot in world.slots)
 
     def has_room(self, world: World, host_id: str) -> bool:
-        return can_reserve(_server_of(world, host_id).record, SPEC, POLICY)
+        return can_reserve(_server_of(world, host_id).record, self.spec, POLICY)
 
     def apply(self, world: World, uid: str, event: Event, now_ms: int = NOW) -> World:
         """Feed one event to one environment and save what comes of it, in one transaction."""
@@ -302,8 +395,20 @@ class Cluster:
         if env == slot.env:
             return world
         is_confirmed = slot.is_confirmed or (env.is_terminal and isinstance(event, DestroyConfirmed))
-        placement = self.placement(env, slot)
-        saved = _with_slot(world, index, Slot("", env, slot.facts + found.facts, placement, is_confirmed))
+        if isinstance(event, Placed):
+            slot = replace(slot, placement=event.host_id)
+        saved = _with_slot(
+            world,
+            index,
+            replace(
+                slot,
+                env=env,
+                facts=slot.facts + found.facts,
+                placement=self.placement(env, slot),
+                is_confirmed=is_confirmed,
+                snapshots=self.snapshots(slot, found),
+            ),
+        )
         servers = tuple(
             replace(server, changed=tuple(sorted({*server.changed, uid}))) if server.listed is not None else server
             for server in saved.servers
@@ -312,6 +417,16 @@ class Cluster:
 
     def step(self, env: Environment, event: Event, now_ms: int) -> Step:
         return lifecycle.step(env, event, now_ms, POLICY)
+
+    def snapshots(self, slot: Slot, found: Step) -> tuple[Snapshot, ...]:
+        """What is saved of snapshots in the same transaction. Raises Broken for a change that no store accepts."""
+        kept = {snapshot.id: snapshot for snapshot in slot.snapshots}
+        for snapshot in found.snapshots:
+            before = kept.get(snapshot.id)
+            if before is not None and snapshot.state not in snapshot_model.ALLOWED[before.state]:
+                raise Broken(f"snapshot {snapshot.id} goes from {before.state} to {snapshot.state}")
+            kept[snapshot.id] = snapshot
+        return tuple(kept.values())
 
     def placement(self, env: Environment, slot: Slot) -> str:
         return "" if env.is_terminal else slot.placement
@@ -358,6 +473,9 @@ class Cluster:
                 "progress", f"did {order}", self._answer(after, order, DestroyConfirmed(cause="x", seq=order.seq))
             )
             return
+        if not isinstance(action, BootMachine):
+            yield from self._operate(world, index, order)
+            return
         refused = BootRefused(cause="x", seq=order.seq, reason="boot_failed", message="it did not come up")
         success = BootSucceeded(cause="x", seq=order.seq)
         there = self.machine_of(server, action)
@@ -375,6 +493,27 @@ class Cluster:
             wreck = replace(made, phase=Phase.FAILED, error="it did not come up")
             after = _with_server(world, index, replace(server, machines=_put(server.machines, wreck)))
             yield Move("fault", f"failed {order}", self._answer(after, order, refused))
+
+    def _operate(self, world: World, index: int, order: Order) -> Iterator[Move]:
+        """Something is done to a machine that is up. Repetitions do nothing else than the first time."""
+        server, action = world.servers[index], order.action
+        env = world.slots[_index_of(order.uid)].env
+        if isinstance(action, RestoreMachine) and not (env and isinstance(env.pending, RestoreMachine)):
+            # A host restores at most once per action, refuses older actions, and stops trying at the deadline.
+            return
+        refused = ActionRefused(cause="x", seq=order.seq, reason="no_space", message="the disk is full")
+        there = next((machine for machine in server.machines if machine.id == action.machine_id), None)
+        is_up = there is not None and (there.phase is Phase.RUNNING or isinstance(action, RestoreMachine))
+        if there is None or not is_up or self.is_fenced(server, order):
+            yield Move("progress", f"refused {order}", self._answer(world, order, refused))
+            return
+        after = world
+        if isinstance(action, RestoreMachine):
+            again = _put(server.machines, replace(there, phase=Phase.RUNNING, error=""))
+            after = _with_server(world, index, replace(server, machines=again)) if again != server.machines else world
+        yield Move("progress", f"did {order}", self._answer(after, order, _success(order)))
+        if "refuse" in self.faults:
+            yield Move("fault", f"failed {order}", self._answer(world, order, refused))
 
     def is_fenced(self, server: Server, order: Order) -> bool:
         return any(uid == order.uid and order.action.incarnation <= upto for uid, upto in server.tombstones)
@@ -420,9 +559,9 @@ class Cluster:
         changed: tuple[str, ...],
         strikes: Strikes,
     ) -> Plan:
-        """The plan of a list asked for at NOW; the records named in `changed` are younger than it."""
-        expected = [replace(env, updated_at_ms=NOW + 1 if env.uid in changed else NOW - 1) for env in envs]
-        return plan(host_id, CLUSTER, expected, listed, strikes, listed_at_ms=NOW, cause="x")
+        """The plan of a list; the records named in `changed` were others when it was asked for."""
+        known = expectations(env for env in envs if env.uid not in changed)
+        return plan(host_id, CLUSTER, envs, listed, strikes, known=known, cause="x")
 
     def _must_be_orphan(self, world: World, machine: ObservedMachine) -> None:
         if machine.id.startswith("m-foreign"):
@@ -436,6 +575,54 @@ class Cluster:
             machine.id == event.machine_id and machine.phase is Phase.RUNNING for machine in server.machines
         ):
             raise Broken(f"{event.machine_id} lives and is given up")
+
+    # -- worlds that are the same --------------------------------------------------------------------------------------
+
+    def key(self, world: World) -> bytes:
+        """Worlds with one key have the same future. Where tasks and hosts are alike, their names are forgotten: each
+        environment is described with all that is about it, and the smallest of all ways to write them down counts."""
+        if not self.is_symmetric:
+            return _encode(world)
+        parts = [self._about(world, index) for index in range(len(world.slots))]
+        states = [(server.is_reachable, server.was_lost, server.record.health) for server in world.servers]
+        ways = []
+        for order in permutations(range(len(world.servers))):
+            servers = [states[number] for number in order]
+            names = [(f"h{number}".encode(), f"H{place}".encode()) for place, number in enumerate(order)]
+            ways.append((servers, sorted(_renamed(part, names) for part in parts)))
+        return _encode(min(ways))
+
+    def _about(self, world: World, index: int) -> bytes:
+        """Everything that concerns one environment, in which it is called `*`. Of the numbers of its actions only the
+        order counts, and no move looks at the pause before a repetition, which differs from name to name."""
+        uid, slot = f"u{index}", world.slots[index]
+        orders = [(order.seq, order.action) for order in world.orders if order.uid == uid]
+        replies = [(getattr(event, "seq", 0), event) for owner, event in world.replies if owner == uid]
+        pending = slot.env.pending if slot.env is not None else None
+        numbers = {0, slot.env.action_seq if slot.env else 0, pending.seq if pending else 0}
+        rank = {seq: place for place, seq in enumerate(sorted(numbers | {seq for seq, _ in orders + replies}))}
+        env = slot.env
+        if env is not None:
+            under_way = None if pending is None else replace(pending, seq=rank[pending.seq], not_before_ms=0)
+            env = replace(env, action_seq=rank[env.action_seq], pending=under_way)
+        machines = [
+            (server.record.id, machine) for server in world.servers for machine in server.machines if machine.uid == uid
+        ]
+        tombstones = [
+            (server.record.id, upto) for server in world.servers for owner, upto in server.tombstones if owner == uid
+        ]
+        about = _encode(
+            (
+                replace(slot, env=env),
+                [replace(action, seq=rank[seq], attempt=0, not_before_ms=0) for seq, action in orders],
+                [replace(event, seq=rank[seq]) if seq else event for seq, event in replies],
+                machines,
+                tombstones,
+            )
+        )
+        names = [uid, f"m-{index}", self.tasks[index]]
+        snapshots = [(f"snap-{uid}-{number}".encode(), f"snap-{number}".encode()) for number in range(self.most_wishes)]
+        return _renamed(about, [(name.encode(), b"*") for name in names] + snapshots)
 
     # -- what must hold --------------------------------------------------------------------------------------------
 
@@ -453,6 +640,7 @@ class Cluster:
                 },
                 machines={server.record.id: server.machines for server in world.servers},
                 facts={slot.env.uid: slot.facts for slot in world.slots if slot.env is not None},
+                snapshots={snapshot.id: snapshot for slot in world.slots for snapshot in slot.snapshots},
             ),
             POLICY,
         )
@@ -470,7 +658,10 @@ class Cluster:
         for slot in world.slots:
             if slot.planned or (slot.env is not None and slot.env.pending is not None):
                 return False
-            if slot.env is not None and not slot.env.is_terminal:
+            if slot.env is not None and slot.env.is_queued:
+                if any(can_reserve(server.record, self.spec, POLICY) for server in world.servers):
+                    return False
+            elif slot.env is not None and not slot.env.is_terminal:
                 wanted.add(slot.env.machine_id)
         return self._running(world) == wanted
 
@@ -488,6 +679,29 @@ class Cluster:
             for machine in server.machines
             if machine.cluster == CLUSTER
         }
+
+
+def _renamed(text: bytes, names: list[tuple[bytes, bytes]]) -> bytes:
+    """Another name for what is called so, as a value of its own and in sentences about a host."""
+    for old, new in names:
+        text = text.replace(b'"' + old + b'"', b'"' + new + b'"').replace(b"host " + old, b"host " + new)
+    return text
+
+
+def _success(order: Order) -> Event:
+    """What the host answers when it has done it."""
+    match order.action:
+        case SetUpMachine():
+            return SetUpSucceeded(cause="x", seq=order.seq)
+        case DrainAgent():
+            return AgentDrained(cause="x", seq=order.seq, exit_code=0)
+        case RotateToken():
+            return TokenRotated(cause="x", seq=order.seq)
+        case SnapshotMachine():
+            return SnapshotTaken(cause="x", seq=order.seq, size_bytes=1, digest="sha256:1")
+        case RestoreMachine():
+            return SnapshotRestored(cause="x", seq=order.seq)
+    raise AssertionError(order)
 
 
 def _foreign(number: int) -> ObservedMachine:
@@ -518,9 +732,21 @@ def _with_server(world: World, index: int, server: Server) -> World:
 
 
 def _with_order(world: World, order: Order) -> World:
+    """The order takes the place of an earlier attempt at the same: that would do nothing else, and nobody waits for its
+    answer any more."""
     if order in world.orders:
         return world
-    return replace(world, orders=tuple(sorted((*world.orders, order), key=_order_key)))
+    kept = [other for other in world.orders if not (order.seq and _is_attempt(other, order))]
+    return replace(world, orders=tuple(sorted((*kept, order), key=_order_key)))
+
+
+def _is_attempt(one: Order, other: Order) -> bool:
+    return (one.uid, type(one.action), one.action.host_id, one.action.machine_id) == (
+        other.uid,
+        type(other.action),
+        other.action.host_id,
+        other.action.machine_id,
+    ) and one.seq < other.seq
 
 
 def _order_key(order: Order) -> tuple[str, int, str, str]:

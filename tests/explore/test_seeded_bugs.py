@@ -5,22 +5,36 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from search import explore, stuck
-from small_world import CLUSTER, NOW, Cluster
+from small_world import CLUSTER, NOW, PATIENT, Cluster, Move
 
 from fusevm.core.lifecycle import Step
 from fusevm.core.reconcile import Strikes
+from fusevm.core.snapshots import begin_snapshot
 from fusevm.model.environment import (
     BootMachine,
-    BootSucceeded,
     Desired,
-    DestroyConfirmed,
     DestroyMachine,
+    DrainAgent,
+    SetUpMachine,
+    SnapshotMachine,
+    State,
+)
+from fusevm.model.event import (
+    BootSucceeded,
+    DestroyConfirmed,
     DestroyRequested,
+    DrainRequested,
     HostLost,
     MachineMissing,
     OutcomeUnknown,
-    State,
+    Placed,
+    RotateRequested,
+    SnapshotTaken,
 )
+from fusevm.model.setup import Duties
+from fusevm.model.snapshot import SnapshotState
+
+DAEMON = Duties(setup=True, agent=True)
 
 # -- mistakes of the store -----------------------------------------------------------------------------------------
 
@@ -162,6 +176,119 @@ class NaiveFailover(Cluster):
         return "" if env.is_terminal else env.host_id
 
 
+# -- mistakes about the queue, setups and snapshots ----------------------------------------------------------------
+
+
+class PlacesAreNotBooked(Cluster):
+    def placement(self, env, slot):
+        return "" if env.spec == PATIENT and env.timings.schedule_ms == WAITED else super().placement(env, slot)
+
+    def step(self, env, event, now_ms):
+        found = super().step(env, event, now_ms)
+        if not isinstance(event, Placed) or found.record is env:
+            return found
+        timings = replace(found.record.timings, schedule_ms=WAITED)
+        return Step(replace(found.record, timings=timings), found.actions, found.facts)
+
+
+WAITED = 1.0
+
+
+class WaitingIsBooked(Cluster):
+    def placement(self, env, slot):
+        return "h0" if env.is_queued else super().placement(env, slot)
+
+    def _begin(self, world, index, host_id):
+        after = super()._begin(world, index, host_id)
+        slots = [replace(slot, placement="h0") if slot.env and slot.env.is_queued else slot for slot in after.slots]
+        return self.total(replace(after, slots=tuple(slots)))
+
+
+class WhoWaitsBootsAtOnce(Cluster):
+    def step(self, env, event, now_ms):
+        found = super().step(env, event, now_ms)
+        if not isinstance(event, Placed) or found.record is env:
+            return found
+        return Step(replace(found.record, queued_until_ms=env.queued_until_ms), found.actions, found.facts)
+
+
+class TheQueueIsForgotten(Cluster):
+    def plan_queue(self, envs, hosts):
+        return ()
+
+
+class PlacesAreGivenBlindly(Cluster):
+    """Planned without a look at the hosts, and booked without one."""
+
+    def plan_queue(self, envs, hosts):
+        return tuple((env.uid, hosts[0].id) for env in envs)
+
+    def has_room(self, world, host_id):
+        return True
+
+
+class SetupsAreSkipped(Cluster):
+    def step(self, env, event, now_ms):
+        found = super().step(env, event, now_ms)
+        if not isinstance(found.record.pending, SetUpMachine):
+            return found
+        return Step(replace(found.record, pending=None), (), found.facts)
+
+
+class SnapshotsAreForgottenAtTheEnd(Cluster):
+    def snapshots(self, slot, found):
+        return slot.snapshots if found.record.desired is Desired.DESTROYED else super().snapshots(slot, found)
+
+
+class SnapshotsAreSavedTooLate(Cluster):
+    def snapshots(self, slot, found):
+        return super().snapshots(slot, found) if slot.snapshots or not found.actions else slot.snapshots
+
+
+class LateSnapshotsCount(Cluster):
+    """A snapshot that was given up becomes ready when the answer comes at last."""
+
+    def step(self, env, event, now_ms):
+        found = super().step(env, event, now_ms)
+        if not isinstance(event, SnapshotTaken) or found.record != env or env.state is not State.DESTROYING:
+            return found
+        taken = begin_snapshot(env, f"{env.uid}-0", now_ms=now_ms)
+        record = replace(env, revision=env.revision + 1)
+        return Step(record, (), (), (replace(taken, state=SnapshotState.READY),))
+
+    def _is_spent(self, world, uid, event):
+        return not isinstance(event, SnapshotTaken) and super()._is_spent(world, uid, event)
+
+
+class TwoAtATime(Cluster):
+    """A new token is given while a snapshot is being taken."""
+
+    def step(self, env, event, now_ms):
+        if isinstance(event, RotateRequested):
+            env = replace(env, pending=None)
+        return super().step(env, event, now_ms)
+
+    def _environment(self, world, index, env):
+        yield from super()._environment(world, index, env)
+        if isinstance(env.pending, SnapshotMachine):
+            yield Move("user", "rotate meanwhile", self.apply(world, env.uid, RotateRequested(cause="x")))
+
+
+class DrainsHaveNoEnd(Cluster):
+    def orders(self, actions):
+        return tuple(action for action in actions if not isinstance(action, DrainAgent))
+
+
+class NothingIsDrained(Cluster):
+    """A machine without a daemon is asked to drain it."""
+
+    def step(self, env, event, now_ms):
+        if not isinstance(event, DrainRequested):
+            return super().step(env, event, now_ms)
+        found = super().step(replace(env, duties=DAEMON), event, now_ms)
+        return Step(replace(found.record, duties=env.duties), found.actions, found.facts)
+
+
 # -- mistakes of the hosts and of those who call them --------------------------------------------------------------
 
 
@@ -242,6 +369,17 @@ WORLDS: dict[str, dict[str, Any]] = {
         "faults": frozenset({"delete", "exit", "drain", "glitch", "reconcile"}),
     },
     "a host is lost": {"tasks": ("a",), "faults": frozenset({"host", "reconcile"})},
+    "one place for two": {"hosts": 1, "faults": frozenset({"queue"})},
+    "two places for three": {"tasks": ("a", "b", "c"), "faults": frozenset({"queue"}), "is_symmetric": True},
+    "a machine with everything": {
+        "tasks": ("a",),
+        "hosts": 1,
+        "duties": DAEMON,
+        "wishes": frozenset({"rotate", "snapshot", "restore"}),
+        "most_wishes": 2,
+        "faults": frozenset({"drain", "refuse"}),
+    },
+    "a machine with nothing": {"tasks": ("a",), "hosts": 1, "faults": frozenset({"drain"})},
     "a host is lost for ever": {"tasks": ("a",), "comes_back": False, "faults": frozenset({"host"})},
 }
 #: The mistake, the world in which it is planted, what the checker says.
@@ -255,7 +393,7 @@ BROKEN = [
     (AFactIsNotNumbered, "one environment", "its facts end with provisioning"),
     (LateOutcomesCount, "one environment", "facts go from destroying to running"),
     (EndsAreUndone, "one environment", "comes after the end"),
-    (DestroysAreGivenUp, "answers are lost", "destroying has no pending DestroyMachine"),
+    (DestroysAreGivenUp, "answers are lost", "destroying with nothing pending instead of DestroyMachine"),
     (TheWishIsNotNoted, "one environment", "destroying but running is desired"),
     (TheReasonIsNotNoted, "one environment", "destroying and ending None do not fit"),
     (AClockRunsBehind, "one environment", "times out of order"),
@@ -270,12 +408,29 @@ BROKEN = [
     (OneStrike, "machines end by themselves", "m-0 lives and is given up"),
     (OldListsCount, "machines end by themselves", "m-0 lives and is given up"),
     (RecordsAreReadFirst, "machines end by themselves", "a live environment is destroyed as an orphan"),
+    (PlacesAreNotBooked, "one place for two", "lives on h0 but is placed as None"),
+    (WaitingIsBooked, "one place for two", "waits for a place and is booked on h0"),
+    (WhoWaitsBootsAtOnce, "one place for two", "waits for a place and has one on h0"),
+    (PlacesAreGivenBlindly, "one place for two", "is booked beyond its limit of 1"),
+    (PlacesAreGivenBlindly, "two places for three", "is booked beyond its limit of 1"),
+    (
+        SetupsAreSkipped,
+        "a machine with everything",
+        "provisioning with nothing pending instead of BootMachine or SetUp",
+    ),
+    (SnapshotsAreForgottenAtTheEnd, "a machine with everything", "creating, and nobody is at it"),
+    (SnapshotsAreSavedTooLate, "a machine with everything", "snapshot snap-u0-0, which is unknown"),
+    (LateSnapshotsCount, "a machine with everything", "snapshot snap-u0-0 goes from error to ready"),
+    (TwoAtATime, "a machine with everything", "creating, and nobody is at it"),
+    (NothingIsDrained, "a machine with nothing", "draining with drain_agent pending instead of nothing"),
     (ClustersAreConfused, "machines end by themselves", "a machine of another cluster is touched"),
 ]
 #: These break no rule at any moment, but the system does not come to rest by itself.
 STUCK = [
     (DeafToLostHosts, "a host is lost for ever"),
     (OrphansAreLeftAlone, "a host is lost"),
+    (TheQueueIsForgotten, "one place for two"),
+    (DrainsHaveNoEnd, "a machine with everything"),
     (ActionsDieWithTheirWorker, "one environment"),
     (MissingMachinesAreLeftAlone, "machines end by themselves"),
 ]

@@ -10,26 +10,48 @@ from itertools import pairwise
 
 import msgspec
 
-from fusevm.core.lifecycle import SETTLED
 from fusevm.core.placement import limits
 from fusevm.core.policy import Policy
 from fusevm.core.reconcile import ObservedMachine
+from fusevm.core.record import SETTLED, action_name
 from fusevm.core.spec import resources_of
 from fusevm.model.environment import (
     ALLOWED,
     TERMINAL,
+    Action,
     BootMachine,
     Desired,
     DestroyMachine,
+    DrainAgent,
     Environment,
+    RestoreMachine,
+    RotateToken,
+    SetUpMachine,
+    SnapshotMachine,
     State,
 )
 from fusevm.model.fact import Fact, Kind
 from fusevm.model.host import Host, HostHealth, Resources
 from fusevm.model.machine import Phase
+from fusevm.model.snapshot import Snapshot, SnapshotState
 
 _ALIVE = frozenset({Phase.CREATING, Phase.RUNNING, Phase.PAUSED})
-_ACTION_OF = {State.PROVISIONING: BootMachine, State.DESTROYING: DestroyMachine}
+_NONE: frozenset[type[Action] | None] = frozenset({None})
+#: What may be under way, by state. Which of them, depends on the duties (`_permitted`).
+_ACTIONS: dict[State, frozenset[type[Action] | None]] = {
+    State.PROVISIONING: frozenset({BootMachine, SetUpMachine}),
+    State.RUNNING: frozenset({None, RotateToken, SnapshotMachine, RestoreMachine}),
+    State.PAUSED: _NONE,
+    State.DRAINING: frozenset({None, DrainAgent}),
+    State.DESTROYING: frozenset({DestroyMachine}),
+    State.DESTROYED: _NONE,
+    State.FAILED: _NONE,
+}
+#: States of a snapshot in which it belongs to an action.
+_WORKED_ON: dict[SnapshotState, type[Action]] = {
+    SnapshotState.CREATING: SnapshotMachine,
+    SnapshotState.RESTORING: RestoreMachine,
+}
 
 
 class World(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +66,8 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
     machines: Mapping[str, tuple[ObservedMachine, ...]] = {}
     #: Environment uid to all its facts in order. A uid that is left out is not checked.
     facts: Mapping[str, tuple[Fact, ...]] = {}
+    #: By id.
+    snapshots: Mapping[str, Snapshot] = {}
 
 
 def violations(world: World, policy: Policy) -> list[str]:
@@ -51,6 +75,7 @@ def violations(world: World, policy: Policy) -> list[str]:
     found: list[str] = []
     for env in world.environments.values():
         found += _actions(env)
+        found += _waiting(env)
         found += _ending(env)
         found += _times(env)
         if env.uid in world.facts:
@@ -59,6 +84,7 @@ def violations(world: World, policy: Policy) -> list[str]:
     found += _placements(world)
     found += _books(world, policy)
     found += _machines(world)
+    found += _snapshots(world)
     return found
 
 
@@ -70,18 +96,37 @@ def _identities(world: World) -> Iterator[str]:
 
 
 def _actions(env: Environment) -> Iterator[str]:
-    wanted = _ACTION_OF.get(env.state)
-    action = env.pending
-    if wanted is None and action is not None:
-        yield f"{env.uid}: {env.state} has a pending action"
-    if wanted is not None and not isinstance(action, wanted):
-        yield f"{env.uid}: {env.state} has no pending {wanted.__name__}"
+    action, permitted = env.pending, _permitted(env)
+    if (None if action is None else type(action)) not in permitted:
+        wanted = " or ".join(sorted("nothing" if kind is None else kind.__name__ for kind in permitted))
+        given = "nothing" if action is None else action_name(action)
+        yield f"{env.uid}: {env.state} with {given} pending instead of {wanted}"
     if action is None:
         return
     if action.seq > env.action_seq:
         yield f"{env.uid}: pending action {action.seq} is beyond action_seq {env.action_seq}"
     if (action.host_id, action.machine_id, action.incarnation) != (env.host_id, env.machine_id, env.incarnation):
         yield f"{env.uid}: the pending action is about another machine"
+
+
+def _permitted(env: Environment) -> frozenset[type[Action] | None]:
+    if env.is_queued:
+        return _NONE
+    missing: set[type[Action] | None] = set()
+    if not env.duties.setup:
+        missing.add(SetUpMachine)
+    if not env.duties.agent:
+        missing.add(DrainAgent)
+    return _ACTIONS[env.state] - missing
+
+
+def _waiting(env: Environment) -> Iterator[str]:
+    if env.is_queued and env.state is not State.PROVISIONING:
+        yield f"{env.uid}: {env.state} while it waits for a place"
+    if env.is_queued and (env.host_id or env.placed_at_ms is not None):
+        yield f"{env.uid}: waits for a place and has one on {env.host_id}"
+    if not env.is_queued and not env.is_terminal and not env.host_id:
+        yield f"{env.uid}: {env.state} on no host"
 
 
 def _ending(env: Environment) -> Iterator[str]:
@@ -101,7 +146,14 @@ def _ending(env: Environment) -> Iterator[str]:
 def _times(env: Environment) -> Iterator[str]:
     given = [
         time
-        for time in (env.created_at_ms, env.running_at_ms, env.draining_at_ms, env.ended_at_ms, env.updated_at_ms)
+        for time in (
+            env.created_at_ms,
+            env.placed_at_ms,
+            env.running_at_ms,
+            env.draining_at_ms,
+            env.ended_at_ms,
+            env.updated_at_ms,
+        )
         if time is not None
     ]
     if given != sorted(given):
@@ -141,7 +193,9 @@ def _placements(world: World) -> Iterator[str]:
         placement = world.placements.get(env.uid)
         if env.is_terminal and placement is not None:
             yield f"{env.uid}: {env.state} and still placed on {placement[0]}"
-        if not env.is_terminal and placement != (env.host_id, resources_of(env.spec)):
+        if env.is_queued and placement is not None:
+            yield f"{env.uid}: waits for a place and is booked on {placement[0]}"
+        if not env.is_terminal and not env.is_queued and placement != (env.host_id, resources_of(env.spec)):
             yield f"{env.uid}: lives on {env.host_id} but is placed as {placement}"
     for uid in world.placements.keys() - world.environments.keys():
         yield f"{uid}: placed, but there is no such environment"
@@ -174,3 +228,25 @@ def _machines(world: World) -> Iterator[str]:
             if machine.uid and machine.phase in _ALIVE and host_id not in lost:
                 alive[machine.uid] += 1
     yield from (f"{uid}: {count} machines run at once" for uid, count in alive.items() if count > 1)
+
+
+def _snapshots(world: World) -> Iterator[str]:
+    for env in world.environments.values():
+        action = env.pending
+        if isinstance(action, SnapshotMachine | RestoreMachine):
+            snapshot = world.snapshots.get(action.snapshot.id)
+            if snapshot is None or _WORKED_ON.get(snapshot.state) is not type(action):
+                state = "unknown" if snapshot is None else snapshot.state
+                yield f"{env.uid}: {action_name(action)} is pending for snapshot {action.snapshot.id}, which is {state}"
+    for snapshot in world.snapshots.values():
+        wanted = _WORKED_ON.get(snapshot.state)
+        if wanted is None:
+            continue
+        owner = world.environments.get(snapshot.uid)
+        action = owner.pending if owner is not None else None
+        if not (isinstance(action, wanted) and _is_about(action, snapshot)):
+            yield f"snapshot {snapshot.id}: {snapshot.state}, and nobody is at it"
+
+
+def _is_about(action: Action, snapshot: Snapshot) -> bool:
+    return isinstance(action, SnapshotMachine | RestoreMachine) and action.snapshot.id == snapshot.id

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from fusevm.core.policy import Policy
 from fusevm.core.spec import ARCHITECTURES, resources_of
 from fusevm.model.environment import Spec
-from fusevm.model.errors import HostNotFound, ImageNotFound, NoCapacity, NoHosts
+from fusevm.model.errors import BadField, HostNotFound, ImageNotFound, NoCapacity, NoHosts, SnapshotNotReady
 from fusevm.model.host import Host, HostHealth, HostState, Resources
 
 #: What a host that is known to have the image is ahead by: more than any difference in load.
@@ -55,24 +55,45 @@ def score(host: Host, spec: Spec, policy: Policy) -> float:
     return locality + (share if policy.placement == "binpack" else 1.0 - share)
 
 
-def place(hosts: Sequence[Host], spec: Spec, policy: Policy) -> str:
-    """Choose a host and return its id.
+def best(hosts: Sequence[Host], spec: Spec, policy: Policy) -> Host | None:
+    """The feasible host with the highest score; None: none can take it."""
+    feasible = [host for host in hosts if can_reserve(host, spec, policy)]
+    return min(feasible, key=lambda host: (-score(host, spec, policy), host.id), default=None)
 
-    Raises HostNotFound for a pin on an unknown host, NoHosts, ImageNotFound when no host that is asked has the image,
-    and NoCapacity with the number of hosts per reason.
+
+def place(hosts: Sequence[Host], spec: Spec, policy: Policy, *, pinned_to: str = "") -> str:
+    """Choose a host and return its id. `pinned_to`: where the bytes of the seed snapshot are.
+
+    Raises HostNotFound for a pin on an unknown host, BadField for a pin elsewhere than the snapshot, SnapshotNotReady
+    when the snapshot's host is gone, NoHosts, ImageNotFound when no host that is asked has the image, and NoCapacity
+    with the number of hosts per reason.
     """
+    asked = _pinned(hosts, spec, pinned_to)
+    if not asked:
+        raise NoHosts
+    chosen = best(asked, spec, policy)
+    if chosen is not None:
+        return chosen.id
+    if not any(_has_image(host, spec, policy) for host in asked):
+        raise ImageNotFound(image=spec.image)
+    raise NoCapacity(rejections=_count(asked, spec, policy))
+
+
+def _pinned(hosts: Sequence[Host], spec: Spec, pinned_to: str) -> Sequence[Host]:
+    """The hosts that may be asked at all."""
     if spec.host_id:
         hosts = [host for host in hosts if host.id == spec.host_id]
         if not hosts:
             raise HostNotFound(id=spec.host_id)
+    if not pinned_to:
+        return hosts
+    if spec.host_id not in ("", pinned_to):
+        problem = f"snapshot {spec.seed_snapshot_id} is on host {pinned_to}; name that one, or none"
+        raise BadField(field="spec.host_id", problem=problem)
+    hosts = [host for host in hosts if host.id == pinned_to]
     if not hosts:
-        raise NoHosts
-    feasible = [host for host in hosts if can_reserve(host, spec, policy)]
-    if feasible:
-        return min(feasible, key=lambda host: (-score(host, spec, policy), host.id)).id
-    if not any(_has_image(host, spec, policy) for host in hosts):
-        raise ImageNotFound(image=spec.image)
-    raise NoCapacity(rejections=_count(hosts, spec, policy))
+        raise SnapshotNotReady(id=spec.seed_snapshot_id, state=f"on host {pinned_to}, which is not registered")
+    return hosts
 
 
 def _count(hosts: Sequence[Host], spec: Spec, policy: Policy) -> str:

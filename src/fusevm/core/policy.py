@@ -14,6 +14,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     default_max_runtime_seconds: int = 7200
     #: May a request ask for -1?
     allow_unlimited_runtime: bool = True
+    #: Longest runtime that a request may ask for; 0: none is too long.
+    longest_runtime_seconds: int = 0
     default_idle_timeout_seconds: int = 0
     max_cpus: int = 32
     min_ram_mb: int = 128
@@ -22,6 +24,19 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     max_storage_gb: int = 1 << 20
     #: How long a boot may take, repetitions included.
     boot_deadline_ms: int = 120_000
+    #: How long a setup may take, repetitions included; the startup script's own limit comes on top.
+    setup_deadline_ms: int = 60_000
+    default_startup_timeout_s: int = 30
+    max_startup_timeout_s: int = 3_600
+    #: How long the drain command and the daemon's end may take together.
+    drain_deadline_ms: int = 30_000
+    rotate_deadline_ms: int = 30_000
+    snapshot_deadline_ms: int = 600_000
+    restore_deadline_ms: int = 600_000
+    #: Longest wait for a place that a request may ask for.
+    max_queue_seconds: int = 86_400
+    #: After this long without a place, a host is kept free for the environment that has waited longest.
+    queue_patience_ms: int = 30_000
     #: How long a drained environment stays before it is destroyed.
     linger_ms: int = 3_600_000
     #: Activity closer together than this is written once; an idle timeout ends that much later, never earlier.

@@ -2,24 +2,29 @@
 
 Rules of this file:
 - A suspicion is acted upon at its second strike in a row; only a machine that reports its own end counts at once.
-- A list is evidence only about records that have not changed since it was asked for.
+- A list is evidence only about records that have not changed since it was asked for. Two readings say that, one before
+  the question and one after the answer; never a clock, since records bear the times of other replicas' clocks.
 - Machines of another cluster, or of none, are never touched.
-- Environments that are being made or destroyed are left to their pending action.
+- Environments that are being made, put back to a snapshot or destroyed are left to their pending action; one that is
+  being set up has a machine already, and is judged.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
-from fusevm.core.lifecycle import SETTLED
 from fusevm.core.policy import Policy
-from fusevm.model.environment import Environment, Event, MachineExited, MachineMissing
-from fusevm.model.host import Host, HostHealth
+from fusevm.core.record import expects_machine
+from fusevm.model.environment import Environment
+from fusevm.model.event import Event, MachineExited, MachineMissing
+from fusevm.model.host import HostHealth
 from fusevm.model.machine import Phase
 
 #: How many lists in a row must say so.
 STRIKES_TO_ACT = 2
-_OVER = frozenset({Phase.STOPPED, Phase.FAILED})
+#: An orphan that is still listed after so many attempts to destroy it needs a person; the attempts go on.
+STUCK_ATTEMPTS = 5
+_WELL = frozenset({Phase.CREATING, Phase.RUNNING, Phase.PAUSED})
 
 
 class ObservedMachine(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +53,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     events: tuple[tuple[str, Event], ...] = ()
     #: Machines nobody wants. Destroy each with its own uid and incarnation as the fence; repeated until it is gone.
     destroy: tuple[ObservedMachine, ...] = ()
+    #: Those of `destroy` to tell a person about: said once.
+    stuck: tuple[ObservedMachine, ...] = ()
+    #: Something is wrong with a record that is too young for this list: ask for another one soon.
+    is_unsure: bool = False
     #: To hand to the next call.
     strikes: Strikes = Strikes()
 
@@ -59,14 +68,14 @@ def plan(
     observed: Sequence[ObservedMachine],
     strikes: Strikes,
     *,
-    listed_at_ms: int,
+    known: Mapping[str, int],
     cause: str,
 ) -> Plan:
     """Decide what a host's machine list means.
 
-    `listed_at_ms` is when the list was *asked for*. Read `expected` (the live environments of the host; ended ones do
-    no harm) *after* the list has arrived: records are saved before machines are made, so a machine without a record in
-    a later reading is really nobody's.
+    `known` is what `expectations` made of a reading from *before* the list was asked for. Read `expected` (the live
+    environments of the host; ended ones do no harm) *after* the list has arrived: records are saved before machines are
+    made, so a machine without a record in a later reading is really nobody's.
     """
     records = {env.uid: env for env in expected if env.host_id == host_id}
     ours = [machine for machine in observed if machine.cluster == cluster]
@@ -80,21 +89,31 @@ def plan(
         machine for machine in ours if _is_orphan(machine, records.get(machine.uid)) and is_due(f"orphan {machine.id}")
     )
     present = {machine.id: machine for machine in ours}
-    events: list[tuple[str, Event]] = []
-    for env in _judged(records, listed_at_ms):
-        machine = present.get(env.machine_id)
-        if machine is None:
-            if is_due(f"missing {env.machine_id}"):
-                events.append((env.uid, MachineMissing(cause=cause, machine_id=env.machine_id)))
-        elif machine.phase in _OVER:
-            message = machine.error or f"the host reports the machine as {machine.phase}"
-            events.append((env.uid, MachineExited(cause=cause, machine_id=machine.id, message=message)))
-    return Plan(events=tuple(events), destroy=destroy, strikes=Strikes(counts=counts))
+    suspects = [env for env in records.values() if _is_suspect(env, present.get(env.machine_id))]
+    judged = [env for env in suspects if known.get(env.uid) == env.action_seq]
+    ends = ((env.uid, _end_of(env, present.get(env.machine_id), cause, is_due)) for env in judged)
+    events = tuple((uid, event) for uid, event in ends if event is not None)
+    stuck = tuple(machine for machine in destroy if counts[f"orphan {machine.id}"] == STRIKES_TO_ACT + STUCK_ATTEMPTS)
+    return Plan(
+        events=events,
+        destroy=destroy,
+        stuck=stuck,
+        is_unsure=len(judged) < len(suspects),
+        strikes=Strikes(counts=counts),
+    )
 
 
-def host_health(host: Host, now_ms: int, policy: Policy) -> HostHealth:
-    """What the silence of a host means. A host that never answered is measured from its registration."""
-    silent_ms = now_ms - max(host.last_seen_ms, host.created_at_ms)
+def expectations(records: Iterable[Environment]) -> dict[str, int]:
+    """The environments whose machine must be running, to the number of their newest action.
+
+    As long as that number stays the same, no machine was made, started or ended on purpose.
+    """
+    return {env.uid: env.action_seq for env in records if expects_machine(env)}
+
+
+def host_health(silent_ms: int, policy: Policy) -> HostHealth:
+    """What the silence of a host means. It is measured by the clock of one watcher that nobody sets: a clock that
+    jumps, or another's, must not make a host lost."""
     if silent_ms >= policy.host_lost_ms:
         return HostHealth.LOST
     return HostHealth.UNREACHABLE if silent_ms >= policy.host_unreachable_ms else HostHealth.OK
@@ -107,6 +126,20 @@ def _is_orphan(machine: ObservedMachine, env: Environment | None) -> bool:
     return machine.incarnation < env.incarnation
 
 
-def _judged(records: dict[str, Environment], listed_at_ms: int) -> Iterator[Environment]:
-    """The records that this list can say something about."""
-    return (env for env in records.values() if env.state in SETTLED and env.updated_at_ms < listed_at_ms)
+def _is_suspect(env: Environment, machine: ObservedMachine | None) -> bool:
+    return expects_machine(env) and (machine is None or machine.phase not in _WELL)
+
+
+def _end_of(
+    env: Environment, machine: ObservedMachine | None, cause: str, is_due: Callable[[str], bool]
+) -> Event | None:
+    """What to tell of a machine that is not well; None: not yet."""
+    if machine is None:
+        missing = MachineMissing(cause=cause, machine_id=env.machine_id)
+        return missing if is_due(f"missing {env.machine_id}") else None
+    if machine.phase is Phase.DELETING:
+        message = "the host is deleting the machine, and nobody has asked for it here"
+        exited = MachineExited(cause=cause, machine_id=machine.id, message=message)
+        return exited if is_due(f"deleting {env.machine_id}") else None
+    message = machine.error or f"the host reports the machine as {machine.phase}"
+    return MachineExited(cause=cause, machine_id=machine.id, message=message)

@@ -2,7 +2,18 @@
 
 from collections.abc import Sequence
 
-from fusevm.model.environment import BootMachine, Environment, State
+from fusevm.model.environment import (
+    Action,
+    BootMachine,
+    DestroyMachine,
+    DrainAgent,
+    Environment,
+    RestoreMachine,
+    RotateToken,
+    SetUpMachine,
+    SnapshotMachine,
+    State,
+)
 from fusevm.model.fact import Fact, Kind
 
 _STATES = {
@@ -13,6 +24,23 @@ _STATES = {
     State.DESTROYING: "its end began",
     State.DESTROYED: "it was destroyed",
     State.FAILED: "it failed",
+}
+_KINDS = {
+    Kind.STARTUP_OUTPUT: "the startup script said something",
+    Kind.EXEC: "a command was run",
+    Kind.AGENT: "news of the daemon",
+    Kind.HEALTH: "the health check changed",
+    Kind.SNAPSHOT: "a snapshot",
+    Kind.HOST: "news of its host",
+}
+_TODO: dict[type[Action], str] = {
+    BootMachine: "boot {machine}",
+    SetUpMachine: "set up {machine}",
+    DrainAgent: "drain the daemon of {machine}",
+    RotateToken: "give a new token to {machine}",
+    SnapshotMachine: "take a snapshot of {machine}",
+    RestoreMachine: "put {machine} back to a snapshot",
+    DestroyMachine: "destroy {machine}",
 }
 
 
@@ -28,7 +56,9 @@ def _introduction(env: Environment) -> str:
     spec = env.spec
     size = f"{spec.cpus} vCPU, {spec.ram_mb} MiB, {spec.storage_gb} GiB"
     owner = f" for tenant {env.tenant}" if env.tenant else ""
-    return f"{env.id} ({env.uid}{owner}) is a machine of {size} with image {spec.image}, placed on host {env.host_id}."
+    where = f"placed on host {env.host_id}" if env.host_id else "without a place"
+    seed = f" from snapshot {spec.seed_snapshot_id}" if spec.seed_snapshot_id else ""
+    return f"{env.id} ({env.uid}{owner}) is a machine of {size} with image {spec.image}{seed}, {where}."
 
 
 def _sentence(fact: Fact) -> str:
@@ -37,20 +67,23 @@ def _sentence(fact: Fact) -> str:
     elif fact.kind is Kind.DEAD_LETTER:
         what = f"{fact.state} needs a person: attempts keep failing"
     else:
-        what = f"{fact.kind.replace('_', ' ')} while {fact.state}"
+        what = f"{_KINDS.get(fact.kind, fact.kind)} while {fact.state}"
     reason = f" ({fact.reason})" if fact.reason else ""
-    message = f": {fact.message}" if fact.message else ""
-    return f"{what}{reason}{message} [{fact.cause}]."
+    about = "".join(f", {name.replace('_', ' ')} {value}" for name, value in sorted(fact.data.items()))
+    message = f": {' '.join(fact.message.split())}" if fact.message else ""
+    return f"{what}{reason}{about}{message} [{fact.cause}]."
 
 
 def _now(env: Environment) -> str:
     action = env.pending
+    if env.is_queued:
+        return f"It is {env.state}; it waits for a place, at most {env.spec.queue_seconds} s."
     if action is None:
         return f"It is {env.state}; nothing is under way."
-    what = "boot" if isinstance(action, BootMachine) else "destroy"
+    what = _TODO[type(action)].format(machine=action.machine_id)
     attempt = f" (attempt {action.attempt + 1})" if action.attempt else ""
     problem = f"; last problem: {env.error}" if env.error else ""
     return (
-        f"It is {env.state}; action {action.seq} is to {what} {action.machine_id} on host {action.host_id}"
+        f"It is {env.state}; action {action.seq} is to {what} on host {action.host_id}"
         f"{attempt}{problem} [{action.cause}]."
     )

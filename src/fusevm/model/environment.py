@@ -5,6 +5,9 @@ from enum import StrEnum
 
 import msgspec
 
+from fusevm.model.setup import AgentStatus, Duties, HealthStatus
+from fusevm.model.snapshot import Snapshot
+
 
 class State(StrEnum):
     """Where an environment is. `destroyed` and `failed` are terminal."""
@@ -28,7 +31,8 @@ class Desired(StrEnum):
 
 #: The only transitions the store accepts. `failed` directly: the host is lost and nobody is there to confirm.
 ALLOWED: dict[State, frozenset[State]] = {
-    State.PROVISIONING: frozenset({State.RUNNING, State.DESTROYING, State.FAILED}),
+    # Directly to an end: it was still waiting for a place, and no machine was ever made.
+    State.PROVISIONING: frozenset({State.RUNNING, State.DESTROYING, State.DESTROYED, State.FAILED}),
     State.RUNNING: frozenset({State.PAUSED, State.DRAINING, State.DESTROYING, State.FAILED}),
     State.PAUSED: frozenset({State.RUNNING, State.DESTROYING, State.FAILED}),
     State.DRAINING: frozenset({State.DESTROYING, State.FAILED}),
@@ -67,6 +71,10 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     #: Seconds without activity to the end; 0: never.
     idle_timeout_seconds: int = 0
     network: Network = Network()
+    #: Snapshot whose disk the machine starts from; empty: the image alone.
+    seed_snapshot_id: str = ""
+    #: How long it may wait for a place when none fits; 0: refuse at once.
+    queue_seconds: int = 0
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -81,6 +89,8 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     agent_ms: float = 0.0
     #: Whole call at the host.
     host_ms: float = 0.0
+    #: Delivering the setup, the startup script included.
+    setup_ms: float = 0.0
 
 
 class ActionHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,7 +124,57 @@ class DestroyMachine(ActionHeader, frozen=True, kw_only=True, tag="destroy_machi
     incarnation: int
 
 
-Action = BootMachine | DestroyMachine
+class SetUpMachine(ActionHeader, frozen=True, kw_only=True, tag="set_up_machine"):
+    """Deliver the setup, run the startup script, start the daemon. Idempotent by (uid, incarnation)."""
+
+    host_id: str
+    machine_id: str
+    incarnation: int
+    deadline_ms: int
+
+
+class DrainAgent(ActionHeader, frozen=True, kw_only=True, tag="drain_agent"):
+    """Run the drain command and wait for the daemon's end. Idempotent."""
+
+    host_id: str
+    machine_id: str
+    incarnation: int
+    deadline_ms: int
+
+
+class RotateToken(ActionHeader, frozen=True, kw_only=True, tag="rotate_token"):
+    """Deliver the sealed setup's new token and restart the daemon. Idempotent."""
+
+    host_id: str
+    machine_id: str
+    incarnation: int
+    deadline_ms: int
+
+
+class SnapshotMachine(ActionHeader, frozen=True, kw_only=True, tag="snapshot_machine"):
+    """Take a snapshot. Idempotent by the snapshot's id."""
+
+    host_id: str
+    machine_id: str
+    incarnation: int
+    deadline_ms: int
+    #: As it was when the action was given.
+    snapshot: Snapshot
+
+
+class RestoreMachine(ActionHeader, frozen=True, kw_only=True, tag="restore_machine"):
+    """Put the machine's disk back to a snapshot, and start it again. Idempotent by the action's seq."""
+
+    host_id: str
+    machine_id: str
+    incarnation: int
+    deadline_ms: int
+    snapshot: Snapshot
+
+
+Action = BootMachine | SetUpMachine | DrainAgent | RotateToken | SnapshotMachine | RestoreMachine | DestroyMachine
+#: Actions that are given up at their deadline; a destroy never is.
+TimedAction = BootMachine | SetUpMachine | DrainAgent | RotateToken | SnapshotMachine | RestoreMachine
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,8 +182,8 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
 
     #: `destroyed` or `failed`.
     state: State
-    #: Stable snake_case: `deleted`, `boot_timeout`, `max_runtime`, `idle`, `linger`, `machine_exited`,
-    #: `machine_missing`, `host_lost`, or the reason of the error with which the host refused to boot.
+    #: Stable snake_case: `deleted`, `boot_timeout`, `setup_timeout`, `no_capacity`, `max_runtime`, `idle`, `linger`,
+    #: `machine_exited`, `machine_missing`, `host_lost`, or the reason of the error that the boot or the setup met.
     reason: str
     #: A sentence for people.
     message: str = ""
@@ -139,7 +199,8 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     spec: Spec
     state: State
     desired: Desired
-    #: Set by placement.
+    duties: Duties = Duties()
+    #: Set by placement; empty while it waits for a place.
     host_id: str
     machine_id: str
     #: 1 for the first machine; grows with every new machine.
@@ -152,6 +213,11 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     #: Last problem, for people; empty when all is well.
     error: str = ""
     timings: Timings = Timings()
+    #: The user's daemon and the health check, as last seen; None: not seen yet, or there is none.
+    agent: AgentStatus | None = None
+    health: HealthStatus | None = None
+    #: While it waits for a place: when it gives up.
+    queued_until_ms: int | None = None
     #: Compare-and-swap counter of the row; +1 with every change.
     revision: int = 0
     #: Number of the newest event; gapless.
@@ -159,6 +225,8 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     #: All times in milliseconds since the epoch.
     created_at_ms: int
     updated_at_ms: int
+    #: When it got its place; None: it waits, or never got one.
+    placed_at_ms: int | None = None
     running_at_ms: int | None = None
     draining_at_ms: int | None = None
     ended_at_ms: int | None = None
@@ -173,86 +241,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     def is_terminal(self) -> bool:
         return self.state in TERMINAL
 
-
-# -- events: what `step` is fed with -------------------------------------------------------------------------------
-
-
-class EventHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """What all events carry."""
-
-    #: Id of the request, action or observation that led to it.
-    cause: str
-
-
-class BootSucceeded(EventHeader, frozen=True, kw_only=True, tag="boot_succeeded"):
-    seq: int
-    timings: Timings = Timings()
-
-
-class BootRefused(EventHeader, frozen=True, kw_only=True, tag="boot_refused"):
-    """The host answered that the machine will not come up."""
-
-    seq: int
-    reason: str
-    message: str
-
-
-class DestroyConfirmed(EventHeader, frozen=True, kw_only=True, tag="destroy_confirmed"):
-    seq: int
-
-
-class OutcomeUnknown(EventHeader, frozen=True, kw_only=True, tag="outcome_unknown"):
-    """The host did not answer, or failed in a way that a repetition may cure."""
-
-    seq: int
-    message: str
-
-
-class DestroyRequested(EventHeader, frozen=True, kw_only=True, tag="destroy_requested"):
-    pass
-
-
-class DrainRequested(EventHeader, frozen=True, kw_only=True, tag="drain_requested"):
-    pass
-
-
-class MachineExited(EventHeader, frozen=True, kw_only=True, tag="machine_exited"):
-    """The host saw the VMM end, or lists the machine as failed or stopped."""
-
-    machine_id: str
-    message: str
-
-
-class MachineMissing(EventHeader, frozen=True, kw_only=True, tag="machine_missing"):
-    """The host answers and does not know the machine (two strikes already counted)."""
-
-    machine_id: str
-
-
-class HostLost(EventHeader, frozen=True, kw_only=True, tag="host_lost"):
-    """The host was silent for so long that its machines are given up and fenced."""
-
-    host_id: str
-
-
-class ActivitySeen(EventHeader, frozen=True, kw_only=True, tag="activity_seen"):
-    """Somebody used the machine."""
-
-
-class Tick(EventHeader, frozen=True, kw_only=True, tag="tick"):
-    """Look at the deadlines."""
-
-
-Event = (
-    BootSucceeded
-    | BootRefused
-    | DestroyConfirmed
-    | OutcomeUnknown
-    | DestroyRequested
-    | DrainRequested
-    | MachineExited
-    | MachineMissing
-    | HostLost
-    | ActivitySeen
-    | Tick
-)
+    @property
+    def is_queued(self) -> bool:
+        """Does it wait for a place?"""
+        return self.queued_until_ms is not None and not self.is_terminal

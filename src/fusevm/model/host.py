@@ -42,6 +42,16 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+def effective(declared: Resources, reported: Resources) -> Resources:
+    """The capacity in force: each amount as declared, else as reported."""
+    return Resources(
+        cpus=declared.cpus or reported.cpus,
+        ram_mb=declared.ram_mb or reported.ram_mb,
+        storage_gb=declared.storage_gb or reported.storage_gb,
+        vm_count=declared.vm_count or reported.vm_count,
+    )
+
+
 class Host(msgspec.Struct, frozen=True, kw_only=True):
     """The durable record of one host."""
 
@@ -61,7 +71,10 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     images: tuple[str, ...] = ()
     state: HostState = HostState.ACTIVE
     health: HostHealth = HostHealth.OK
+    #: What may be reserved: what the daemon reports, where the operator has declared nothing else.
     capacity: Resources
+    #: What the operator declared at registration; 0: as reported.
+    declared: Resources = Resources()
     #: Sum of the placements; derived, kept by the store in the same transaction.
     allocated: Resources = Resources()
     last_seen_ms: int = 0

@@ -1,7 +1,28 @@
 """The checker itself: every broken rule is seen, and a sound world has none."""
 
 import pytest
-from making import MAKERS, NOW, POLICY, destroyed, destroying, draining, failed, host, provisioning, running
+from making import (
+    EVERYTHING,
+    NONE,
+    NOW,
+    POLICY,
+    SITUATIONS,
+    destroyed,
+    destroying,
+    draining,
+    draining_agent,
+    failed,
+    host,
+    provisioning,
+    queued,
+    ready,
+    restoring,
+    rotating,
+    running,
+    setting_up,
+    snapshots_of,
+    snapshotting,
+)
 from msgspec.structs import replace
 
 from fusevm.core.invariants import World, violations
@@ -11,6 +32,7 @@ from fusevm.model.environment import Desired, Ending, Environment, State
 from fusevm.model.fact import Fact, Kind
 from fusevm.model.host import Host, HostHealth, Resources
 from fusevm.model.machine import Phase
+from fusevm.model.snapshot import SnapshotState
 
 
 def told(env: Environment, *states: State) -> tuple[Fact, ...]:
@@ -27,7 +49,7 @@ def machine(uid: str = "u1", **fields: object) -> ObservedMachine:
 
 def world(*environments: Environment, **parts: object) -> World:
     """A sound world around these environments: booked where they live."""
-    live = [env for env in environments if not env.is_terminal]
+    live = [env for env in environments if not env.is_terminal and not env.is_queued]
     hosts: dict[str, Host] = {}
     for id_ in ("h1", "h2"):
         booked = Resources()
@@ -38,6 +60,7 @@ def world(*environments: Environment, **parts: object) -> World:
         environments={env.uid: env for env in environments},
         hosts=hosts,
         placements={env.uid: (env.host_id, resources_of(env.spec)) for env in live},
+        snapshots={id_: snapshot for env in environments for id_, snapshot in snapshots_of(env).items()},
     )
     return replace(sound, **parts)
 
@@ -48,9 +71,9 @@ def broken(found: World) -> str:
     return sentence
 
 
-@pytest.mark.parametrize("state", MAKERS)
-def test_a_sound_world_breaks_no_rule(state: State):
-    assert violations(world(MAKERS[state]()), POLICY) == []
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_a_sound_world_breaks_no_rule(situation: str):
+    assert violations(world(SITUATIONS[situation]()), POLICY) == []
     assert violations(world(), POLICY) == []
 
 
@@ -99,11 +122,35 @@ ENDING = Ending(state=State.DESTROYED, reason="deleted")
 @pytest.mark.parametrize(
     ("env", "sentence"),
     [
-        (replace(running(), pending=BOOT), "running has a pending action"),
-        (replace(destroyed(), pending=DESTROY), "destroyed has a pending action"),
-        (replace(provisioning(), pending=None), "provisioning has no pending BootMachine"),
-        (replace(provisioning(), pending=DESTROY, action_seq=2), "provisioning has no pending BootMachine"),
-        (replace(destroying(), pending=None), "destroying has no pending DestroyMachine"),
+        (
+            replace(running(), pending=BOOT),
+            "running with boot_machine pending instead of RestoreMachine or RotateToken or SnapshotMachine or nothing",
+        ),
+        (replace(destroyed(), pending=DESTROY), "destroyed with destroy_machine pending instead of nothing"),
+        (replace(provisioning(), pending=None), "provisioning with nothing pending instead of BootMachine"),
+        (
+            replace(provisioning(duties=EVERYTHING), pending=None),
+            "provisioning with nothing pending instead of BootMachine or SetUpMachine",
+        ),
+        (
+            replace(provisioning(), pending=DESTROY, action_seq=2),
+            "provisioning with destroy_machine pending instead of BootMachine",
+        ),
+        (replace(setting_up(), duties=NONE), "provisioning with set_up_machine pending instead of BootMachine"),
+        (replace(draining_agent(), duties=NONE), "draining with drain_agent pending instead of nothing"),
+        (
+            replace(draining(), pending=DESTROY, action_seq=2),
+            "draining with destroy_machine pending instead of nothing",
+        ),
+        (
+            replace(rotating(), state=State.PAUSED),
+            "paused with rotate_token pending instead of nothing",
+        ),
+        (
+            replace(queued(), pending=replace(BOOT, host_id=""), action_seq=1),
+            "provisioning with boot_machine pending instead of nothing",
+        ),
+        (replace(destroying(), pending=None), "destroying with nothing pending instead of DestroyMachine"),
         (replace(destroying(), action_seq=1), "pending action 2 is beyond action_seq 1"),
         (replace(destroying(), incarnation=2), "the pending action is about another machine"),
         (replace(destroying(), machine_id="m-2"), "the pending action is about another machine"),
@@ -132,6 +179,73 @@ def test_a_record_that_contradicts_itself_is_seen(env: Environment, sentence: st
 def test_an_action_for_another_host_is_seen():
     env = replace(destroying(), pending=replace(destroying("u1", "h2").pending))
     assert broken(world(env)) == "u1: the pending action is about another machine"
+
+
+# -- waiting for a place -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("env", "sentence"),
+    [
+        (replace(queued(), host_id="h1"), "waits for a place and has one on h1"),
+        (replace(queued(), placed_at_ms=NOW), "waits for a place and has one on "),
+        (replace(running(), queued_until_ms=NOW), "running while it waits for a place"),
+        (replace(running(), host_id=""), "running on no host"),
+    ],
+)
+def test_an_environment_that_waits_and_does_not_is_seen(env: Environment, sentence: str):
+    found = violations(world(env), POLICY)
+    assert f"u1: {sentence}" in found, found
+
+
+def test_an_environment_that_waits_and_is_booked_is_seen():
+    env = queued()
+    booked = resources_of(env.spec)
+    kept = world(env, placements={"u1": ("h1", booked)}, hosts={"h1": host(allocated=booked)})
+    assert broken(kept) == "u1: waits for a place and is booked on h1"
+
+
+# -- snapshots -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maker", [snapshotting, restoring])
+def test_an_action_about_a_snapshot_that_is_not_there_is_seen(maker):
+    env = maker()
+    found = violations(world(env, snapshots={}), POLICY)
+    assert len(found) == 1
+    assert found[0].endswith("is pending for snapshot snap-0u1, which is unknown")
+
+
+@pytest.mark.parametrize("maker", [snapshotting, restoring])
+def test_an_action_about_a_snapshot_in_another_state_is_seen(maker):
+    env = maker()
+    kept = world(env, snapshots={"snap-0u1": ready(env)})
+    assert broken(kept).endswith("is pending for snapshot snap-0u1, which is ready")
+
+
+@pytest.mark.parametrize("maker", [snapshotting, restoring])
+@pytest.mark.parametrize("owner", [running, destroying, destroyed, failed, rotating])
+def test_a_snapshot_that_nobody_is_at_is_seen(maker, owner):
+    (snapshot,) = snapshots_of(maker()).values()
+    kept = world(owner(), snapshots={snapshot.id: snapshot})
+    assert broken(kept) == f"snapshot snap-0u1: {snapshot.state}, and nobody is at it"
+    assert (
+        broken(world(snapshots={snapshot.id: snapshot})) == f"snapshot snap-0u1: {snapshot.state}, and nobody is at it"
+    )
+
+
+def test_another_snapshot_than_the_one_of_the_action_is_seen():
+    env = snapshotting()
+    (own,) = snapshots_of(env).values()
+    other = replace(own, id="snap-other")
+    kept = world(env, snapshots={own.id: own, other.id: other})
+    assert broken(kept) == "snapshot snap-other: creating, and nobody is at it"
+
+
+def test_a_snapshot_that_is_at_rest_breaks_no_rule():
+    for state in (SnapshotState.READY, SnapshotState.ERROR, SnapshotState.DELETING):
+        snapshot = ready(running(), state=state)
+        assert violations(world(snapshots={snapshot.id: snapshot}), POLICY) == []
 
 
 # -- facts ---------------------------------------------------------------------------------------------------------

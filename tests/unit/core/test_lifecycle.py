@@ -6,27 +6,21 @@ from msgspec.structs import replace
 
 from fusevm.core import lifecycle
 from fusevm.core.lifecycle import DEAD_LETTER_ATTEMPTS, Step, next_deadline_ms, step, with_schedule_time
-from fusevm.model.environment import (
-    TERMINAL,
+from fusevm.model.environment import TERMINAL, BootMachine, Desired, DestroyMachine, Environment, State, Timings
+from fusevm.model.errors import WrongState
+from fusevm.model.event import (
     ActivitySeen,
-    BootMachine,
     BootRefused,
     BootSucceeded,
-    Desired,
     DestroyConfirmed,
-    DestroyMachine,
     DestroyRequested,
     DrainRequested,
-    Environment,
     HostLost,
     MachineExited,
     MachineMissing,
     OutcomeUnknown,
-    State,
     Tick,
-    Timings,
 )
-from fusevm.model.errors import WrongState
 from fusevm.model.fact import Kind
 
 LATER = NOW + 10_000

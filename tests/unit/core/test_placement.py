@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from fusevm.core.placement import can_reserve, limits, place, rejection, score
 from fusevm.core.spec import complete, resources_of
-from fusevm.model.errors import HostNotFound, ImageNotFound, NoCapacity, NoHosts
+from fusevm.model.errors import BadField, HostNotFound, ImageNotFound, NoCapacity, NoHosts, SnapshotNotReady
 from fusevm.model.host import HostHealth, HostState, Resources
 
 SPEC = complete(POLICY, cpus=1, ram_mb=1024, storage_gb=10)
@@ -155,3 +155,37 @@ def test_a_reservation_that_is_booked_leaves_less_for_the_next():
         one, count = replace(one, allocated=one.allocated.plus(resources_of(SPEC))), count + 1
     assert count == 4
     assert rejection(one, SPEC, POLICY) == "memory"
+
+
+# -- seed snapshots ------------------------------------------------------------------------------------------------
+
+SEEDED = replace(SPEC, seed_snapshot_id="snap-1")
+
+
+def test_a_machine_goes_where_the_bytes_of_its_snapshot_are():
+    hosts = [host("h1"), host("h2", allocated=booked(ram_mb=2048))]
+    assert place(hosts, SEEDED, POLICY, pinned_to="h2") == "h2"
+    assert place(hosts, replace(SEEDED, host_id="h2"), POLICY, pinned_to="h2") == "h2"
+
+
+def test_a_pin_elsewhere_than_the_snapshot_is_refused_with_where_it_is():
+    with pytest.raises(BadField, match="snapshot snap-1 is on host h2; name that one, or none") as refusal:
+        place([host("h1"), host("h2")], replace(SEEDED, host_id="h1"), POLICY, pinned_to="h2")
+    assert refusal.value.field == "spec.host_id"
+
+
+def test_a_snapshot_whose_host_is_gone_cannot_be_used():
+    with pytest.raises(SnapshotNotReady, match="snap-1 is on host h9, which is not registered"):
+        place([host("h1")], SEEDED, POLICY, pinned_to="h9")
+    with pytest.raises(SnapshotNotReady):
+        place([], SEEDED, POLICY, pinned_to="h9")
+
+
+def test_only_the_host_of_the_snapshot_is_asked():
+    with pytest.raises(NoCapacity, match="1 memory"):
+        place([host("h1"), host("h2", allocated=FULL)], SEEDED, POLICY, pinned_to="h2")
+
+
+def test_an_unknown_pin_is_named_even_where_there_is_no_host():
+    with pytest.raises(HostNotFound):
+        place([], replace(SPEC, host_id="h1"), POLICY)

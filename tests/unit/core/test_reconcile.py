@@ -3,15 +3,37 @@
 from collections.abc import Sequence
 
 import pytest
-from making import NOW, POLICY, destroyed, destroying, draining, failed, host, paused, provisioning, running
+from making import (
+    POLICY,
+    destroyed,
+    destroying,
+    draining,
+    draining_agent,
+    failed,
+    paused,
+    provisioning,
+    restoring,
+    rotating,
+    running,
+    setting_up,
+    snapshotting,
+)
 from msgspec.structs import replace
 
-from fusevm.core.reconcile import ObservedMachine, Plan, Strikes, host_health, plan
-from fusevm.model.environment import Environment, MachineExited, MachineMissing
+from fusevm.core.reconcile import (
+    STRIKES_TO_ACT,
+    STUCK_ATTEMPTS,
+    ObservedMachine,
+    Plan,
+    Strikes,
+    expectations,
+    host_health,
+    plan,
+)
+from fusevm.model.environment import Environment
+from fusevm.model.event import MachineExited, MachineMissing
 from fusevm.model.host import HostHealth
 from fusevm.model.machine import Phase
-
-LATER = NOW + 60_000
 
 
 def machine(uid: str = "u1", **fields: object) -> ObservedMachine:
@@ -20,13 +42,14 @@ def machine(uid: str = "u1", **fields: object) -> ObservedMachine:
 
 
 def lists(
-    expected: Sequence[Environment], *observed: Sequence[ObservedMachine], listed_at_ms: int = LATER
+    expected: Sequence[Environment], *observed: Sequence[ObservedMachine], known: dict[str, int] | None = None
 ) -> list[Plan]:
     """The plans of several lists in a row."""
     plans: list[Plan] = []
     for machines in observed:
         strikes = plans[-1].strikes if plans else Strikes()
-        plans.append(plan("h1", "c1", expected, machines, strikes, listed_at_ms=listed_at_ms, cause="watch"))
+        before = expectations(expected) if known is None else known
+        plans.append(plan("h1", "c1", expected, machines, strikes, known=before, cause="watch"))
     return plans
 
 
@@ -44,9 +67,9 @@ def test_a_machine_nobody_wants_is_destroyed_at_the_second_strike(known: list[En
 
 def test_a_machine_that_was_wanted_in_between_starts_anew():
     orphan = [machine()]
-    first = plan("h1", "c1", [], orphan, Strikes(), listed_at_ms=LATER, cause="watch")
-    second = plan("h1", "c1", [running()], orphan, first.strikes, listed_at_ms=LATER, cause="watch")
-    third = plan("h1", "c1", [], orphan, second.strikes, listed_at_ms=LATER, cause="watch")
+    first = plan("h1", "c1", [], orphan, Strikes(), known={}, cause="watch")
+    second = plan("h1", "c1", [running()], orphan, first.strikes, known={}, cause="watch")
+    third = plan("h1", "c1", [], orphan, second.strikes, known={}, cause="watch")
     assert [found.destroy for found in (first, second, third)] == [(), (), ()]
 
 
@@ -103,9 +126,14 @@ def test_the_machine_of_an_action_under_way_is_left_to_the_action(maker):
 def test_a_list_that_is_older_than_the_record_proves_nothing():
     env = running()
     gone = [machine(phase=Phase.FAILED)]
-    assert lists([env], [], [], [], listed_at_ms=env.updated_at_ms) == [Plan()] * 3
-    assert lists([env], gone, listed_at_ms=env.updated_at_ms) == [Plan()]
-    assert lists([env], gone, listed_at_ms=env.updated_at_ms + 1)[0].events != ()
+    for known in ({}, {"u1": env.action_seq - 1}):
+        assert lists([env], [], [], [], known=known) == [Plan(is_unsure=True)] * 3
+        assert lists([env], gone, known=known) == [Plan(is_unsure=True)]
+    assert lists([env], gone, known={"u1": env.action_seq})[0].events != ()
+
+
+def test_only_machines_that_must_run_are_expected():
+    assert expectations([running(), replace(provisioning(), uid="u2")]) == {"u1": running().action_seq}
 
 
 @pytest.mark.parametrize("maker", [running, paused, draining])
@@ -118,9 +146,37 @@ def test_a_machine_that_reports_its_end_counts_at_once(maker):
     )
 
 
-@pytest.mark.parametrize("phase", [Phase.CREATING, Phase.PAUSED, Phase.DELETING])
+@pytest.mark.parametrize("phase", [Phase.CREATING, Phase.PAUSED])
 def test_a_machine_between_two_phases_is_given_time(phase: Phase):
     assert lists([running()], [machine(phase=phase)], [machine(phase=phase)]) == [Plan()] * 2
+
+
+@pytest.mark.parametrize("maker", [running, paused, draining, setting_up, rotating, snapshotting, draining_agent])
+def test_a_machine_that_the_host_is_deleting_is_given_up_at_the_second_list(maker):
+    doomed = [machine(phase=Phase.DELETING)]
+    first, second = lists([maker()], doomed, doomed)
+    assert first.events == ()
+    assert [(uid, type(event)) for uid, event in second.events] == [("u1", MachineExited)]
+    assert lists([maker()], doomed, [machine()], doomed)[-1].events == ()
+
+
+@pytest.mark.parametrize("maker", [setting_up, rotating, snapshotting, draining_agent])
+def test_a_machine_must_be_there_while_something_is_done_to_it(maker):
+    assert [type(event) for _, event in lists([maker()], [], [])[1].events] == [MachineMissing]
+    assert [type(event) for _, event in lists([maker()], [machine(phase=Phase.FAILED)])[0].events] == [MachineExited]
+
+
+def test_a_machine_that_is_put_back_to_a_snapshot_is_left_to_that():
+    for phase in Phase:
+        assert lists([restoring()], [machine(phase=phase)], [machine(phase=phase)]) == [Plan()] * 2
+    assert lists([restoring()], [], []) == [Plan()] * 2
+
+
+def test_an_orphan_that_stays_is_a_case_for_a_person_once():
+    rounds = STRIKES_TO_ACT + STUCK_ATTEMPTS
+    found = lists([], *[[machine("u9")]] * (rounds + 2))
+    assert [len(plan.destroy) for plan in found] == [0] + [1] * (rounds + 1)
+    assert [plan.stuck for plan in found] == [()] * (rounds - 1) + [(machine("u9"),)] + [()] * 2
 
 
 def test_one_bad_machine_does_not_hide_another():
@@ -134,7 +190,6 @@ def test_one_bad_machine_does_not_hide_another():
 @pytest.mark.parametrize(
     ("silent_ms", "health"),
     [
-        (-5_000, HostHealth.OK),
         (0, HostHealth.OK),
         (POLICY.host_unreachable_ms - 1, HostHealth.OK),
         (POLICY.host_unreachable_ms, HostHealth.UNREACHABLE),
@@ -143,7 +198,4 @@ def test_one_bad_machine_does_not_hide_another():
     ],
 )
 def test_the_silence_of_a_host_is_named(silent_ms: int, health: HostHealth):
-    seen = host(last_seen_ms=NOW + 500)
-    assert host_health(seen, NOW + 500 + silent_ms, POLICY) is health
-    never_seen = host(last_seen_ms=0)
-    assert host_health(never_seen, NOW + silent_ms, POLICY) is health
+    assert host_health(silent_ms, POLICY) is health

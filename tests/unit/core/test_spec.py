@@ -1,13 +1,14 @@
 """Defaults, bounds and spellings of what a create asks for."""
 
 import pytest
-from making import POLICY
+from making import POLICY, ready, running
 from msgspec.structs import replace
 
 from fusevm.core.spec import MAX_SECONDS, complete, resources_of
 from fusevm.model.environment import Network, Spec
-from fusevm.model.errors import BadField
+from fusevm.model.errors import BadField, SnapshotNotReady
 from fusevm.model.host import Resources
+from fusevm.model.snapshot import SnapshotState
 
 DEFAULT = Spec(cpus=1, ram_mb=512, storage_gb=4, image="debian-12", max_runtime_seconds=7200, idle_timeout_seconds=0)
 
@@ -152,3 +153,40 @@ def test_labels_are_copied():
 def test_a_machine_counts_as_one():
     wanted = Resources(cpus=2, ram_mb=1024, storage_gb=8, vm_count=1)
     assert resources_of(complete(POLICY, cpus=2, ram_mb=1024, storage_gb=8)) == wanted
+
+
+# -- seed, queue and ports -----------------------------------------------------------------------------------------
+
+SEED = ready(running(image="alpine"), arch="arm64")
+
+
+def test_a_snapshot_brings_its_image_and_architecture_along():
+    spec = complete(POLICY, seed=SEED)
+    assert (spec.seed_snapshot_id, spec.image, spec.arch) == ("snap-0u1", "alpine", "arm64")
+    assert complete(POLICY, seed=SEED, arch="aarch64") == spec
+    old = replace(SEED, image="", arch="")
+    assert (complete(POLICY, seed=old).image, complete(POLICY, seed=old, arch="amd64").arch) == ("debian-12", "amd64")
+
+
+def test_a_snapshot_and_an_image_exclude_each_other():
+    refusal = problem(seed=SEED, image="alpine")
+    assert refusal.field == "spec.image"
+    assert "either seed_snapshot_id or an image" in refusal.problem
+
+
+def test_a_snapshot_of_another_architecture_is_refused():
+    assert problem(seed=SEED, arch="amd64").field == "spec.arch"
+
+
+@pytest.mark.parametrize("state", [state for state in SnapshotState if state is not SnapshotState.READY])
+def test_only_a_ready_snapshot_can_be_started_from(state: SnapshotState):
+    with pytest.raises(SnapshotNotReady):
+        complete(POLICY, seed=replace(SEED, state=state))
+
+
+def test_how_long_to_wait_is_bounded():
+    assert complete(POLICY).queue_seconds == complete(POLICY, queue_seconds=0).queue_seconds == 0
+    most = POLICY.max_queue_seconds
+    assert complete(POLICY, queue_seconds=most).queue_seconds == most
+    for asked in (-1, most + 1):
+        assert problem(queue_seconds=asked).field == "spec.queue_seconds"

@@ -1,19 +1,25 @@
 """The life of an environment as a person reads it."""
 
-from making import NOW, POLICY, destroying, running
+import pytest
+from making import (
+    NOW,
+    POLICY,
+    destroying,
+    draining_agent,
+    queued,
+    restoring,
+    rotating,
+    running,
+    setting_up,
+    snapshotting,
+)
 from msgspec.structs import replace
 
 from fusevm.core.lifecycle import Identity, begin, step
 from fusevm.core.spec import complete
 from fusevm.core.story import story
-from fusevm.model.environment import (
-    BootSucceeded,
-    DestroyConfirmed,
-    DestroyRequested,
-    Event,
-    OutcomeUnknown,
-    State,
-)
+from fusevm.model.environment import State
+from fusevm.model.event import BootSucceeded, DestroyConfirmed, DestroyRequested, Event, OutcomeUnknown
 from fusevm.model.fact import Fact, Kind
 
 
@@ -53,6 +59,38 @@ def test_what_is_under_way_and_its_trouble_come_last():
     )
 
 
+@pytest.mark.parametrize(
+    ("maker", "sentence"),
+    [
+        (queued, "It is provisioning; it waits for a place, at most 60 s."),
+        (setting_up, "It is provisioning; action 2 is to set up m-u1 on host h1 [boot]."),
+        (rotating, "It is running; action 2 is to give a new token to m-u1 on host h1 [rotate]."),
+        (snapshotting, "It is running; action 2 is to take a snapshot of m-u1 on host h1 [snapshot]."),
+        (restoring, "It is running; action 2 is to put m-u1 back to a snapshot on host h1 [restore]."),
+        (draining_agent, "It is draining; action 3 is to drain the daemon of m-u1 on host h1 [drain]."),
+    ],
+)
+def test_every_action_under_way_has_its_words(maker, sentence: str):
+    assert story(maker(), ())[-1] == sentence
+
+
+def test_where_it_comes_from_and_where_it_is_come_first():
+    env = queued()
+    assert story(env, ())[0].endswith("with image debian-12, without a place.")
+    seeded = replace(env, spec=replace(env.spec, seed_snapshot_id="snap-1"))
+    assert story(seeded, ())[0].endswith("with image debian-12 from snapshot snap-1, without a place.")
+
+
+def test_what_a_fact_is_about_and_what_was_said_fit_on_one_line():
+    data = {"stream": "stdout", "exit_code": "3"}
+    fact = Fact(
+        uid="u1", seq=1, kind=Kind.AGENT, state=State.RUNNING, at_ms=NOW, cause="c", message="a\n  b", data=data
+    )
+    assert story(running(), [fact])[1] == (
+        "+0.000 s: news of the daemon while running, exit code 3, stream stdout: a b [c]."
+    )
+
+
 def test_a_boot_under_way_is_called_a_boot():
     identity = Identity(uid="u1", task_id="t", machine_id="m-1")
     env = begin(identity, complete(POLICY), "h1", cause="req-1", now_ms=NOW, policy=POLICY).record
@@ -71,5 +109,5 @@ def test_every_kind_of_fact_has_a_sentence():
     told = story(env, [letter, replace(letter, kind=Kind.STARTUP_OUTPUT)])
     assert told[1:3] == [
         "+0.000 s: destroying needs a person: attempts keep failing: down [c].",
-        "+0.000 s: startup output while destroying: down [c].",
+        "+0.000 s: the startup script said something while destroying: down [c].",
     ]

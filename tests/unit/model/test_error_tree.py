@@ -18,7 +18,7 @@ STATUSES = {
     "forbidden": {403},
     "not_found": {404},
     "route_not_found": {404},
-    "conflict": {409},
+    "conflict": {409, 412},
     "payload_too_large": {413},
     "rate_limited": {429},
     "internal": {500, 502},
@@ -101,4 +101,6 @@ def test_only_what_may_go_away_by_itself_is_worth_a_retry():
     assert {cls.reason for cls in CLASSES if cls.retryable and cls.status < 500} <= {
         "revision_conflict",
         "idempotency_in_progress",
+        "action_under_way",
+        "rate_limited",
     }

@@ -27,6 +27,18 @@ class NotSupported(Error):
     feature: str
 
 
+class NoEncryptionKey(Error):
+    """Nothing that must stay secret can be kept: PostgreSQL is used, and no key is set."""
+
+    reason = "no_encryption_key"
+    code, status = "unimplemented", 501
+    template = (
+        "The server takes no secrets, since it has no key to store {what} with; "
+        "start it with TOKEN_ENCRYPTION_KEY (`openssl rand -hex 32`)"
+    )
+    what: str
+
+
 class Unavailable(Error):
     code, status, retryable = "unavailable", 503, True
 
@@ -87,6 +99,14 @@ class NoSpaceInGuest(Unavailable):
 class StoreFull(Unavailable):
     reason = "store_full"
     template = "The database cannot write ({problem}); free disk space"
+    problem: str
+
+
+class StoreUnreachable(Unavailable):
+    """The database is away, or too busy. A change may have been carried out all the same."""
+
+    reason = "store_unreachable"
+    template = "The database does not answer ({problem}); try again shortly"
     problem: str
 
 

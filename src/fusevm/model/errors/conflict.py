@@ -158,3 +158,39 @@ class RevisionConflict(Conflict):
     template = "{uid} changed meanwhile (revision {revision})"
     uid: str
     revision: int
+
+
+class HostInUse(Conflict):
+    """`machines`: how many environments are placed there."""
+
+    reason = "host_in_use"
+    template = "Host {id} still has {machines} environments; delete them first, or remove a lost host with ?force=true"
+    id: str
+    machines: int
+
+
+class ActionUnderWay(Conflict):
+    """One action at a time is at work on a machine."""
+
+    reason = "action_under_way"
+    retryable = True
+    template = "{id} is busy with another action ({action}); try again when that is over"
+    id: str
+    action: str
+
+
+class SnapshotNotReady(Conflict):
+    reason = "snapshot_not_ready"
+    template = "Snapshot {id} is {state}; only a ready one can be used"
+    id: str
+    state: str
+
+
+class PreconditionFailed(Conflict):
+    """If-Match names another revision than the present one."""
+
+    reason = "precondition_failed"
+    status = 412
+    template = "{id} has changed meanwhile: its ETag is {etag}"
+    id: str
+    etag: str

@@ -36,3 +36,13 @@ class CommandFailed(Error):
     command: str
     exit_status: int
     stderr: str
+
+
+class SnapshotFailed(Error):
+    """A snapshot was not taken or not restored; the environment goes on."""
+
+    reason = "snapshot_failed"
+    code, status = "internal", 500
+    template = "Snapshot {id} failed: {problem}"
+    id: str
+    problem: str

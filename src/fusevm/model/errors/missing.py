@@ -63,3 +63,25 @@ class ProcessNotFound(NotFound):
     reason = "process_not_found"
     template = "There is no process {pid} that was started through the API"
     pid: str
+
+
+class LogNotFound(NotFound):
+    """The environment has no such log, or not yet."""
+
+    reason = "log_not_found"
+    template = "{id} has no log {source!r}: {problem}"
+    id: str
+    source: str
+    problem: str
+
+
+class SnapshotNotFound(NotFound):
+    reason = "snapshot_not_found"
+    template = "No snapshot {id!r}"
+    id: str
+
+
+class KeyNotFound(NotFound):
+    reason = "key_not_found"
+    template = "No API key {id!r}"
+    id: str

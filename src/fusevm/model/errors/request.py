@@ -127,3 +127,30 @@ class PathTooLong(InvalidArgument):
     )
     path: str
     limit: int
+
+
+class HostMismatch(InvalidArgument):
+    """What was declared of a host is not what it says of itself."""
+
+    reason = "host_mismatch"
+    template = "Host {id} says {field} {reported!r}, not {declared!r}; register it as it is"
+    id: str
+    field: str
+    reported: str
+    declared: str
+
+
+class StartupFailed(InvalidArgument):
+    """The startup script ended with another status than 0, or was not done in time. Ends the environment."""
+
+    reason = "startup_failed"
+    template = "The startup script failed: {problem}"
+    problem: str
+
+
+class DaemonFailed(InvalidArgument):
+    """The user's daemon could not be started. Ends the environment."""
+
+    reason = "daemon_failed"
+    template = "The daemon of this environment could not be started: {problem}"
+    problem: str

@@ -1,0 +1,192 @@
+"""What is done to a machine that is up: drain, new token, snapshot, restore. One at a time.
+
+A request while another one is under way raises ActionUnderWay; the same request again changes nothing, where it has a
+name to know it by. None of them ends the environment: what is refused or overdue is given up, with a fact that says so.
+"""
+
+from collections.abc import Mapping
+
+from msgspec.structs import replace
+
+from fusevm.core.endings import TIMEOUTS
+from fusevm.core.policy import Policy
+from fusevm.core.record import Step, action_name, enter, give, tell
+from fusevm.core.snapshots import check_restorable, given_up, made, restored, restoring
+from fusevm.model.environment import (
+    Desired,
+    DrainAgent,
+    Environment,
+    RestoreMachine,
+    RotateToken,
+    SnapshotMachine,
+    State,
+)
+from fusevm.model.errors import ActionUnderWay, WrongState
+from fusevm.model.event import (
+    AgentDrained,
+    DrainRequested,
+    RestoreRequested,
+    RotateRequested,
+    SnapshotRequested,
+    SnapshotRestored,
+    SnapshotTaken,
+    TokenRotated,
+)
+from fusevm.model.fact import Kind
+from fusevm.model.setup import AgentState, AgentStatus
+from fusevm.model.snapshot import Snapshot, SnapshotState
+
+Operation = DrainAgent | RotateToken | SnapshotMachine | RestoreMachine
+
+# -- requests ------------------------------------------------------------------------------------------------------
+
+
+def request_drain(env: Environment, event: DrainRequested, now_ms: int, policy: Policy) -> Step:
+    """Accept nothing new; where there is a daemon, drain it."""
+    if env.state is State.DRAINING:
+        return Step(env)
+    _must_be_free(env, "only a running environment can be drained")
+    record = replace(env, desired=Desired.DRAINED, draining_at_ms=now_ms)
+    found = enter(record, State.DRAINING, event.cause, now_ms)
+    if not env.duties.agent:
+        return found
+    action = DrainAgent(
+        seq=env.action_seq + 1,
+        cause=event.cause,
+        host_id=env.host_id,
+        machine_id=env.machine_id,
+        incarnation=env.incarnation,
+        deadline_ms=now_ms + policy.drain_deadline_ms,
+    )
+    return give(found, action)
+
+
+def request_rotation(env: Environment, event: RotateRequested, now_ms: int, policy: Policy) -> Step:
+    """Deliver the new token that is saved together with this step."""
+    _must_be_free(env, "only a running environment can be given a new token")
+    action = RotateToken(
+        seq=env.action_seq + 1,
+        cause=event.cause,
+        host_id=env.host_id,
+        machine_id=env.machine_id,
+        incarnation=env.incarnation,
+        deadline_ms=now_ms + policy.rotate_deadline_ms,
+    )
+    return give(Step(replace(env, updated_at_ms=now_ms)), action)
+
+
+def request_snapshot(env: Environment, event: SnapshotRequested, now_ms: int, policy: Policy) -> Step:
+    """Take the snapshot whose record the event brings; it is saved with this step."""
+    if isinstance(env.pending, SnapshotMachine) and env.pending.snapshot.id == event.snapshot.id:
+        return Step(env)
+    _must_be_free(env, "a snapshot can only be taken of a running environment")
+    if event.snapshot.uid != env.uid or event.snapshot.state is not SnapshotState.CREATING:
+        raise AssertionError(f"{event.snapshot.id} is no new snapshot of {env.uid}")
+    action = SnapshotMachine(
+        seq=env.action_seq + 1,
+        cause=event.cause,
+        host_id=env.host_id,
+        machine_id=env.machine_id,
+        incarnation=env.incarnation,
+        deadline_ms=now_ms + policy.snapshot_deadline_ms,
+        snapshot=event.snapshot,
+    )
+    return give(_told(env, event.snapshot, "creating", event.cause, now_ms), action)
+
+
+def request_restore(env: Environment, event: RestoreRequested, now_ms: int, policy: Policy) -> Step:
+    """Put the machine back to one of its snapshots. Raises SnapshotNotReady, WrongState."""
+    if isinstance(env.pending, RestoreMachine) and env.pending.snapshot.id == event.snapshot.id:
+        return Step(env)
+    _must_be_free(env, "only a running environment can be put back to a snapshot")
+    check_restorable(event.snapshot, env)
+    snapshot = restoring(event.snapshot, now_ms)
+    action = RestoreMachine(
+        seq=env.action_seq + 1,
+        cause=event.cause,
+        host_id=env.host_id,
+        machine_id=env.machine_id,
+        incarnation=env.incarnation,
+        deadline_ms=now_ms + policy.restore_deadline_ms,
+        snapshot=snapshot,
+    )
+    return give(_told(env, snapshot, "restoring", event.cause, now_ms), action)
+
+
+def _must_be_free(env: Environment, wanted: str) -> None:
+    if env.state is not State.RUNNING:
+        raise WrongState(id=env.id, state=env.state, wanted=wanted)
+    if env.pending is not None:
+        raise ActionUnderWay(id=env.id, action=action_name(env.pending))
+
+
+# -- outcomes ------------------------------------------------------------------------------------------------------
+
+
+def agent_drained(env: Environment, event: AgentDrained, now_ms: int) -> Step:
+    """The daemon has ended, as it should or by force; the machine stays."""
+    if not isinstance(env.pending, DrainAgent) or env.pending.seq != event.seq:
+        return Step(env)
+    status = AgentStatus(
+        state=AgentState.DRAINED,
+        restarts=env.agent.restarts if env.agent is not None else 0,
+        exit_code=event.exit_code,
+        message=event.message,
+        since_ms=now_ms,
+    )
+    record = replace(_free(env, now_ms), agent=status, error=event.message)
+    data = {} if event.exit_code is None else {"exit_code": str(event.exit_code)}
+    reason = "drain_failed" if event.message else "drained"
+    return tell(record, Kind.AGENT, event.cause, now_ms, message=event.message, reason=reason, data=data)
+
+
+def token_rotated(env: Environment, event: TokenRotated, now_ms: int) -> Step:
+    """The daemon runs with the new token; the old one is refused."""
+    if not isinstance(env.pending, RotateToken) or env.pending.seq != event.seq:
+        return Step(env)
+    return tell(_free(env, now_ms), Kind.AGENT, event.cause, now_ms, reason="token_rotated")
+
+
+def snapshot_taken(env: Environment, event: SnapshotTaken, now_ms: int) -> Step:
+    """The snapshot is complete."""
+    if not isinstance(env.pending, SnapshotMachine) or env.pending.seq != event.seq:
+        return Step(env)
+    snapshot = made(env.pending.snapshot, event.size_bytes, event.digest, now_ms)
+    return _told(_free(env, now_ms), snapshot, "ready", event.cause, now_ms)
+
+
+def snapshot_restored(env: Environment, event: SnapshotRestored, now_ms: int) -> Step:
+    """The machine runs from the snapshot's disk; what was seen of its daemon before says nothing any more."""
+    if not isinstance(env.pending, RestoreMachine) or env.pending.seq != event.seq:
+        return Step(env)
+    snapshot = restored(env.pending.snapshot, now_ms)
+    record = replace(_free(env, now_ms), agent=None, health=None)
+    return _told(record, snapshot, "restored", event.cause, now_ms)
+
+
+def give_up(env: Environment, action: Operation, reason: str, message: str, cause: str, now_ms: int) -> Step:
+    """The action failed for good; the environment goes on without it."""
+    record = replace(_free(env, now_ms), error=message)
+    if isinstance(action, DrainAgent | RotateToken):
+        return tell(record, Kind.AGENT, cause, now_ms, message=message, reason=reason)
+    snapshot = given_up(action.snapshot, message, now_ms)
+    return _told(record, snapshot, reason, cause, now_ms, message=message)
+
+
+def give_up_late(env: Environment, action: Operation, message: str, cause: str, now_ms: int) -> Step:
+    """The action was not done by its deadline."""
+    reason, sentence = TIMEOUTS[type(action)]
+    return give_up(env, action, reason, message or sentence, cause, now_ms)
+
+
+def _free(env: Environment, now_ms: int) -> Environment:
+    """Nothing is under way any more. The number moves on, so that the host refuses the order if it comes late; the time
+    of the action counts as activity."""
+    last_ms = max(env.last_activity_ms, now_ms)
+    return replace(env, pending=None, action_seq=env.action_seq + 1, error="", last_activity_ms=last_ms)
+
+
+def _told(env: Environment, snapshot: Snapshot, reason: str, cause: str, now_ms: int, *, message: str = "") -> Step:
+    data: Mapping[str, str] = {"snapshot_id": snapshot.id}
+    found = tell(env, Kind.SNAPSHOT, cause, now_ms, message=message, reason=reason, data=data)
+    return replace(found, snapshots=(snapshot,))
