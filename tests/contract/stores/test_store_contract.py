@@ -1,113 +1,33 @@
-"""What every store guarantees. One suite; implementations are listed in `STORES`."""
+"""What every store guarantees. One suite; the databases are in `store_harness`."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 
 import pytest
-import pytest_asyncio
 from msgspec.structs import replace
+from store_harness import ME, OTHER, POLICY, SMALL, Place, begin, create, end, feed, make_host, queue, room
 
 from fusevm.control.store.protocol import (
-    Claim,
+    START,
     Committed,
     Query,
     RequestKey,
-    Reservation,
     ReservationLost,
+    SealedRow,
     Store,
 )
-from fusevm.control.store.sqlite import SqliteStore
 from fusevm.core import lifecycle
 from fusevm.core.invariants import violations
-from fusevm.core.lifecycle import Identity, Step
-from fusevm.core.placement import can_reserve
-from fusevm.core.policy import Policy
-from fusevm.core.spec import complete, resources_of
-from fusevm.model.environment import (
-    BootSucceeded,
-    DestroyConfirmed,
-    DestroyRequested,
-    Environment,
-    Event,
-    OutcomeUnknown,
-    State,
-)
-from fusevm.model.errors import HostNotFound, Internal, RevisionConflict, TaskExists
-from fusevm.model.host import Host, HostHealth, HostState, Resources
-from fusevm.testing.clock import FakeClock
-
-POLICY = Policy()
-ME, OTHER = Claim("me", 10_000), Claim("other", 10_000)
-Open = Callable[[Path, FakeClock], Awaitable[Store]]
-
-
-async def _sqlite(folder: Path, clock: FakeClock) -> Store:
-    return await SqliteStore.open(str(folder / "fuse.db"), POLICY, clock.now_ms)
-
-
-async def _memory(_folder: Path, clock: FakeClock) -> Store:
-    return await SqliteStore.open(":memory:", POLICY, clock.now_ms)
-
-
-STORES: dict[str, Open] = {"sqlite": _sqlite, "sqlite in memory": _memory}
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest_asyncio.fixture(params=STORES)
-async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: FakeClock) -> AsyncIterator[Store]:
-    opened = await STORES[request.param](tmp_path, clock)
-    await opened.save_host(_host("h1"))
-    yield opened
-    await opened.close()
-
-
-def _host(id_: str, **changes: object) -> Host:
-    capacity = Resources(cpus=100, ram_mb=10_240, storage_gb=1000, vm_count=10)
-    host = Host(id=id_, url="http://127.0.0.1:1", capacity=capacity, created_at_ms=1, updated_at_ms=1)
-    return replace(host, **changes)
-
-
-_numbers = iter(range(1, 1 << 30))
-
-
-def _begin(clock: FakeClock, task_id: str = "t1", host_id: str = "h1", uid: str = "") -> Step:
-    number = next(_numbers)
-    identity = Identity(uid=uid or f"u{number:06}", task_id=task_id, machine_id=f"m-{number}")
-    return lifecycle.begin(identity, complete(POLICY), host_id, cause="test", now_ms=clock.now_ms(), policy=POLICY)
-
-
-def _room(step: Step) -> Reservation:
-    spec = step.record.spec
-    return Reservation(step.record.host_id, resources_of(spec), lambda host: can_reserve(host, spec, POLICY))
-
-
-async def _create(store: Store, clock: FakeClock, task_id: str = "t1", claim: Claim | None = ME) -> Environment:
-    step = _begin(clock, task_id)
-    return await store.create(step, _room(step), claim)
-
-
-async def _feed(
-    store: Store, env: Environment, event: Event, clock: FakeClock, claim: Claim | None = ME
-) -> Environment:
-    step = lifecycle.step(env, event, clock.now_ms(), POLICY)
-    return await store.commit(env.uid, env.revision, step, claim)
-
-
-async def _end(store: Store, env: Environment, clock: FakeClock) -> Environment:
-    env = await _feed(store, env, DestroyRequested(cause="test"), clock)
-    return await _feed(store, env, DestroyConfirmed(cause="test", seq=env.action_seq), clock)
-
+from fusevm.core.lifecycle import Step
+from fusevm.model.environment import Environment, State
+from fusevm.model.errors import HostInUse, HostNotFound, Internal, RevisionConflict, TaskExists
+from fusevm.model.event import BootSucceeded, DestroyRequested, HostLost, OutcomeUnknown, Placed
+from fusevm.model.host import HostHealth, HostState, Resources
 
 # -- records -------------------------------------------------------------------------------------------------------
 
 
-async def test_what_was_created_is_read_back(store: Store, clock: FakeClock) -> None:
-    env = await _create(store, clock)
+async def test_what_was_created_is_read_back(store: Store, place: Place) -> None:
+    env = await create(store, place)
     assert env.revision == 1
     assert await store.get(env.uid) == env == await store.live("t1")
     assert await store.get("nothing") is None
@@ -120,29 +40,32 @@ async def test_what_was_created_is_read_back(store: Store, clock: FakeClock) -> 
     assert await store.count_live() == {"provisioning": 1}
 
 
-async def test_a_task_has_one_live_environment(store: Store, clock: FakeClock) -> None:
-    await _create(store, clock)
+async def test_a_task_has_one_live_environment(store: Store, place: Place) -> None:
+    await create(store, place)
     with pytest.raises(TaskExists) as caught:
-        await _create(store, clock)
+        await create(store, place)
     assert caught.value.details["state"] == "provisioning"
     host = await store.host("h1")
     assert host is not None
     assert host.allocated.vm_count == 1
-    assert await store.last_position() == 1
+    assert await store.last_position() == (await store.facts_after(START, 10))[-1].position
 
 
-async def test_a_refused_create_leaves_nothing(store: Store, clock: FakeClock) -> None:
-    step = _begin(clock)
+async def test_a_refused_create_leaves_nothing(store: Store, place: Place) -> None:
+    step = begin(place)
     with pytest.raises(ReservationLost):
-        await store.create(step, replace(_room(step), fits=lambda _host: False), ME)
+        await store.create(step, replace(room(step), fits=lambda _host: False), ME)
+    nowhere = begin(place, host_id="nowhere")
     with pytest.raises(HostNotFound):
-        await store.create(step, replace(_room(step), host_id="nowhere"), ME)
+        await store.create(nowhere, room(nowhere), ME)
+    with pytest.raises(Internal):
+        await store.create(step, None, ME)
     assert await store.get(step.record.uid) is None
-    assert await store.facts_after(0, 10) == []
+    assert await store.facts_after(START, 10) == []
 
 
-async def test_creates_at_once_never_book_beyond_the_limits(store: Store, clock: FakeClock) -> None:
-    results = await asyncio.gather(*(_create(store, clock, f"t{n}") for n in range(30)), return_exceptions=True)
+async def test_creates_at_once_never_book_beyond_the_limits(store: Store, place: Place) -> None:
+    results = await asyncio.gather(*(create(store, place, f"t{n}") for n in range(30)), return_exceptions=True)
     assert sum(isinstance(result, Environment) for result in results) == 10
     assert sum(isinstance(result, ReservationLost) for result in results) == 20
     host = await store.host("h1")
@@ -150,32 +73,33 @@ async def test_creates_at_once_never_book_beyond_the_limits(store: Store, clock:
     assert host.allocated.vm_count == 10
 
 
-async def test_a_commit_needs_the_newest_revision(store: Store, clock: FakeClock) -> None:
-    env = await _create(store, clock)
-    running = await _feed(store, env, BootSucceeded(cause="test", seq=1), clock)
+async def test_a_commit_needs_the_newest_revision(store: Store, place: Place) -> None:
+    env = await create(store, place)
+    running = await feed(store, env, BootSucceeded(cause="test", seq=1), place)
     assert (running.state, running.revision) == (State.RUNNING, 2)
     with pytest.raises(RevisionConflict):
-        await _feed(store, env, DestroyRequested(cause="test"), clock)
+        await feed(store, env, DestroyRequested(cause="test"), place)
     with pytest.raises(RevisionConflict):
         await store.commit("nothing", 1, Step(env), ME)
     assert await store.get(env.uid) == running
 
 
-async def test_of_two_writers_one_wins(store: Store, clock: FakeClock) -> None:
-    env = await _create(store, clock)
+async def test_of_two_writers_one_wins(store: Store, place: Place) -> None:
+    env = await create(store, place)
     results = await asyncio.gather(
-        *(_feed(store, env, BootSucceeded(cause=str(n), seq=1), clock) for n in range(5)), return_exceptions=True
+        *(feed(store, env, BootSucceeded(cause=str(n), seq=1), place) for n in range(5)), return_exceptions=True
     )
     assert sum(isinstance(result, RevisionConflict) for result in results) == 4
     assert len(await store.facts_of(env.uid, 0, 10)) == 2
 
 
-async def test_forbidden_changes_are_refused(store: Store, clock: FakeClock) -> None:
-    env = await _create(store, clock)
+async def test_forbidden_changes_are_refused(store: Store, place: Place) -> None:
+    env = await create(store, place)
     for wrong in (
-        replace(env, state=State.DESTROYED),
+        replace(env, state=State.PAUSED),
         replace(env, state=State.DRAINING),
         replace(env, task_id="other"),
+        replace(env, tenant="other"),
         replace(env, host_id="h2"),
         replace(env, event_seq=5),
     ):
@@ -184,9 +108,9 @@ async def test_forbidden_changes_are_refused(store: Store, clock: FakeClock) -> 
     assert await store.get(env.uid) == env
 
 
-async def test_the_end_gives_the_place_back_and_frees_the_task(store: Store, clock: FakeClock) -> None:
-    env = await _create(store, clock)
-    ended = await _end(store, env, clock)
+async def test_the_end_gives_the_place_back_and_frees_the_task(store: Store, place: Place) -> None:
+    env = await create(store, place)
+    ended = await end(store, env, place)
     assert ended.state is State.DESTROYED
     assert await store.live("t1") is None
     assert await store.last_ended("t1") == ended == await store.get(env.uid)
@@ -194,19 +118,19 @@ async def test_the_end_gives_the_place_back_and_frees_the_task(store: Store, clo
     assert host is not None
     assert host.allocated == Resources()
     assert await store.on_host("h1") == []
-    again = await _create(store, clock)
+    again = await create(store, place)
     assert await store.live("t1") == again
-    second_end = await _end(store, again, clock)
+    second_end = await end(store, again, place)
     assert await store.last_ended("t1") == second_end
 
 
-async def test_lists_filter_and_page(store: Store, clock: FakeClock) -> None:
-    await store.save_host(_host("h2"))
-    envs = [await _create(store, clock, f"t{n}") for n in range(4)]
-    step = _begin(clock, "t4", "h2")
-    envs.append(await store.create(step, _room(step), ME))
-    envs[0] = await _feed(store, envs[0], BootSucceeded(cause="test", seq=1), clock)
-    ended = [await _end(store, envs[number], clock) for number in (1, 2)]
+async def test_lists_filter_and_page(store: Store, place: Place) -> None:
+    await store.save_host(make_host("h2"))
+    envs = [await create(store, place, f"t{n}") for n in range(4)]
+    step = begin(place, "t4", "h2")
+    envs.append(await store.create(step, room(step), ME))
+    envs[0] = await feed(store, envs[0], BootSucceeded(cause="test", seq=1), place)
+    ended = [await end(store, envs[number], place) for number in (1, 2)]
 
     async def uids(**filters: object) -> list[str]:
         return [env.uid for env in await store.list_page(Query(**filters))]
@@ -223,19 +147,19 @@ async def test_lists_filter_and_page(store: Store, clock: FakeClock) -> None:
     assert await uids(ended=True, task_id="t1") == [ended[0].uid]
 
 
-async def test_the_listener_hears_of_every_commit_and_of_leases(store: Store, clock: FakeClock) -> None:
+async def test_the_listener_hears_of_every_commit_and_of_leases(store: Store, place: Place) -> None:
     heard: list[Committed] = []
     store.listener = heard.append
-    env = await _create(store, clock)
-    running = await _feed(store, env, BootSucceeded(cause="test", seq=1), clock)
-    ending = await _feed(store, running, DestroyRequested(cause="test"), clock, None)
+    env = await create(store, place)
+    running = await feed(store, env, BootSucceeded(cause="test", seq=1), place)
+    ending = await feed(store, running, DestroyRequested(cause="test"), place, None)
     assert heard == [Committed(env, "me"), Committed(running), Committed(ending)]
 
 
-async def test_the_listener_hears_of_a_commit_whose_caller_was_cancelled(store: Store, clock: FakeClock) -> None:
+async def test_the_listener_hears_of_a_commit_whose_caller_was_cancelled(store: Store, place: Place) -> None:
     heard: list[Committed] = []
     store.listener = heard.append
-    creating = asyncio.ensure_future(_create(store, clock))
+    creating = asyncio.ensure_future(create(store, place))
     await asyncio.sleep(0)
     creating.cancel()
     async with asyncio.timeout(60):
@@ -247,8 +171,8 @@ async def test_the_listener_hears_of_a_commit_whose_caller_was_cancelled(store: 
 # -- leases --------------------------------------------------------------------------------------------------------
 
 
-async def test_an_action_is_due_when_nobody_holds_it(store: Store, clock: FakeClock) -> None:
-    env = await _create(store, clock, claim=None)
+async def test_an_action_is_due_when_nobody_holds_it(store: Store, place: Place) -> None:
+    env = await create(store, place, claim=None)
     assert (await store.due(10)).actions == ((env.uid, 1),)
     assert await store.acquire(env.uid, 2, ME) is None
     assert await store.acquire(env.uid, 1, ME) == env
@@ -257,26 +181,26 @@ async def test_an_action_is_due_when_nobody_holds_it(store: Store, clock: FakeCl
     assert (await store.due(10)).actions == ()
 
 
-async def test_a_lease_runs_out_by_database_time(store: Store, clock: FakeClock) -> None:
-    env = await _create(store, clock, claim=ME)
-    clock.advance(9_999)
+async def test_a_lease_runs_out_by_database_time(store: Store, place: Place) -> None:
+    env = await create(store, place, claim=ME)
+    await place.advance(9_999)
     assert (await store.due(10)).actions == ()
-    clock.advance(1)
+    await place.advance(1)
     assert (await store.due(10)).actions == ((env.uid, 1),)
     assert await store.acquire(env.uid, 1, OTHER) == env
     assert await store.renew([(env.uid, 1)], ME) == set()
 
 
-async def test_a_renewed_lease_holds(store: Store, clock: FakeClock) -> None:
-    env = await _create(store, clock, claim=ME)
-    clock.advance(9_000)
+async def test_a_renewed_lease_holds(store: Store, place: Place) -> None:
+    env = await create(store, place, claim=ME)
+    await place.advance(9_000)
     assert await store.renew([(env.uid, 1), ("other", 1), (env.uid, 2)], ME) == {(env.uid, 1)}
-    clock.advance(9_000)
+    await place.advance(9_000)
     assert (await store.due(10)).actions == ()
 
 
-async def test_leases_can_be_given_back(store: Store, clock: FakeClock) -> None:
-    first, second = await _create(store, clock, "a"), await _create(store, clock, "b")
+async def test_leases_can_be_given_back(store: Store, place: Place) -> None:
+    first, second = await create(store, place, "a"), await create(store, place, "b")
     await store.release("other")
     assert (await store.due(10)).actions == ()
     await store.release("me", [(first.uid, 1)])
@@ -285,57 +209,57 @@ async def test_leases_can_be_given_back(store: Store, clock: FakeClock) -> None:
     assert {uid for uid, _ in (await store.due(10)).actions} == {first.uid, second.uid}
 
 
-async def test_a_new_action_ends_the_lease_on_the_old_one(store: Store, clock: FakeClock) -> None:
-    env = await _create(store, clock, claim=OTHER)
-    ending = await _feed(store, env, DestroyRequested(cause="test"), clock, ME)
+async def test_a_new_action_ends_the_lease_on_the_old_one(store: Store, place: Place) -> None:
+    env = await create(store, place, claim=OTHER)
+    ending = await feed(store, env, DestroyRequested(cause="test"), place, ME)
     assert await store.renew([(env.uid, 1)], OTHER) == set()
     assert await store.renew([(env.uid, 2)], ME) == {(env.uid, 2)}
     assert (await store.due(10)).actions == ()
     assert ending.pending is not None
 
 
-async def test_a_destroy_does_not_wait_for_a_dead_lease_holder(store: Store, clock: FakeClock) -> None:
-    env = await _create(store, clock, claim=OTHER)
-    await _feed(store, env, DestroyRequested(cause="test"), clock, None)
+async def test_a_destroy_does_not_wait_for_a_dead_lease_holder(store: Store, place: Place) -> None:
+    env = await create(store, place, claim=OTHER)
+    await feed(store, env, DestroyRequested(cause="test"), place, None)
     assert (await store.due(10)).actions == ((env.uid, 2),)
 
 
-async def test_an_unchanged_action_keeps_its_lease(store: Store, clock: FakeClock) -> None:
-    env = await _create(store, clock, claim=OTHER)
+async def test_an_unchanged_action_keeps_its_lease(store: Store, place: Place) -> None:
+    env = await create(store, place, claim=OTHER)
     await store.commit(env.uid, env.revision, Step(env), ME)
     assert await store.renew([(env.uid, 1)], OTHER) == {(env.uid, 1)}
 
 
-async def test_an_action_is_not_due_before_its_time(store: Store, clock: FakeClock) -> None:
-    env = await _create(store, clock)
-    again = await _feed(store, env, OutcomeUnknown(cause="test", seq=1, message="lost"), clock, None)
+async def test_an_action_is_not_due_before_its_time(store: Store, place: Place) -> None:
+    env = await create(store, place)
+    again = await feed(store, env, OutcomeUnknown(cause="test", seq=1, message="lost"), place, None)
     assert again.pending is not None
     assert (await store.due(10)).actions == ()
-    clock.advance(again.pending.not_before_ms - clock.now_ms())
+    await place.advance(again.pending.not_before_ms - place.now_ms())
     assert (await store.due(10)).actions == ((env.uid, again.pending.seq),)
 
 
-async def test_a_deadline_is_due_when_it_has_passed(store: Store, clock: FakeClock) -> None:
-    env = await _create(store, clock)
+async def test_a_deadline_is_due_when_it_has_passed(store: Store, place: Place) -> None:
+    env = await create(store, place)
     assert (await store.due(10)).deadlines == ()
-    clock.advance(POLICY.boot_deadline_ms)
+    await place.advance(POLICY.boot_deadline_ms)
     assert (await store.due(10)).deadlines == (env.uid,)
-    await _end(store, env, clock)
+    await end(store, env, place)
     assert (await store.due(10)).deadlines == ()
 
 
 # -- facts ---------------------------------------------------------------------------------------------------------
 
 
-async def test_facts_are_numbered_per_environment_and_ordered_globally(store: Store, clock: FakeClock) -> None:
-    first, second = await _create(store, clock, "a"), await _create(store, clock, "b")
-    await _feed(store, first, BootSucceeded(cause="test", seq=1), clock)
-    everything = await store.facts_after(0, 10)
+async def test_facts_are_numbered_per_environment_and_ordered_globally(store: Store, place: Place) -> None:
+    first, second = await create(store, place, "a"), await create(store, place, "b")
+    await feed(store, first, BootSucceeded(cause="test", seq=1), place)
+    everything = await store.facts_after(START, 10)
     assert [(stored.task_id, stored.fact.seq) for stored in everything] == [("a", 1), ("b", 1), ("a", 2)]
     positions = [stored.position for stored in everything]
     assert positions == sorted(set(positions))
     assert await store.facts_after(positions[1], 10) == everything[2:]
-    assert await store.facts_after(0, 2) == everything[:2]
+    assert await store.facts_after(START, 2) == everything[:2]
     assert [stored.fact.seq for stored in await store.facts_of(first.uid, 1, 10)] == [2]
     assert await store.position_of(second.uid, 1) == positions[1]
     assert await store.position_of(second.uid, 2) is None
@@ -345,8 +269,8 @@ async def test_facts_are_numbered_per_environment_and_ordered_globally(store: St
 # -- hosts ---------------------------------------------------------------------------------------------------------
 
 
-async def test_hosts_are_saved_by_compare_and_swap(store: Store, clock: FakeClock) -> None:
-    await _create(store, clock)
+async def test_hosts_are_saved_by_compare_and_swap(store: Store, place: Place) -> None:
+    await create(store, place)
     host = await store.host("h1")
     assert host is not None
     cordoned = await store.save_host(replace(host, state=HostState.CORDONED, allocated=Resources()))
@@ -354,7 +278,7 @@ async def test_hosts_are_saved_by_compare_and_swap(store: Store, clock: FakeCloc
     with pytest.raises(RevisionConflict):
         await store.save_host(replace(host, health=HostHealth.LOST))
     with pytest.raises(RevisionConflict):
-        await store.save_host(_host("h1"))
+        await store.save_host(make_host("h1"))
     read = await store.host("h1")
     assert read is not None
     assert (read.state, read.allocated.vm_count) == (HostState.CORDONED, 1)
@@ -363,17 +287,17 @@ async def test_hosts_are_saved_by_compare_and_swap(store: Store, clock: FakeCloc
     read = await store.host("h1")
     assert read is not None
     assert read.last_seen_ms == 77
-    await store.save_host(_host("a"))
+    await store.save_host(make_host("a"))
     assert [host.id for host in await store.hosts()] == ["a", "h1"]
     assert await store.host("nowhere") is None
 
 
-async def test_a_host_is_watched_by_one(store: Store, clock: FakeClock) -> None:
+async def test_a_host_is_watched_by_one(store: Store, place: Place) -> None:
     assert await store.acquire_host("h1", ME)
     assert await store.acquire_host("h1", ME)
     assert not await store.acquire_host("h1", OTHER)
     assert not await store.acquire_host("nowhere", ME)
-    clock.advance(10_000)
+    await place.advance(10_000)
     assert await store.acquire_host("h1", OTHER)
     await store.release("other")
     assert await store.acquire_host("h1", ME)
@@ -382,32 +306,32 @@ async def test_a_host_is_watched_by_one(store: Store, clock: FakeClock) -> None:
 # -- requests, secrets, upkeep -------------------------------------------------------------------------------------
 
 
-async def test_a_request_key_is_claimed_once_and_keeps_its_answer(store: Store, clock: FakeClock) -> None:
+async def test_a_request_key_is_claimed_once_and_keeps_its_answer(store: Store, place: Place) -> None:
     key = RequestKey("", "create", "k", "f1")
     assert await store.claim_request(key, 1000) is None
     before = await store.claim_request(replace(key, fingerprint="f2"), 1000)
     assert before is not None
     assert (before.fingerprint, before.status, before.uid) == ("f1", 0, "")
-    step = _begin(clock)
-    env = await store.create(step, _room(step), ME, key)
+    step = begin(place)
+    env = await store.create(step, room(step), ME, key)
     await store.finish_request(key, 201, "{}")
     before = await store.claim_request(key, 1000)
     assert before is not None
     assert (before.status, before.body, before.uid) == (201, "{}", env.uid)
     assert await store.claim_request(RequestKey("", "exec", "k", "f1"), 1000) is None
-    clock.advance(1000)
+    await place.advance(1000)
     assert await store.claim_request(replace(key, fingerprint="f3"), 1000) is None
     await store.forget_request(key)
     assert await store.claim_request(key, 1000) is None
 
 
-async def test_a_key_is_not_bound_by_a_create_that_failed(store: Store, clock: FakeClock) -> None:
-    await _create(store, clock)
+async def test_a_key_is_not_bound_by_a_create_that_failed(store: Store, place: Place) -> None:
+    await create(store, place)
     key = RequestKey("", "create", "k", "f1")
     await store.claim_request(key, 1000)
-    step = _begin(clock)
+    step = begin(place)
     with pytest.raises(TaskExists):
-        await store.create(step, _room(step), ME, key)
+        await store.create(step, room(step), ME, key)
     before = await store.claim_request(key, 1000)
     assert before is not None
     assert before.uid == ""
@@ -420,13 +344,13 @@ async def test_secrets_are_kept_and_replaced(store: Store) -> None:
     assert await store.get_secret("host:h1", "token") == "b"
 
 
-async def test_what_was_kept_long_enough_is_purged(store: Store, clock: FakeClock) -> None:
-    old = await _end(store, await _create(store, clock, "old"), clock)
-    live = await _create(store, clock, "live")
+async def test_what_was_kept_long_enough_is_purged(store: Store, place: Place) -> None:
+    old = await end(store, await create(store, place, "old"), place)
+    live = await create(store, place, "live")
     key = RequestKey("", "create", "k", "f1")
     await store.claim_request(key, 500)
-    clock.advance(1000)
-    fresh = await _end(store, await _create(store, clock, "fresh"), clock)
+    await place.advance(1000)
+    fresh = await end(store, await create(store, place, "fresh"), place)
     assert await store.purge(500, 10) == 1
     assert await store.get(old.uid) is None
     assert await store.facts_of(old.uid, 0, 10) == []
@@ -440,9 +364,9 @@ async def test_the_cluster_has_an_id(store: Store) -> None:
     assert len(store.cluster) > 16
 
 
-async def test_the_world_is_everything(store: Store, clock: FakeClock) -> None:
-    live, other = await _create(store, clock, "t1"), await _create(store, clock, "t2")
-    ended = await _end(store, other, clock)
+async def test_the_world_is_everything(store: Store, place: Place) -> None:
+    live, other = await create(store, place, "t1"), await create(store, place, "t2")
+    ended = await end(store, other, place)
     world = await store.world()
     assert world.environments == {live.uid: live, ended.uid: ended}
     assert world.placements == {live.uid: ("h1", Resources(cpus=1, ram_mb=512, storage_gb=4, vm_count=1))}
@@ -453,3 +377,193 @@ async def test_the_world_is_everything(store: Store, clock: FakeClock) -> None:
     }
     assert world.machines == {}
     assert violations(world, POLICY) == []
+
+
+# -- waiting for a place -------------------------------------------------------------------------------------------
+
+
+async def _place(store: Store, env: Environment, place: Place, host_id: str = "h1") -> Environment:
+    step = lifecycle.step(env, Placed(cause="test", host_id=host_id), place.now_ms(), POLICY)
+    return await store.commit(env.uid, env.revision, step, ME, reservation=room(step))
+
+
+async def test_who_waits_for_a_place_comes_in_order_of_age(store: Store, place: Place) -> None:
+    first, second = await queue(store, place, "a"), await queue(store, place, "b", tenant="x")
+    await create(store, place, "c")
+    assert await store.queued(10) == [first, second]
+    assert await store.queued(1) == [first]
+    assert (await store.due(10)).actions == ()
+    assert await store.usage_by_tenant() == {"": SMALL}
+
+
+async def test_a_place_is_booked_with_the_commit(store: Store, place: Place) -> None:
+    waiting = await queue(store, place)
+    placed = await _place(store, waiting, place)
+    assert placed.host_id == "h1"
+    assert placed.pending is not None
+    assert await store.queued(10) == []
+    assert await store.on_host("h1") == [placed]
+    assert await store.renew([(placed.uid, placed.pending.seq)], ME) == {(placed.uid, placed.pending.seq)}
+    host = await store.host("h1")
+    assert host is not None
+    assert host.allocated == SMALL
+    ended = await end(store, placed, place)
+    assert ended.is_terminal
+    assert await store.usage_by_tenant() == {}
+
+
+async def test_a_place_that_is_gone_books_nothing(store: Store, place: Place) -> None:
+    waiting = await queue(store, place)
+    step = lifecycle.step(waiting, Placed(cause="test", host_id="h1"), place.now_ms(), POLICY)
+    with pytest.raises(ReservationLost):
+        await store.commit(
+            waiting.uid, 1, step, ME, reservation=replace(room(step), fits=lambda host: host.allocated.vm_count > 0)
+        )
+    with pytest.raises(Internal):
+        await store.commit(waiting.uid, 1, step, ME)
+    with pytest.raises(Internal):
+        await store.commit(waiting.uid, 1, step, ME, reservation=replace(room(step), host_id="h2"))
+    assert await store.queued(10) == [waiting]
+    assert (await store.usage_by_tenant(), len(await store.facts_of(waiting.uid, 0, 10))) == ({}, 1)
+
+
+async def test_a_placement_is_booked_once(store: Store, place: Place) -> None:
+    waiting = await queue(store, place)
+    placed = await _place(store, waiting, place)
+    again = Step(placed)
+    with pytest.raises(Internal):
+        await store.commit(placed.uid, placed.revision, again, ME, reservation=room(again))
+    assert await store.usage_by_tenant() == {"": SMALL}
+
+
+async def test_one_that_waits_can_end_at_once(store: Store, place: Place) -> None:
+    waiting = await queue(store, place)
+    ended = await feed(store, waiting, DestroyRequested(cause="test"), place)
+    assert ended.state is State.DESTROYED
+    assert violations(await store.world(), POLICY) == []
+
+
+async def test_the_deadline_of_one_that_waits_comes(store: Store, place: Place) -> None:
+    waiting = await queue(store, place)
+    await place.advance(59_999)
+    assert (await store.due(10)).deadlines == ()
+    await place.advance(1)
+    assert (await store.due(10)).deadlines == (waiting.uid,)
+
+
+async def test_places_for_many_are_never_booked_beyond_the_limits(store: Store, place: Place) -> None:
+    waiting = [await queue(store, place, f"t{n}") for n in range(14)]
+    results = await asyncio.gather(*(_place(store, env, place) for env in waiting), return_exceptions=True)
+    assert sum(isinstance(result, Environment) for result in results) == 10
+    assert sum(isinstance(result, ReservationLost) for result in results) == 4
+    assert len(await store.queued(100)) == 4
+
+
+# -- tenants -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_tenant_sees_only_its_own(store: Store, place: Place) -> None:
+    ours = await create(store, place, "a", tenant="x")
+    theirs = await create(store, place, "b", tenant="y")
+    nobodys = await create(store, place, "c")
+    assert [env.uid for env in await store.list_page(Query())] == [ours.uid, theirs.uid, nobodys.uid]
+    assert await store.list_page(Query(tenant="x")) == [ours]
+    assert await store.list_page(Query(tenant="")) == [nobodys]
+    ended = await end(store, theirs, place)
+    assert await store.list_page(Query(tenant="y", ended=True)) == [ended]
+    assert await store.list_page(Query(tenant="x", ended=True)) == []
+    assert {stored.tenant for stored in await store.facts_after(START, 10)} == {"", "x", "y"}
+    facts = await store.facts_after(START, 10, "y")
+    assert [(stored.task_id, stored.fact.seq) for stored in facts] == [("b", 1), ("b", 2), ("b", 3)]
+    assert await store.facts_after(facts[0].position, 1, "y") == facts[1:2]
+    assert await store.facts_after(facts[-1].position, 10, "y") == []
+    assert await store.usage_by_tenant() == {"": SMALL, "x": SMALL}
+
+
+# -- sealed values -------------------------------------------------------------------------------------------------
+
+
+async def test_a_setup_is_saved_with_its_environment_and_deleted_with_its_end(store: Store, place: Place) -> None:
+    step = begin(place)
+    owner = f"env:{step.record.uid}"
+    env = await store.create(step, room(step), ME, sealed=SealedRow(owner, "setup", "one"))
+    assert await store.get_secret(owner, "setup") == "one"
+    env = await store.commit(env.uid, 1, Step(env), ME, sealed=SealedRow(owner, "setup", "two"))
+    assert await store.get_secret(owner, "setup") == "two"
+    await store.put_secret("host:h1", "token", "kept")
+    await end(store, env, place)
+    assert await store.get_secret(owner, "setup") is None
+    assert await store.get_secret("host:h1", "token") == "kept"
+
+
+async def test_a_setup_is_not_saved_when_its_environment_is_not(store: Store, place: Place) -> None:
+    await create(store, place)
+    step = begin(place)
+    with pytest.raises(TaskExists):
+        await store.create(step, room(step), ME, sealed=SealedRow("env:x", "setup", "one"))
+    assert await store.get_secret("env:x", "setup") is None
+
+
+async def test_secrets_are_dropped_by_owner_and_resealed_only_if_unchanged(store: Store) -> None:
+    for owner, name in (("a", "1"), ("a", "2"), ("b", "1")):
+        await store.put_secret(owner, name, "old")
+    await store.reseal_secret("b", "1", "other", "new")
+    assert await store.get_secret("b", "1") == "old"
+    await store.reseal_secret("b", "1", "old", "new")
+    assert await store.get_secret("b", "1") == "new"
+    await store.drop_secrets("a")
+    assert await store.get_secret("a", "1") is None
+    assert await store.get_secret("a", "2") is None
+    await store.reseal_secret("a", "1", "old", "new")
+    assert await store.get_secret("a", "1") is None
+
+
+# -- hosts that leave ----------------------------------------------------------------------------------------------
+
+
+async def test_a_host_with_placements_stays(store: Store, place: Place) -> None:
+    env = await create(store, place)
+    with pytest.raises(HostInUse) as caught:
+        await store.drop_host("h1")
+    assert caught.value.machines == 1
+    await feed(store, env, HostLost(cause="test", host_id="h1"), place)
+    await store.drop_host("h1")
+    assert await store.hosts() == []
+    with pytest.raises(HostNotFound):
+        await store.drop_host("h1")
+
+
+async def test_a_create_and_the_removal_of_its_host_exclude_each_other(store: Store, place: Place) -> None:
+    for number in range(5):
+        host_id = f"x{number}"
+        await store.save_host(make_host(host_id))
+        made, dropped = await asyncio.gather(
+            create(store, place, f"t{number}", host_id=host_id), store.drop_host(host_id), return_exceptions=True
+        )
+        is_made, is_dropped = isinstance(made, Environment), dropped is None
+        assert is_made is not is_dropped, (made, dropped)
+    assert violations(await store.world(), POLICY) == []
+
+
+# -- odd texts -----------------------------------------------------------------------------------------------------
+
+
+async def test_texts_that_no_column_can_hold_find_nothing(store: Store, place: Place) -> None:
+    await create(store, place)
+    assert await store.get("u\0") is None
+    assert await store.list_page(Query(task_id="t1\0")) == []
+    assert await store.list_page(Query(tenant="\0")) == []
+    assert await store.find_key("\0") is None
+    key = RequestKey("", "create", "\0\u2028'", "f1")
+    assert await store.claim_request(key, 1000) is None
+    await store.finish_request(key, 200, '{"a":"\\u0000"}')
+    assert (await store.claim_request(key, 1000)) is not None
+
+
+async def test_a_record_with_odd_texts_is_read_as_it_was_written(store: Store, place: Place) -> None:
+    step = begin(place, tenant="ü'\"\\")
+    odd = replace(step.record, error="\0 \x1b[0m \u2028 𐍈")
+    env = await store.create(replace(step, record=odd), room(step), ME)
+    assert env.error == odd.error
+    assert await store.get(env.uid) == env
+    assert await store.list_page(Query(tenant="ü'\"\\")) == [env]

@@ -13,8 +13,9 @@ import pytest
 from control_harness import running
 
 from fusevm.control.store import migrate
-from fusevm.control.store.sql import Migration, load_migrations, load_queries
-from fusevm.control.store.sqlite import SqliteStore
+from fusevm.control.store.sql import Dialect, Migration, load_migrations, load_queries
+from fusevm.control.store.sql_store import SqlStore
+from fusevm.control.store.sqlite import drive_moment, open_sqlite
 from fusevm.control.store.world import read_world
 from fusevm.control.store.writer import Writer
 from fusevm.core.invariants import violations
@@ -25,8 +26,14 @@ from fusevm.testing.clock import FakeClock
 POLICY = Policy()
 
 
-async def _open(path: Path) -> SqliteStore:
-    return await SqliteStore.open(str(path), POLICY, FakeClock().now_ms)
+async def _open(path: Path) -> SqlStore:
+    return await open_sqlite(str(path), POLICY, FakeClock().now_ms)
+
+
+async def _pragma(store: SqlStore, text: str) -> object:
+    """On the writing connection."""
+    (row,) = await store._engine._writer.read(lambda db: db.execute(text).fetchall())
+    return row[0]
 
 
 async def test_a_file_belongs_to_one_process(tmp_path: Path) -> None:
@@ -44,9 +51,9 @@ async def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / "fuse.db"
     code = (
         "import asyncio, os\n"
-        "from fusevm.control.store.sqlite import SqliteStore\n"
+        "from fusevm.control.store.sqlite import open_sqlite\n"
         "from fusevm.core.policy import Policy\n"
-        f"asyncio.run(SqliteStore.open({str(path)!r}, Policy(), lambda: 1)); os._exit(9)"
+        f"asyncio.run(open_sqlite({str(path)!r}, Policy(), lambda: 1)); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     await (await _open(path)).close()
@@ -54,8 +61,8 @@ async def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
 
 async def test_the_file_is_durable_by_settings(tmp_path: Path) -> None:
     store = await _open(tmp_path / "fuse.db")
-    mode = await store._writer.read(lambda db: db.execute("pragma journal_mode").fetchone()[0])
-    synchronous = await store._writer.read(lambda db: db.execute("pragma synchronous").fetchone()[0])
+    mode = await _pragma(store, "pragma journal_mode")
+    synchronous = await _pragma(store, "pragma synchronous")
     assert (mode, synchronous) == ("wal", 2)
     await store.close()
 
@@ -86,8 +93,8 @@ async def test_a_schema_of_another_build_is_refused(tmp_path: Path) -> None:
 async def test_a_migration_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "fuse.db"
     await (await _open(path)).close()
-    broken = Migration(2, "0002_broken.sql", "create table good (a text); create tabel bad (a text);", "x")
-    monkeypatch.setattr(migrate, "load_migrations", lambda: [*load_migrations(), broken])
+    broken = Migration(2, "0002_broken.sql", ("create table good (a text)", "create tabel bad (a text)"), "x")
+    monkeypatch.setattr(migrate, "load_migrations", lambda dialect: [*load_migrations(dialect), broken])
     with pytest.raises(BadSetting):
         await _open(path)
     with sqlite3.connect(path) as db:
@@ -112,15 +119,15 @@ async def test_a_missing_directory_is_named(tmp_path: Path) -> None:
 
 async def test_a_full_disk_is_a_clean_error_and_nothing_is_lost(tmp_path: Path) -> None:
     store = await _open(tmp_path / "fuse.db")
-    pages = await store._writer.read(lambda db: db.execute("pragma page_count").fetchone()[0])
-    await store._writer.read(lambda db: db.execute(f"pragma max_page_count = {pages + 2}").fetchone())
+    pages = await _pragma(store, "pragma page_count")
+    await _pragma(store, f"pragma max_page_count = {pages + 2}")
     await store.put_secret("small", "a", "b")
     results = await asyncio.gather(
         *(store.put_secret("large", str(n), "x" * 3000) for n in range(20)), return_exceptions=True
     )
     assert any(isinstance(result, StoreFull) for result in results)
     assert all(result is None or isinstance(result, StoreFull) for result in results)
-    await store._writer.read(lambda db: db.execute("pragma max_page_count = 100000").fetchone())
+    await _pragma(store, "pragma max_page_count = 100000")
     assert await store.get_secret("small", "a") == "b"
     for number, result in enumerate(results):
         assert (await store.get_secret("large", str(number)) is None) is (result is not None)
@@ -133,14 +140,14 @@ async def test_a_full_disk_is_a_clean_error_and_nothing_is_lost(tmp_path: Path) 
 async def test_a_really_full_disk(tmp_path: Path) -> None:
     code = f"""
 import asyncio, ctypes, os, subprocess
-from fusevm.control.store.sqlite import SqliteStore
+from fusevm.control.store.sqlite import open_sqlite
 from fusevm.core.policy import Policy
 from fusevm.model.errors import StoreFull
 if ctypes.CDLL(None, use_errno=True).unshare(0x20000): os._exit(77)
 subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", {str(tmp_path)!r}], check=True)
 async def main():
-    store = await SqliteStore.open({str(tmp_path / "fuse.db")!r}, Policy(), lambda: 1)
+    store = await open_sqlite({str(tmp_path / "fuse.db")!r}, Policy(), lambda: 1)
     full = 0
     for n in range(60):
         try:
@@ -213,19 +220,24 @@ async def test_a_job_that_raises_takes_nothing_of_its_neighbours_with_it() -> No
 
 
 def test_every_query_is_used_and_every_used_query_exists() -> None:
-    folder = Path(migrate.__file__).parent
+    known = {name for dialect in Dialect for name in load_queries(dialect)}
     used: set[str] = set()
-    for name in ("sqlite.py", "transactions.py", "world.py"):
-        text = (folder / name).read_text()
-        used |= {word for word in re.findall(r'"(\w+)"', text) if word in load_queries()}
-    assert used == set(load_queries())
+    for path in Path(migrate.__file__).parent.glob("*.py"):
+        used |= {word for word in re.findall(r'"(\w+)"', path.read_text()) if word in known}
+    assert used == known
 
 
 def test_parameters_are_numbered_as_asyncpg_wants_them() -> None:
-    for name, text in load_queries().items():
+    for name, text in load_queries(Dialect.POSTGRES).items():
         numbers = {int(number) for number in re.findall(r"\$(\d+)", text)}
         assert numbers == set(range(1, len(numbers) + 1)), name
         assert "?" not in text
+
+
+def test_both_databases_have_the_same_queries_but_for_what_only_one_needs() -> None:
+    sqlite, postgres = (set(load_queries(dialect)) for dialect in (Dialect.SQLITE, Dialect.POSTGRES))
+    assert sqlite - postgres == {"end_action_leases", "end_host_leases", "end_snapshot_leases"}
+    assert postgres - sqlite == {"restored_events", "rebase_events", "transaction_bounds", "tell_commits"}
 
 
 async def test_a_world_is_of_one_moment(tmp_path: Path) -> None:
@@ -244,7 +256,7 @@ async def test_a_world_is_of_one_moment(tmp_path: Path) -> None:
                     changed.append(other.execute("delete from placements").rowcount)
 
             reader.set_trace_callback(meanwhile)
-            assert violations(read_world(reader), server.plane.config.policy) == []
+            assert violations(drive_moment(reader, read_world()), server.plane.config.policy) == []
             assert changed == [1]
             reader.set_trace_callback(None)
-            assert violations(read_world(reader), server.plane.config.policy) != []
+            assert violations(drive_moment(reader, read_world()), server.plane.config.policy) != []

@@ -1,1 +1,1 @@
-"""Where the truth is kept. `protocol` says what the control plane needs; `sqlite` keeps it in one file or in memory."""
+"""Where the truth is kept. `protocol` says what the control plane needs; `opening` opens what a setting names."""

@@ -6,6 +6,8 @@ Rules every store keeps:
   pending action together, and gives up the placement with the terminal state.
 - Leases end by database time. A lease is about one action: a commit that replaces the action ends it.
 - Every committed record is shown to the listener, also when the caller was cancelled meanwhile.
+- Where several replicas share a database, the waker of each hears what the others commit. It is only a hint to look
+  again: it may come late, doubled, or, while the database is away, not at all; then `EVERYTHING` follows.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +17,11 @@ import msgspec
 
 from fusevm.core.invariants import World
 from fusevm.core.lifecycle import Step
+from fusevm.model.api_key import ApiKey
 from fusevm.model.environment import Environment
 from fusevm.model.fact import Fact
 from fusevm.model.host import Host, Resources
+from fusevm.model.snapshot import Snapshot
 
 
 class ReservationLost(Exception):
@@ -38,6 +42,14 @@ class Committed(msgspec.Struct, frozen=True):
     leased_to: str | None = None
 
 
+class SealedRow(msgspec.Struct, frozen=True):
+    """A sealed value that is saved in the same transaction as what it belongs to."""
+
+    owner: str
+    name: str
+    sealed: str
+
+
 class Reservation(msgspec.Struct, frozen=True):
     """What to book on which host, if `fits` says so about the host as it is in the booking transaction."""
 
@@ -52,24 +64,56 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
     task_id: str = ""
     state: str = ""
     host_id: str = ""
+    #: None: of all tenants.
+    tenant: str | None = None
     ended: bool = False
     #: uid of the last one of the page before.
     after: str = ""
     limit: int = 50
 
 
+class SnapshotQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """One page of snapshots, newest first."""
+
+    uid: str = ""
+    #: Task of the environment, as its record has it.
+    task_id: str = ""
+    tenant: str | None = None
+    state: str = ""
+    host_id: str = ""
+    mode: str = ""
+    name: str = ""
+    layer_key: str = ""
+    arch: str = ""
+    #: id of the last one of the page before.
+    after: str = ""
+    limit: int = 50
+
+
 class Due(msgspec.Struct, frozen=True):
-    """What waits for a worker: pending actions that nobody holds, and deadlines that have passed."""
+    """What waits for a worker: pending actions that nobody holds, deadlines that have passed, and snapshots that are to
+    be deleted (by request, or because they are expired) and that nobody is at."""
 
     actions: tuple[tuple[str, int], ...] = ()
     deadlines: tuple[str, ...] = ()
+    snapshots: tuple[str, ...] = ()
+
+
+#: A place in the global order of facts: (transaction, number). `START` is before all.
+Position = tuple[int, int]
+START: Position = (0, 0)
+
+#: What a waker is told instead of a uid: `facts_after` shows more than before; or: changes may have been missed.
+GLOBAL_ORDER = ""
+EVERYTHING = "*"
 
 
 class StoredFact(msgspec.Struct, frozen=True):
     """A fact with its place in the global order."""
 
-    position: int
+    position: Position
     task_id: str
+    tenant: str
     fact: Fact
 
 
@@ -93,24 +137,61 @@ class StoredRequest(msgspec.Struct, frozen=True):
     claimed_at_ms: int
 
 
+class Tally(msgspec.Struct, frozen=True, kw_only=True):
+    """What is counted, for people who watch from afar. Its parts may be of different moments."""
+
+    #: State to number of live environments.
+    live: dict[str, int]
+    #: Environments that wait for a place, and when the first of them began to.
+    queued: int
+    queued_since_ms: int | None
+    #: (Host, state) to number and bytes of snapshots.
+    snapshots: dict[tuple[str, str], tuple[int, int]]
+
+
 class Records(Protocol):
     """Environments."""
 
     async def create(
-        self, step: Step, reservation: Reservation, claim: Claim | None, key: RequestKey | None = None
+        self,
+        step: Step,
+        reservation: Reservation | None,
+        claim: Claim | None,
+        key: RequestKey | None = None,
+        sealed: SealedRow | None = None,
     ) -> Environment:
-        """Insert a new environment, book its place and bind the request key, or do none of it.
+        """Insert a new environment, book its place, bind the request key and keep its setup, or do none of it.
 
-        Raises TaskExists, ReservationLost, StoreFull.
+        Without a reservation it waits for a place. Raises TaskExists, ReservationLost, StoreFull.
         """
         ...
 
-    async def commit(self, uid: str, revision: int, step: Step, claim: Claim | None) -> Environment:
-        """Save what an event led to; the answer carries the new revision.
+    async def commit(
+        self,
+        uid: str,
+        revision: int,
+        step: Step,
+        claim: Claim | None,
+        *,
+        reservation: Reservation | None = None,
+        sealed: SealedRow | None = None,
+    ) -> Environment:
+        """Save what an event led to, the snapshots in `step` included; the answer carries the new revision.
 
-        A new pending action is leased to `claim`; an unchanged one keeps its lease. Raises RevisionConflict, StoreFull,
-        and Internal for a transition that the table forbids.
+        A new pending action is leased to `claim`; an unchanged one keeps its lease. A reservation is booked for a
+        record that had no host. The terminal state deletes the sealed rows of the environment (owner `env:<uid>`).
+        Snapshots: where a restore begins, it must be the revision that was read; the end of an action is taken in any
+        case, but a snapshot that is gone stays so. Raises RevisionConflict, ReservationLost, StoreFull, and Internal
+        for a transition that a table forbids.
         """
+        ...
+
+    async def queued(self, limit: int) -> list[Environment]:
+        """Environments that wait for a place, oldest first."""
+        ...
+
+    async def usage_by_tenant(self) -> dict[str, Resources]:
+        """What is placed, per tenant that has anything placed."""
         ...
 
     async def get(self, uid: str) -> Environment | None:
@@ -161,16 +242,17 @@ class Facts(Protocol):
         """Facts of one environment with a higher number."""
         ...
 
-    async def facts_after(self, position: int, limit: int) -> list[StoredFact]:
-        """Facts of all environments in global order. None is ever inserted before one that was read."""
+    async def facts_after(self, position: Position, limit: int, tenant: str | None = None) -> list[StoredFact]:
+        """Facts of all environments (of one tenant) in global order. None is ever inserted before one that was read:
+        facts of transactions that may still be joined by older ones are not shown yet."""
         ...
 
-    async def position_of(self, uid: str, seq: int) -> int | None:
+    async def position_of(self, uid: str, seq: int) -> Position | None:
         """Place of a fact in the global order; None when it is not kept."""
         ...
 
-    async def last_position(self) -> int:
-        """Place of the newest fact; 0: there is none."""
+    async def last_position(self) -> Position:
+        """Place of the newest fact that `facts_after` shows; START: there is none."""
         ...
 
 
@@ -197,8 +279,60 @@ class Hosts(Protocol):
         """All live environments of a host."""
         ...
 
+    async def drop_host(self, id: str) -> None:  # noqa: A002
+        """Delete a host without placements. Raises HostInUse, HostNotFound."""
+        ...
+
     async def acquire_host(self, id: str, claim: Claim) -> bool:  # noqa: A002
         """Take or prolong the right to watch a host."""
+        ...
+
+
+class Snapshots(Protocol):
+    """Snapshots. Those of an environment's action are saved by `commit`."""
+
+    async def snapshot(self, id: str) -> Snapshot | None:  # noqa: A002
+        """One snapshot."""
+        ...
+
+    async def snapshots(self, query: SnapshotQuery) -> list[Snapshot]:
+        """At most `query.limit` records."""
+        ...
+
+    async def save_snapshot(self, snapshot: Snapshot) -> Snapshot:
+        """Replace by compare-and-swap on `revision`. Raises RevisionConflict, and Internal for a forbidden change."""
+        ...
+
+    async def acquire_snapshot(self, id: str, claim: Claim) -> Snapshot | None:  # noqa: A002
+        """Take the deletion of a snapshot if it is due and nobody is at it; an expired one becomes `deleting`."""
+        ...
+
+    async def drop_snapshot(self, id: str) -> None:  # noqa: A002
+        """Forget a snapshot whose bytes are gone. Idempotent."""
+        ...
+
+
+class Keys(Protocol):
+    """API keys."""
+
+    async def add_key(self, key: ApiKey) -> None:
+        """Save a new key. Raises RevisionConflict when its id or public part is taken."""
+        ...
+
+    async def find_key(self, prefix: str) -> ApiKey | None:
+        """The key with this public part, revoked and expired ones included."""
+        ...
+
+    async def keys(self) -> list[ApiKey]:
+        """All keys, newest first."""
+        ...
+
+    async def revoke_key(self, id: str, now_ms: int) -> bool:  # noqa: A002
+        """False: there is no such key. Idempotent."""
+        ...
+
+    async def touch_key(self, id: str, now_ms: int) -> None:  # noqa: A002
+        """Note its use."""
         ...
 
 
@@ -229,17 +363,32 @@ class Secrets(Protocol):
         """The sealed value."""
         ...
 
+    async def reseal_secret(self, owner: str, name: str, old: str, new: str) -> None:
+        """Replace a sealed value if it is still `old`; a dropped one does not come back."""
+        ...
 
-class Store(Records, Leases, Facts, Hosts, Requests, Secrets, Protocol):
+    async def drop_secrets(self, owner: str) -> None:
+        """Delete all of an owner's."""
+        ...
+
+
+class Store(Records, Leases, Facts, Hosts, Snapshots, Keys, Requests, Secrets, Protocol):
     """Everything together, as the composition root opens it."""
 
     #: Id of the cluster, made with the database.
     cluster: str
-    #: Called on the event loop with every committed record.
+    #: Called on the event loop with every record that this replica committed.
     listener: Callable[[Committed], None]
+    #: Called on the event loop with the uid of a record that another replica committed, with `GLOBAL_ORDER` or with
+    #: `EVERYTHING`. SQLite, which belongs to one process, never calls it.
+    waker: Callable[[str], None]
 
     async def ping(self) -> None:
         """Answer a trivial query. Raises Error."""
+        ...
+
+    async def tally(self) -> Tally:
+        """Counts of everything; cheap enough to be asked for by every scrape."""
         ...
 
     async def world(self) -> World:
@@ -247,7 +396,8 @@ class Store(Records, Leases, Facts, Hosts, Requests, Secrets, Protocol):
         ...
 
     async def purge(self, keep_ms: int, limit: int) -> int:
-        """Delete ended environments older than that, their events, and expired keys. Returns how many environments."""
+        """Delete ended environments older than that, with their events, and expired request keys; the number of
+        environments. Those that still have snapshots stay, and so do the events of live ones, however old."""
         ...
 
     async def close(self) -> None:

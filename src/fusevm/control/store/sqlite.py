@@ -1,7 +1,6 @@
-"""The store in one SQLite file (or in memory, for development): WAL, synchronous=FULL, one process per file."""
+"""SQLite: one file (or memory, for development), WAL, synchronous=FULL, one process per file."""
 
 import asyncio
-import contextlib
 import fcntl
 import os
 import secrets
@@ -10,33 +9,22 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from fusevm.control.store import transactions as tx
-from fusevm.control.store.migrate import apply_migrations
-from fusevm.control.store.protocol import (
-    Claim,
-    Committed,
-    Due,
-    Query,
-    RequestKey,
-    Reservation,
-    StoredFact,
-    StoredRequest,
-)
-from fusevm.control.store.world import read_world
+from fusevm.control.store.measured import Meter, measured
+from fusevm.control.store.migrate import Opened, open_database
+from fusevm.control.store.sql import Dialect, load_queries
+from fusevm.control.store.sql_store import SqlStore
+from fusevm.control.store.statements import Begin, Statement, Transaction
 from fusevm.control.store.writer import Writer, translate
-from fusevm.core.invariants import World
-from fusevm.core.lifecycle import Step
 from fusevm.core.policy import Policy
-from fusevm.model.environment import Environment
 from fusevm.model.errors import BadSetting, DataRootInUse, StoreFull
-from fusevm.model.host import Host
 
 T = TypeVar("T")
 MEMORY = ":memory:"
 READERS = 2
 _BUSY_MS = 5_000
+_SQL = load_queries(Dialect.SQLITE)
 
 
 class FileLock:
@@ -59,46 +47,115 @@ class FileLock:
         os.close(self._fd)
 
 
-class SqliteStore:
-    """Implements `protocol.Store`. Database time is `now_ms`: the database lives in this process."""
+def drive(connection: sqlite3.Connection, transaction: Transaction[T]) -> T:
+    """Carry a transaction's statements out on a connection; beginning and ending it is the caller's part."""
+    try:
+        statement = next(transaction)
+        while True:
+            statement = transaction.send(execute(connection, statement))
+    except StopIteration as done:
+        result: T = done.value
+        return result
 
-    def __init__(self, path: str, policy: Policy, now_ms: Callable[[], int]) -> None:
+
+def execute(connection: sqlite3.Connection, statement: Statement) -> list[Any]:
+    """All rows of one statement."""
+    text = _SQL[statement.name] + statement.tail if statement.name else statement.tail
+    values = {str(number): value for number, value in enumerate(statement.values, 1)}
+    return connection.execute(text, values).fetchall()
+
+
+def connect(path: str, now_ms: Callable[[], int], *, is_uri: bool = False) -> sqlite3.Connection:
+    """A connection in autocommit mode, on which the SQL function `now_ms` tells database time."""
+    connection = sqlite3.connect(
+        path, timeout=_BUSY_MS / 1000, isolation_level=None, cached_statements=256, check_same_thread=False, uri=is_uri
+    )
+    # Deterministic within one statement (sqlite.org/deterministic.html): it may stand in a search by index.
+    connection.create_function("now_ms", 0, now_ms, deterministic=True)
+    return connection
+
+
+def connect_to_read(path: Path, now_ms: Callable[[], int]) -> sqlite3.Connection:
+    """A connection that changes nothing, beside whoever holds the file's lock."""
+    return connect(f"{path.absolute().as_uri()}?mode=ro", now_ms, is_uri=True)
+
+
+def migrate_now(
+    connection: sqlite3.Connection, policy: Policy, now_ms: Callable[[], int], *, is_alone: bool = True
+) -> Opened:
+    """Make a database ready in one transaction. Raises BadSetting, leaving it as it was."""
+    connection.execute("begin immediate")
+    try:
+        opened = drive(
+            connection,
+            open_database(
+                Dialect.SQLITE,
+                policy,
+                new_cluster="c-" + secrets.token_hex(16),
+                now_ms=now_ms(),
+                is_alone=is_alone,
+            ),
+        )
+        connection.execute("commit")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("rollback")
+        raise
+    return opened
+
+
+class SqliteEngine:
+    """Implements `sql_store.Engine`. Database time is `now_ms`: the database lives in this process."""
+
+    def __init__(self, path: str, policy: Policy, now_ms: Callable[[], int], meter: Meter | None = None) -> None:
+        self.waker: Callable[[str], None] = lambda _uid: None
         self.cluster = ""
-        self.listener: Callable[[Committed], None] = lambda _committed: None
+        #: Migrations that opening has applied.
+        self.applied: tuple[str, ...] = ()
         self._path = path
         self._policy = policy
         self._now_ms = now_ms
         self._lock: FileLock | None = None
-        self._writer = Writer(self._connect_writer)
+        self._writer = Writer(self._connect_writer, meter.batch if meter is not None else None)
         self._readers: ThreadPoolExecutor | None = None
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
 
     @classmethod
-    async def open(cls, path: str, policy: Policy, now_ms: Callable[[], int]) -> Self:
+    async def open(cls, path: str, policy: Policy, now_ms: Callable[[], int], meter: Meter | None = None) -> Self:
         """Lock the file, update its schema, start the threads. Raises DataRootInUse, BadSetting, StoreFull."""
-        store = cls(path, policy, now_ms)
+        engine = cls(path, policy, now_ms, meter)
         try:
             if path != MEMORY:
-                store._lock = FileLock(Path(path + ".lock"))
+                engine._lock = FileLock(Path(path + ".lock"))
                 _make_private(path)
-            await store._writer.open()
+            await engine._writer.open()
             if path != MEMORY:
-                store._readers = ThreadPoolExecutor(READERS, thread_name_prefix="store-reader")
-            store.cluster = await store._write(store._prepare)
+                engine._readers = ThreadPoolExecutor(READERS, thread_name_prefix="store-reader")
         except (sqlite3.Error, OSError) as error:
-            await store.close()
+            await engine.close()
             full = translate(error) if isinstance(error, sqlite3.Error) else error
             raise (
                 full if isinstance(full, StoreFull) else BadSetting(setting="database", problem=f"{path}: {error}")
             ) from error
         except BaseException:
-            await store.close()
+            await engine.close()
             raise
-        return store
+        return engine
+
+    async def write(self, begin: Begin[T], after: Callable[[T], None] | None = None) -> T:
+        return await self._writer.run(lambda db: drive(db, begin()), after=after)
+
+    async def apply(self, statement: Statement) -> Sequence[Sequence[Any]]:
+        return await self._writer.run(lambda db: execute(db, statement))
+
+    async def read(self, begin: Begin[T]) -> T:
+        return await self._read(lambda db: drive(db, begin()))
+
+    async def read_moment(self, begin: Begin[T]) -> T:
+        return await self._read(lambda db: drive_moment(db, begin()))
 
     async def close(self) -> None:
-        """Finish what is queued and close. Idempotent."""
         await self._writer.close()
         if self._readers is not None:
             self._readers.shutdown()
@@ -109,152 +166,6 @@ class SqliteStore:
             self._lock.release()
             self._lock = None
 
-    # -- environments ---------------------------------------------------------------------------------------------
-
-    async def create(
-        self, step: Step, reservation: Reservation, claim: Claim | None, key: RequestKey | None = None
-    ) -> Environment:
-        committed = await self._writer.run(
-            lambda db: tx.create(db, step, reservation, claim, key, policy=self._policy, now_ms=self._now_ms()),
-            after=self._tell,
-        )
-        return committed.record
-
-    async def commit(self, uid: str, revision: int, step: Step, claim: Claim | None) -> Environment:
-        committed = await self._writer.run(
-            lambda db: tx.commit(db, uid, revision, step, claim, policy=self._policy, now_ms=self._now_ms()),
-            after=self._tell,
-        )
-        return committed.record
-
-    async def get(self, uid: str) -> Environment | None:
-        return await self._read(lambda db: tx.get(db, uid))
-
-    async def live(self, task_id: str) -> Environment | None:
-        return await self._read(lambda db: tx.get_live(db, task_id))
-
-    async def last_ended(self, task_id: str) -> Environment | None:
-        return await self._read(lambda db: tx.get_last_ended(db, task_id))
-
-    async def list_page(self, query: Query) -> list[Environment]:
-        return await self._read(lambda db: tx.list_page(db, query))
-
-    async def count_live(self) -> dict[str, int]:
-        return await self._read(lambda db: dict(tx.run(db, "count_live").fetchall()))
-
-    # -- leases ---------------------------------------------------------------------------------------------------
-
-    async def due(self, limit: int) -> Due:
-        now_ms = self._now_ms()
-
-        def read(db: sqlite3.Connection) -> Due:
-            actions = tuple((uid, seq) for uid, seq in tx.run(db, "due_actions", now_ms, limit))
-            return Due(actions, tuple(row[0] for row in tx.run(db, "due_deadlines", now_ms, limit)))
-
-        return await self._read(read)
-
-    async def acquire(self, uid: str, seq: int, claim: Claim) -> Environment | None:
-        now_ms = self._now_ms()
-        until_ms = now_ms + claim.lease_ms
-        return await self._write(
-            lambda db: tx.decode_row(tx.one(db, "acquire_lease", uid, seq, claim.owner, until_ms, now_ms))
-        )
-
-    async def renew(self, held: Sequence[tuple[str, int]], claim: Claim) -> set[tuple[str, int]]:
-        until_ms = self._now_ms() + claim.lease_ms
-
-        def write(db: sqlite3.Connection) -> set[tuple[str, int]]:
-            return {
-                (uid, seq)
-                for uid, seq in held
-                if tx.one(db, "renew_lease", uid, seq, claim.owner, until_ms) is not None
-            }
-
-        return await self._write(write)
-
-    async def release(self, owner: str, held: Sequence[tuple[str, int]] | None = None) -> None:
-        def write(db: sqlite3.Connection) -> None:
-            if held is None:
-                tx.run(db, "release_leases", owner)
-                tx.run(db, "release_hosts", owner)
-            for uid, seq in held or ():
-                tx.run(db, "release_lease", uid, seq, owner)
-
-        await self._write(write)
-
-    # -- facts ----------------------------------------------------------------------------------------------------
-
-    async def facts_of(self, uid: str, after_seq: int, limit: int) -> list[StoredFact]:
-        return await self._read(lambda db: tx.facts(db, "events_of", uid, after_seq, limit))
-
-    async def facts_after(self, position: int, limit: int) -> list[StoredFact]:
-        return await self._read(lambda db: tx.facts(db, "events_after", position, limit))
-
-    async def position_of(self, uid: str, seq: int) -> int | None:
-        row = await self._read(lambda db: tx.one(db, "event_position", uid, seq))
-        return int(row[0]) if row is not None else None
-
-    async def last_position(self) -> int:
-        return int((await self._read(lambda db: tx.one(db, "last_position")))[0])
-
-    # -- hosts ----------------------------------------------------------------------------------------------------
-
-    async def hosts(self) -> list[Host]:
-        return await self._read(tx.list_hosts)
-
-    async def host(self, id: str) -> Host | None:  # noqa: A002 - the record's field
-        return await self._read(lambda db: tx.get_host(db, id))
-
-    async def save_host(self, host: Host) -> Host:
-        return await self._write(lambda db: tx.save_host(db, host))
-
-    async def touch_host(self, id: str, last_seen_ms: int) -> None:  # noqa: A002
-        await self._write(lambda db: tx.run(db, "touch_host", id, last_seen_ms))
-
-    async def on_host(self, host_id: str) -> list[Environment]:
-        return await self._read(lambda db: tx.on_host(db, host_id))
-
-    async def acquire_host(self, id: str, claim: Claim) -> bool:  # noqa: A002
-        now_ms = self._now_ms()
-        values = (id, claim.owner, now_ms + claim.lease_ms, now_ms)
-        return await self._write(lambda db: tx.one(db, "acquire_host", *values) is not None)
-
-    # -- requests, secrets, upkeep --------------------------------------------------------------------------------
-
-    async def claim_request(self, key: RequestKey, keep_ms: int) -> StoredRequest | None:
-        return await self._write(lambda db: tx.claim_request(db, key, self._now_ms(), keep_ms))
-
-    async def finish_request(self, key: RequestKey, status: int, body: str) -> None:
-        await self._write(lambda db: tx.run(db, "finish_request", key.tenant, key.route, key.key, status, body))
-
-    async def forget_request(self, key: RequestKey) -> None:
-        await self._write(lambda db: tx.run(db, "forget_request", key.tenant, key.route, key.key))
-
-    async def put_secret(self, owner: str, name: str, sealed: str) -> None:
-        await self._write(lambda db: tx.run(db, "put_secret", owner, name, sealed, self._now_ms()))
-
-    async def get_secret(self, owner: str, name: str) -> str | None:
-        row = await self._read(lambda db: tx.one(db, "get_secret", owner, name))
-        return str(row[0]) if row is not None else None
-
-    async def ping(self) -> None:
-        await self._read(lambda db: tx.one(db, "last_position"))
-
-    async def world(self) -> World:
-        return await self._read(read_world)
-
-    async def purge(self, keep_ms: int, limit: int) -> int:
-        now_ms = self._now_ms()
-        return await self._write(lambda db: tx.purge(db, now_ms - keep_ms, now_ms, limit))
-
-    # -- connections ----------------------------------------------------------------------------------------------
-
-    def _tell(self, committed: Committed) -> None:
-        self.listener(committed)
-
-    async def _write(self, job: Callable[[sqlite3.Connection], T]) -> T:
-        return await self._writer.run(job)
-
     async def _read(self, job: Callable[[sqlite3.Connection], T]) -> T:
         if self._readers is None:
             return await self._writer.read(job)
@@ -264,7 +175,7 @@ class SqliteStore:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         try:
             if connection is None:
-                connection = _connect(self._path)
+                connection = connect(self._path, self._now_ms)
                 connection.execute("pragma query_only = on")
                 self._local.connection = connection
                 self._connections.append(connection)
@@ -273,30 +184,36 @@ class SqliteStore:
             raise translate(error) from error
 
     def _connect_writer(self) -> sqlite3.Connection:
-        connection = _connect(self._path)
-        with contextlib.closing(connection.execute("pragma journal_mode = wal")) as cursor:
-            cursor.fetchall()
-        connection.execute("pragma synchronous = full")
-        apply_migrations(connection, self._now_ms())
+        connection = connect(self._path, self._now_ms)
+        try:
+            connection.execute("pragma journal_mode = wal").fetchall()
+            connection.execute("pragma synchronous = full")
+            opened = migrate_now(connection, self._policy, self._now_ms)
+        except BaseException:
+            connection.close()
+            raise
+        self.cluster, self.applied = opened
         return connection
 
-    def _prepare(self, db: sqlite3.Connection) -> str:
-        tx.run(db, "put_meta", "cluster", "c-" + secrets.token_hex(16))
-        # One process per file: whoever held a lease is dead, and its work need not wait until that runs out.
-        tx.run(db, "end_action_leases")
-        tx.run(db, "end_host_leases")
-        tx.refresh_deadlines(db, self._policy)
-        return str(tx.one(db, "get_meta", "cluster")[0])
+
+def drive_moment(connection: sqlite3.Connection, transaction: Transaction[T]) -> T:
+    """Drive queries within one reading transaction; one of the caller's is joined."""
+    is_ours = not connection.in_transaction
+    if is_ours:
+        connection.execute("begin")
+    try:
+        return drive(connection, transaction)
+    finally:
+        if is_ours:
+            connection.execute("rollback")
+
+
+async def open_sqlite(path: str, policy: Policy, now_ms: Callable[[], int], meter: Meter | None = None) -> SqlStore:
+    """A store in a file, or in `:memory:`. Raises DataRootInUse, BadSetting, StoreFull."""
+    engine = await SqliteEngine.open(path, policy, now_ms, meter)
+    return SqlStore(measured(engine, meter), policy, engine.cluster)
 
 
 def _make_private(path: str) -> None:
     """Make the file, if it is new, for its owner alone; SQLite gives its companions (-wal, -shm) the same mode."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-
-
-def _connect(path: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        path, timeout=_BUSY_MS / 1000, isolation_level=None, cached_statements=256, check_same_thread=False
-    )
-    connection.execute("pragma foreign_keys = on")
-    return connection

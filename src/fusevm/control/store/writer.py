@@ -36,11 +36,15 @@ class _Outcome(NamedTuple):
 class Writer:
     """Runs jobs one after another, in the order in which they were given."""
 
-    def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
-        """`connect` is called in the thread. Must be made on the event loop that awaits the answers."""
+    def __init__(
+        self, connect: Callable[[], sqlite3.Connection], on_batch: Callable[[int], None] | None = None
+    ) -> None:
+        """`connect` is called in the thread. Must be made on the event loop that awaits the answers, on which
+        `on_batch` hears how many transactions shared a commit."""
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._connect = connect
+        self._on_batch = on_batch
         self._is_closed = False
         self._opened: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._main, name="store-writer", daemon=True)
@@ -84,7 +88,7 @@ class Writer:
         self._loop.call_soon_threadsafe(self._opened.set_result, None)
         while batch := self._next_batch():
             outcomes = self._run_batch(connection, batch)
-            self._loop.call_soon_threadsafe(_deliver, outcomes)
+            self._loop.call_soon_threadsafe(self._finish, outcomes)
         connection.close()
 
     def _next_batch(self) -> list[_Item]:
@@ -98,6 +102,13 @@ class Writer:
         if batch:
             self._queue.put(None)
         return batch
+
+    def _finish(self, outcomes: list[_Outcome]) -> None:
+        """On the event loop: count, and give the answers out."""
+        writes = sum(not outcome.item.is_read for outcome in outcomes)
+        if writes and self._on_batch is not None:
+            self._on_batch(writes)
+        _deliver(outcomes)
 
     @staticmethod
     def _run_batch(connection: sqlite3.Connection, batch: list[_Item]) -> list[_Outcome]:

@@ -1,5 +1,10 @@
 -- Schema 1. Times are milliseconds since the epoch. `doc` is the record as JSON; the columns beside it are what queries
--- need. PostgreSQL takes the same text but for events.position (identity, plus the transaction id for the global order).
+-- need. One text for both databases: a line that ends with the name of one is left out for the other, and PostgreSQL
+-- says `collate "C"` for `collate binary`. No text literals with semicolons.
+
+-- Database time. SQLite has a function of this name from the program, because its database lives in the program's process.
+create function now_ms() returns bigint language sql stable -- postgres
+return cast(extract(epoch from statement_timestamp()) * 1000 as bigint); -- postgres
 
 create table meta (
     name text primary key,
@@ -7,10 +12,11 @@ create table meta (
 );
 
 create table environments (
-    uid text primary key,
+    uid text collate binary primary key,
     task_id text not null,
     tenant text not null,
     state text not null,
+    -- Empty while it waits for a place.
     host_id text not null,
     -- 1 until the state is terminal.
     is_live integer not null,
@@ -19,7 +25,7 @@ create table environments (
     -- The one pending action: its number, and when it may start.
     pending_seq bigint,
     not_before_ms bigint,
-    -- When a Tick will end the environment.
+    -- When a Tick will end the environment, or give up what it waits for.
     deadline_ms bigint,
     -- Who performs the pending action, and until when that is believed.
     lease_owner text,
@@ -30,6 +36,7 @@ create table environments (
 create unique index environments_live_task on environments (task_id) where is_live = 1;
 create index environments_task on environments (task_id, uid);
 create index environments_live on environments (is_live, uid);
+create index environments_tenant on environments (tenant, is_live, uid);
 create index environments_host on environments (host_id, uid) where is_live = 1;
 create index environments_state on environments (state, uid);
 create index environments_due on environments (not_before_ms) where pending_seq is not null;
@@ -37,7 +44,7 @@ create index environments_deadline on environments (deadline_ms) where deadline_
 create index environments_ended on environments (ended_at_ms) where ended_at_ms is not null;
 
 create table hosts (
-    id text primary key,
+    id text collate binary primary key,
     revision bigint not null,
     last_seen_ms bigint not null,
     -- Sum of the placements, kept in the transactions that change them.
@@ -54,6 +61,7 @@ create table hosts (
 create table placements (
     uid text primary key,
     host_id text not null,
+    tenant text not null,
     cpus bigint not null,
     ram_mb bigint not null,
     storage_gb bigint not null,
@@ -61,15 +69,57 @@ create table placements (
 );
 create index placements_host on placements (host_id);
 
+create table snapshots (
+    id text collate binary primary key,
+    -- The environment it was taken of; it is kept as long as this row is.
+    uid text not null,
+    task_id text not null,
+    tenant text not null,
+    host_id text not null,
+    state text not null,
+    mode text not null,
+    name text not null,
+    layer_key text not null,
+    arch text not null,
+    revision bigint not null,
+    -- When its deletion is due: 0 when that was asked for, else the end of its retention.
+    due_ms bigint,
+    -- Who deletes it, and until when that is believed.
+    lease_owner text,
+    lease_until_ms bigint,
+    doc text not null
+);
+create index snapshots_environment on snapshots (uid, id);
+create index snapshots_tenant on snapshots (tenant, id);
+create index snapshots_layer on snapshots (layer_key, arch, id) where layer_key <> '';
+create index snapshots_due on snapshots (due_ms) where due_ms is not null;
+
 create table events (
-    -- Global order: that of the transactions.
-    position integer primary key autoincrement,
+    -- With `tx`, its place in the global order.
+    id integer primary key autoincrement, -- sqlite
+    id bigint not null generated always as identity, -- postgres
+    -- The transaction that wrote it: events are read only below the oldest one that is still under way.
+    tx bigint not null default (pg_current_xact_id()::text::bigint), -- postgres
     uid text not null,
     -- 1, 2, 3 ... per environment.
     seq bigint not null,
     task_id text not null,
+    tenant text not null,
     doc text not null,
+    primary key (tx, id), -- postgres
     unique (uid, seq)
+);
+create index events_tenant on events (tenant, id); -- sqlite
+create index events_tenant on events (tenant, tx, id); -- postgres
+
+create table api_keys (
+    id text primary key,
+    -- Public part of the key, by which it is found.
+    prefix text not null unique,
+    created_at_ms bigint not null,
+    revoked_at_ms bigint,
+    last_used_at_ms bigint,
+    doc text not null
 );
 
 create table idempotency (

@@ -1,0 +1,133 @@
+"""Transactions about snapshots."""
+
+import msgspec
+from msgspec.structs import replace
+
+from fusevm.control.store.protocol import Claim, SnapshotQuery
+from fusevm.control.store.statements import Conditions, Transaction, one, rows
+from fusevm.core.snapshots import BUILD_MODE
+from fusevm.model.errors import Internal, RevisionConflict
+from fusevm.model.snapshot import ALLOWED, Snapshot, SnapshotState
+
+_snapshot = msgspec.json.Decoder(Snapshot)
+_encode = msgspec.json.Encoder().encode
+#: States in which an action of the environment is at work on the snapshot.
+_AT_WORK = frozenset({SnapshotState.CREATING, SnapshotState.RESTORING})
+
+
+def get(id_: str) -> Transaction[Snapshot | None]:
+    row = yield from one("get_snapshot", id_)
+    return _snapshot.decode(row[0]) if row is not None else None
+
+
+def list_all() -> Transaction[list[Snapshot]]:
+    return [_snapshot.decode(row[0]) for row in (yield from rows("all_snapshots"))]
+
+
+def list_page(query: SnapshotQuery) -> Transaction[list[Snapshot]]:
+    """One page, newest first."""
+    where = Conditions()
+    where.given(
+        uid=query.uid,
+        task_id=query.task_id,
+        state=query.state,
+        host_id=query.host_id,
+        mode=query.mode,
+        name=query.name,
+        arch=query.arch,
+    )
+    if query.layer_key:
+        where.add("and layer_key <> '' and layer_key =", query.layer_key)
+    if query.tenant is not None:
+        where.add("and tenant =", query.tenant)
+    if query.after:
+        where.add("and id <", query.after)
+    where.add("order by id desc limit", query.limit)
+    return [_snapshot.decode(row[0]) for row in (yield where.statement("list_snapshots"))]
+
+
+def save(snapshot: Snapshot) -> Transaction[Snapshot]:
+    """Replace by compare-and-swap."""
+    row = yield from one("get_snapshot_for_change", snapshot.id)
+    before = _snapshot.decode(row[0]) if row is not None else None
+    if before is None or before.revision != snapshot.revision:
+        raise RevisionConflict(uid=snapshot.id, revision=snapshot.revision)
+    return (yield from _replace(before, snapshot))
+
+
+def follow(snapshot: Snapshot) -> Transaction[None]:
+    """Save a snapshot as an environment's commit left it.
+
+    Where a restore begins, it must be the one that was read. The end of an action is taken in any case, but a snapshot
+    that is gone stays so.
+    """
+    row = yield from one("get_snapshot_for_change", snapshot.id)
+    before = _snapshot.decode(row[0]) if row is not None else None
+    if snapshot.state is SnapshotState.RESTORING and (before is None or before.state is not SnapshotState.RESTORING):
+        if before is None or before.revision != snapshot.revision:
+            raise RevisionConflict(uid=snapshot.id, revision=snapshot.revision)
+        yield from _replace(before, snapshot)
+    elif before is None:
+        if snapshot.state is SnapshotState.CREATING:
+            yield from _insert(replace(snapshot, revision=1))
+    else:
+        yield from _replace(before, snapshot)
+
+
+def acquire(id_: str, claim: Claim) -> Transaction[Snapshot | None]:
+    """Take the deletion of a snapshot that is due."""
+    row = yield from one("acquire_snapshot", id_, claim.owner, claim.lease_ms)
+    if row is None:
+        return None
+    found = _snapshot.decode(row[0])
+    if found.state is SnapshotState.DELETING:
+        return found
+    return (yield from _replace(found, replace(found, state=SnapshotState.DELETING, updated_at_ms=row[1])))
+
+
+def _replace(before: Snapshot, after: Snapshot) -> Transaction[Snapshot]:
+    if after.state is not before.state and after.state not in ALLOWED[before.state]:
+        raise Internal(problem=f"{before.id}: {before.state} -> {after.state} is not in the table")
+    if (after.uid, after.task_id, after.tenant) != (before.uid, before.task_id, before.tenant):
+        raise Internal(problem=f"{before.id}: a snapshot may not change whose it is")
+    saved = replace(after, revision=before.revision + 1)
+    yield from rows(
+        "update_snapshot",
+        saved.id,
+        saved.host_id,
+        saved.state,
+        saved.mode,
+        saved.metadata.get("name", ""),
+        saved.layer_key,
+        saved.arch,
+        saved.revision,
+        due_ms(saved),
+        _encode(saved).decode(),
+    )
+    return saved
+
+
+def _insert(snapshot: Snapshot) -> Transaction[None]:
+    yield from rows(
+        "insert_snapshot",
+        snapshot.id,
+        snapshot.uid,
+        snapshot.task_id,
+        snapshot.tenant,
+        snapshot.host_id,
+        snapshot.state,
+        snapshot.mode,
+        snapshot.metadata.get("name", ""),
+        snapshot.layer_key,
+        snapshot.arch,
+        snapshot.revision,
+        due_ms(snapshot),
+        _encode(snapshot).decode(),
+    )
+
+
+def due_ms(snapshot: Snapshot) -> int | None:
+    """When its deletion is due: 0: at once; None: never as it is."""
+    if snapshot.state is SnapshotState.DELETING:
+        return 0
+    return None if snapshot.state in _AT_WORK or snapshot.mode == BUILD_MODE else snapshot.retention_until_ms
