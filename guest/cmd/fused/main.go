@@ -71,11 +71,13 @@ func pid1() {
 		Version: version, Nonce: m.Params.Nonce, Phases: m.Phases, Names: m.Names, Owned: true,
 		Launcher: &process.Launcher{Reaper: reaper, Cgroups: m.Cgroups},
 		Shutdown: func() { machine.Shutdown(m.Disks) },
+		Folder:   boot.FuseFolder,
 	})
 	m.Phases.Done("channel")
 	console.Printf("ready after %d ms", machine.Uptime().Milliseconds())
 	err := a.Serve(listener)
 	console.Printf("FATAL: the channel has failed: %v", err)
+	a.Stop()
 	machine.Shutdown(m.Disks)
 	select {}
 }
@@ -130,6 +132,7 @@ func newAgent() *agent.Agent {
 	return agent.New(agent.Config{
 		Version: version, Nonce: os.Getenv("FUSED_NONCE"), Phases: phases, Launcher: launcher,
 		Shutdown: func() { os.Exit(0) },
+		Folder:   os.Getenv("FUSED_FOLDER"),
 	})
 }
 

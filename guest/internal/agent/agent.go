@@ -6,6 +6,7 @@ import (
 	"context"
 	"io"
 	"log"
+	"maps"
 	"net"
 	"net/http"
 	"runtime/debug"
@@ -20,7 +21,7 @@ import (
 )
 
 // Protocol is what the daemon checks: only another major number is refused.
-const Protocol = "1.0"
+const Protocol = "1.1"
 
 // Config is what the agent needs to know about where it runs.
 type Config struct {
@@ -34,6 +35,8 @@ type Config struct {
 	Owned bool
 	// Shutdown ends the machine.
 	Shutdown func()
+	// Folder is a tmpfs for the setup's secrets; "": there is none.
+	Folder string
 }
 
 // Agent is the state behind the routes.
@@ -41,6 +44,7 @@ type Agent struct {
 	config      Config
 	accounts    account.Database
 	table       *process.Table
+	duties      *duties
 	routes      *http.ServeMux
 	connections atomic.Int64
 
@@ -56,7 +60,10 @@ func New(config Config) *Agent {
 		config: config, accounts: account.System, table: process.NewTable(config.Launcher), names: config.Names,
 		routes: http.NewServeMux(),
 	}
-	for pattern, handler := range a.handlers() {
+	a.duties = newDuties(config, a.resolve)
+	handlers := a.handlers()
+	maps.Copy(handlers, a.dutyHandlers())
+	for pattern, handler := range handlers {
 		a.routes.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			if err := handler(w, r); err != nil {
 				sendFault(w, r, err)

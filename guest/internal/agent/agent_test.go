@@ -30,6 +30,7 @@ type server struct {
 	t        *testing.T
 	agent    *Agent
 	path     string
+	folder   string // for a setup's secrets
 	client   *http.Client
 	shutDown chan struct{}
 }
@@ -37,12 +38,12 @@ type server struct {
 func newServer(t *testing.T) *server {
 	t.Helper()
 	reaper := reap.New(false, nil)
-	s := &server{t: t, path: filepath.Join(t.TempDir(), "agent.sock"), shutDown: make(chan struct{}, 1)}
+	s := &server{t: t, path: filepath.Join(t.TempDir(), "agent.sock"), folder: t.TempDir(), shutDown: make(chan struct{}, 1)}
 	phases := &machine.Phases{}
 	phases.Done("init")
 	s.agent = New(Config{
 		Version: "test", Nonce: "abc", Phases: phases, Launcher: &process.Launcher{Reaper: reaper},
-		Shutdown: func() { s.shutDown <- struct{}{} },
+		Shutdown: func() { s.shutDown <- struct{}{} }, Folder: s.folder,
 	})
 	listener, err := net.Listen("unix", s.path)
 	if err != nil {
@@ -51,7 +52,11 @@ func newServer(t *testing.T) *server {
 	go s.agent.Serve(listener)
 	dial := func(string, string) (net.Conn, error) { return net.Dial("unix", s.path) }
 	s.client = &http.Client{Transport: &http.Transport{Dial: dial}, Timeout: patience}
-	t.Cleanup(func() { listener.Close(); reaper.Stop() })
+	t.Cleanup(func() {
+		s.agent.Stop()
+		listener.Close()
+		reaper.Stop()
+	})
 	return s
 }
 
@@ -147,7 +152,7 @@ func TestHealth(t *testing.T) {
 			t.Errorf("%s is missing", name)
 		}
 	}
-	if body["protocol"] != "1.0" || body["version"] != "test" || body["nonce"] != "abc" {
+	if body["protocol"] != "1.1" || body["version"] != "test" || body["nonce"] != "abc" {
 		t.Errorf("%v", body)
 	}
 }

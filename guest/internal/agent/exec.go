@@ -132,21 +132,38 @@ func (a *Agent) startProcess(w http.ResponseWriter, r *http.Request) error {
 	if err := decode(w, r, &request); err != nil {
 		return err
 	}
-	request.TTY = false
-	spec, err := request.Resolve(a.commandDefaults(), a.accounts)
+	if request.Key != "" {
+		background, isNew, err := a.table.StartOnce(request.Key, func() (process.Spec, process.Options, error) {
+			return a.prepareBackground(&request)
+		})
+		switch {
+		case err != nil:
+			return err
+		case !isNew:
+			return sendJSON(w, http.StatusOK, background.Describe())
+		}
+		return sendJSON(w, http.StatusCreated, background.Describe())
+	}
+	spec, opts, err := a.prepareBackground(&request)
 	if err != nil {
 		return err
-	}
-	opts := process.Options{Timeout: request.Timeout(), KeepStdin: request.Stdin}
-	opts.UseStdin = request.Stdin || request.StdinB64 != nil
-	if request.StdinB64 != nil {
-		opts.Stdin = *request.StdinB64
 	}
 	background, err := a.table.Start(spec, opts)
 	if err != nil {
 		return err
 	}
 	return sendJSON(w, http.StatusCreated, background.Describe())
+}
+
+func (a *Agent) prepareBackground(request *process.Request) (process.Spec, process.Options, error) {
+	request.TTY = false
+	spec, err := request.Resolve(a.commandDefaults(), a.accounts)
+	opts := process.Options{Timeout: request.Timeout(), KeepStdin: request.Stdin}
+	opts.UseStdin = request.Stdin || request.StdinB64 != nil
+	if request.StdinB64 != nil {
+		opts.Stdin = *request.StdinB64
+	}
+	return spec, opts, err
 }
 
 func (a *Agent) listProcesses(w http.ResponseWriter, _ *http.Request) error {

@@ -19,12 +19,17 @@ func (a *Agent) processOutput(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	return sendOutput(w, r, background.Ring)
+}
+
+// sendOutput answers with the retained output of the stream that the query names.
+func sendOutput(w http.ResponseWriter, r *http.Request, ringOf func(stream string) *process.Ring) error {
 	query := r.URL.Query()
 	name := query.Get("stream")
 	if name == "" {
 		name = "stdout"
 	}
-	ring := background.Ring(name)
+	ring := ringOf(name)
 	if ring == nil {
 		return fault.BadRequest("stream", "stream must be stdout or stderr")
 	}

@@ -138,8 +138,9 @@ func (a *Agent) applyToMachine(wanted configureBody, names machine.Names) error 
 // commandDefaults is what commands get beside their request.
 func (a *Agent) commandDefaults() process.Defaults {
 	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.defaults
+	defaults := a.defaults
+	a.mu.Unlock()
+	return a.duties.join(defaults)
 }
 
 func (a *Agent) shutdown(w http.ResponseWriter, r *http.Request) error {
@@ -152,6 +153,9 @@ func (a *Agent) shutdown(w http.ResponseWriter, r *http.Request) error {
 	}
 	send(w, http.StatusAccepted, []byte("{}"))
 	http.NewResponseController(w).Flush()
-	console.Go("shutdown", a.config.Shutdown)
+	console.Go("shutdown", func() {
+		a.Stop()
+		a.config.Shutdown()
+	})
 	return nil
 }

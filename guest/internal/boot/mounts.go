@@ -37,6 +37,9 @@ func mountUserFilesystems() error {
 		{"tmpfs", "/dev/shm", "tmpfs", noSuid | noDev, "mode=1777"},
 		{"tmpfs", "/run", "tmpfs", noSuid | noDev, "mode=755"},
 	})
+	if err == nil {
+		err = mountSecrets()
+	}
 	if err != nil {
 		return err
 	}

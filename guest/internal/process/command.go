@@ -345,14 +345,19 @@ func (c *Command) Kill() {
 	}
 }
 
+// Members returns the processes that are left of the command's tree, itself
+// included; also after its end.
+func (c *Command) Members() []int {
+	if c.group != nil {
+		return c.group.Processes()
+	}
+	return sessionMembers(c.PID)
+}
+
 // HangUp ends the command as a closed terminal would: SIGHUP to its session, and
 // SIGKILL to what is left after a moment.
 func (c *Command) HangUp() {
-	members := c.group.Processes()
-	if c.group == nil {
-		members = sessionMembers(c.PID)
-	}
-	for _, pid := range members {
+	for _, pid := range c.Members() {
 		syscall.Kill(pid, syscall.SIGHUP)
 		syscall.Kill(pid, syscall.SIGCONT) // a stopped process would never see it
 	}
@@ -369,7 +374,7 @@ func sessionMembers(session int) []int {
 		// are: state, parent, group, session.
 		fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
-		if err == nil && len(fields) > 3 && fields[3] == strconv.Itoa(session) {
+		if err == nil && len(fields) > 3 && fields[3] == strconv.Itoa(session) && fields[0] != "Z" {
 			members = append(members, pid)
 		}
 	}

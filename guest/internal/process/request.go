@@ -33,6 +33,7 @@ type Request struct {
 	User           string            `json:"user"`
 	StdinB64       *[]byte           `json:"stdin_b64"`
 	Stdin          bool              `json:"stdin"` // POST /processes only: keep a pipe open
+	Key            string            `json:"key"`   // POST /processes only: start once under this name
 	TimeoutMS      int64             `json:"timeout_ms"`
 	TTY            bool              `json:"tty"`
 	Rows           int               `json:"rows"`

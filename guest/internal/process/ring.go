@@ -71,6 +71,13 @@ func (r *Ring) Close() {
 	r.changed.Broadcast()
 }
 
+// Open takes back Close.
+func (r *Ring) Open() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.ended = false
+}
+
 // Discard forgets what is retained; the offsets stay.
 func (r *Ring) Discard() {
 	r.mu.Lock()

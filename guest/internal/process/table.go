@@ -1,8 +1,10 @@
 package process
 
 import (
+	"maps"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -16,11 +18,15 @@ const (
 	// maxEndedOutput bounds the memory that their output takes together; the
 	// oldest lose theirs first, and readers are told so as with any lost bytes.
 	maxEndedOutput = 32 << 20
+	// maxEndedKeyed is how many ended processes with a key are remembered, with
+	// all their output.
+	maxEndedKeyed = 16
 )
 
 // Background is a process that belongs to no conversation.
 type Background struct {
 	*Command
+	key       string
 	argv      []string
 	startedAt time.Time
 	rings     [2]*Ring
@@ -29,6 +35,7 @@ type Background struct {
 // Description is the "process" of the protocol.
 type Description struct {
 	PID             int              `json:"pid"`
+	Key             string           `json:"key,omitempty"`
 	Cmd             []string         `json:"cmd"`
 	State           string           `json:"state"`
 	StartedAtUnixMS int64            `json:"started_at_unix_ms"`
@@ -46,17 +53,43 @@ type Range struct {
 type Table struct {
 	launcher *Launcher
 
-	mu    sync.Mutex
-	byPID map[int]*Background
-	ended []*Background // oldest first
+	starting sync.Mutex // held while a process with a key is looked up and started
+
+	mu         sync.Mutex
+	byPID      map[int]*Background
+	byKey      map[string]*Background
+	ended      []*Background // without a key, oldest first
+	endedKeyed []*Background // oldest first
 }
 
 // NewTable returns an empty table.
-func NewTable(l *Launcher) *Table { return &Table{launcher: l, byPID: map[int]*Background{}} }
+func NewTable(l *Launcher) *Table {
+	return &Table{launcher: l, byPID: map[int]*Background{}, byKey: map[string]*Background{}}
+}
 
 // Start starts a background process.
-func (t *Table) Start(spec Spec, opts Options) (*Background, error) {
-	b := &Background{argv: spec.Argv, startedAt: time.Now(), rings: [2]*Ring{NewRing(), NewRing()}}
+func (t *Table) Start(spec Spec, opts Options) (*Background, error) { return t.start("", spec, opts) }
+
+// StartOnce returns the process that was started under the key; where there is
+// none it starts what prepare returns.
+func (t *Table) StartOnce(key string, prepare func() (Spec, Options, error)) (b *Background, isNew bool, err error) {
+	if err := CheckKey(key); err != nil {
+		return nil, false, err
+	}
+	t.starting.Lock()
+	defer t.starting.Unlock()
+	if b, err := t.Get(keyPrefix + key); err == nil {
+		return b, false, nil
+	}
+	spec, opts, err := prepare()
+	if err == nil {
+		b, err = t.start(key, spec, opts)
+	}
+	return b, true, err
+}
+
+func (t *Table) start(key string, spec Spec, opts Options) (*Background, error) {
+	b := &Background{key: key, argv: spec.Argv, startedAt: time.Now(), rings: [2]*Ring{NewRing(), NewRing()}}
 	opts.Stdout, opts.Stderr = b.rings[0].Write, b.rings[1].Write
 	command, err := t.launcher.Start(spec, opts)
 	if err != nil {
@@ -69,6 +102,9 @@ func (t *Table) Start(spec Spec, opts Options) (*Background, error) {
 		t.ended = slices.DeleteFunc(t.ended, func(o *Background) bool { return o == old })
 	}
 	t.byPID[b.PID] = b
+	if key != "" {
+		t.byKey[key] = b
+	}
 	t.mu.Unlock()
 	console.Go("background", func() { t.watch(b) })
 	return b, nil
@@ -81,6 +117,10 @@ func (t *Table) watch(b *Background) {
 	for _, ring := range b.rings {
 		ring.Close()
 	}
+	if b.key != "" {
+		t.rememberKeyed(b)
+		return
+	}
 	if t.byPID[b.PID] != b {
 		return
 	}
@@ -90,6 +130,19 @@ func (t *Table) watch(b *Background) {
 		t.ended = slices.Delete(t.ended, 0, 1)
 	}
 	t.boundOutput()
+}
+
+func (t *Table) rememberKeyed(b *Background) {
+	t.endedKeyed = append(t.endedKeyed, b)
+	if len(t.endedKeyed) <= maxEndedKeyed {
+		return
+	}
+	oldest := t.endedKeyed[0]
+	t.endedKeyed = slices.Delete(t.endedKeyed, 0, 1)
+	delete(t.byKey, oldest.key)
+	if t.byPID[oldest.PID] == oldest {
+		delete(t.byPID, oldest.PID)
+	}
 }
 
 func (t *Table) boundOutput() {
@@ -103,15 +156,35 @@ func (t *Table) boundOutput() {
 	}
 }
 
-// Get finds a process by the number in a route.
-func (t *Table) Get(pid string) (*Background, error) {
-	number, err := strconv.Atoi(pid)
+// keyPrefix tells a key from a number in a route.
+const keyPrefix = "@"
+
+// CheckKey says whether a text may be the key of a process.
+func CheckKey(key string) error {
+	allowed := func(r rune) bool {
+		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("._-", r)
+	}
+	if key == "" || len(key) > 64 || strings.ContainsFunc(key, func(r rune) bool { return !allowed(r) }) {
+		return fault.BadRequest("key", "key must be 1 to 64 letters, digits, dots, underscores and dashes")
+	}
+	return nil
+}
+
+// Get finds a process by what a route says: its number, or @ and its key.
+func (t *Table) Get(name string) (*Background, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if key, isKey := strings.CutPrefix(name, keyPrefix); isKey {
+		if b := t.byKey[key]; b != nil {
+			return b, nil
+		}
+		return nil, ProcessNotFound(name)
+	}
+	number, err := strconv.Atoi(name)
 	if b := t.byPID[number]; b != nil && err == nil {
 		return b, nil
 	}
-	return nil, ProcessNotFound(pid)
+	return nil, ProcessNotFound(name)
 }
 
 // ProcessNotFound is the answer for a process that is unknown or has ended.
@@ -122,9 +195,11 @@ func ProcessNotFound(pid string) error {
 // List returns all processes, oldest first.
 func (t *Table) List() []Description {
 	t.mu.Lock()
-	all := make([]*Background, 0, len(t.byPID))
-	for _, b := range t.byPID {
-		all = append(all, b)
+	all := slices.Collect(maps.Values(t.byPID))
+	for _, b := range t.byKey {
+		if t.byPID[b.PID] != b { // its number belongs to somebody else by now
+			all = append(all, b)
+		}
 	}
 	t.mu.Unlock()
 	slices.SortFunc(all, func(a, b *Background) int { return a.startedAt.Compare(b.startedAt) })
@@ -138,7 +213,7 @@ func (t *Table) List() []Description {
 // Describe returns the process's state of this moment.
 func (b *Background) Describe() Description {
 	d := Description{
-		PID: b.PID, Cmd: b.argv, State: "running", StartedAtUnixMS: b.startedAt.UnixMilli(),
+		PID: b.PID, Key: b.key, Cmd: b.argv, State: "running", StartedAtUnixMS: b.startedAt.UnixMilli(),
 		Output: map[string]Range{},
 	}
 	select {

@@ -1,7 +1,7 @@
 """A guest agent without a guest, for tests of the host daemon: docs/guest-protocol.md over in-memory streams.
 
-Commands: `echo WORDS`, `cat` (stdin to stdout), `bytes N` (N zero bytes), `exit N`, `stderr WORDS`; `hang` never ends
-by itself. Files live in a dictionary. What is asked of it, and what clients abandon, is recorded.
+Commands: `fake_commands`. Files live in a dictionary. What is asked of it, and what clients abandon, is recorded.
+Setup, background processes, daemon and health check: `fake_duties`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import h11
 import msgspec
 
 from fusevm.model.errors import BadRange, CommandNotFound, Error, FileNotFound, RouteNotFound
+from fusevm.testing.fake_duties import FakeDuties
 from fusevm.wire.errors import render_flat
 from fusevm.wire.frames import Frame, FrameDecoder, FrameType, encode_frame
 from fusevm.wire.guest import AgentHealth, Configure, ExecRequest, ExecResult, Exit, FileWritten, StreamTotals
@@ -100,11 +101,12 @@ def memory_pair() -> tuple[MemoryStream, MemoryStream]:
 class FakeAgent:
     """The agent of one fake machine."""
 
-    def __init__(self, nonce: str, on_shutdown: Callable[[], None], *, protocol: str = "1.0") -> None:
+    def __init__(self, nonce: str, on_shutdown: Callable[[], None], *, protocol: str = "1.1") -> None:
         self.nonce = nonce
         self.protocol = protocol
         self.configured: list[Configure] = []
         self.files: dict[str, bytes] = {}
+        self.duties = FakeDuties(self.files)
         #: `METHOD target` of every request.
         self.requests: list[str] = []
         #: Commands that ended because their client went away.
@@ -161,8 +163,21 @@ class FakeAgent:
                 if not self.ignores_shutdown:
                     self._on_shutdown()
             case _:
-                raise RouteNotFound(method=method, path=parts.path)
+                await self._answer_duty(connection, method, parts.path, query)
         return True
+
+    async def _answer_duty(self, connection: _Server, method: str, path: str, query: dict[str, str]) -> None:
+        answer = await self.duties.answer(method, path, query, await connection.body())
+        if answer is None:
+            raise RouteNotFound(method=method, path=path)
+        if answer.chunks is not None:
+            await connection.stream(answer.chunks, answer.headers)
+        else:
+            await connection.answer(answer.status, answer.body, answer.headers)
+
+    def close(self) -> None:
+        """The machine is no more."""
+        self.duties.close()
 
     def _health(self) -> AgentHealth:
         return AgentHealth(protocol=self.protocol, version="fake", nonce=self.nonce)
@@ -172,12 +187,12 @@ class FakeAgent:
         if request.cmd == ["hang"]:
             await self._hang(connection, "hang")
             return
-        code, stdout, stderr = _run(request)
+        ran = self.duties.run(request, self.configured[-1].env if self.configured else {})
         result = ExecResult(
-            exit_code=code,
-            stdout_b64=base64.b64encode(stdout).decode(),
-            stderr_b64=base64.b64encode(stderr).decode(),
-            total=StreamTotals(stdout=len(stdout), stderr=len(stderr)),
+            exit_code=ran.code or 0,
+            stdout_b64=base64.b64encode(ran.stdout).decode(),
+            stderr_b64=base64.b64encode(ran.stderr).decode(),
+            total=StreamTotals(stdout=len(ran.stdout), stderr=len(ran.stderr)),
         )
         await connection.answer(200, msgspec.json.encode(result))
 
@@ -249,26 +264,6 @@ class FakeAgent:
         return False
 
 
-def _run(request: ExecRequest) -> tuple[int, bytes, bytes]:
-    """Exit code, stdout, stderr."""
-    stdin = base64.b64decode(request.stdin_b64 or "")
-    match request.cmd:
-        case ["echo", *words]:
-            return 0, (" ".join(words) + "\n").encode(), b""
-        case ["cat"]:
-            return 0, stdin, b""
-        case ["bytes", count]:
-            return 0, bytes(int(count)), b""
-        case ["exit", code]:
-            return int(code), b"", b""
-        case ["stderr", *words]:
-            return 1, b"", (" ".join(words) + "\n").encode()
-        case ["garbage"]:
-            return 0, b"\xff\xfe", b""
-        case _:
-            raise CommandNotFound(command=" ".join(request.cmd))
-
-
 async def _endless() -> AsyncIterator[bytes]:
     while True:
         yield bytes(_CHUNK)
@@ -297,6 +292,8 @@ class _Server:
         return event
 
     async def body(self) -> bytes:
+        if self._h11.their_state is not h11.SEND_BODY:
+            return b""
         body = bytearray()
         while isinstance(event := await self._event(), h11.Data):
             body += event.data
@@ -311,9 +308,11 @@ class _Server:
             await self._send(h11.Data(data=body))
         await self._send(h11.EndOfMessage())
 
-    async def stream(self, chunks: AsyncIterator[bytes]) -> None:
-        await self.body()
-        await self._send(h11.Response(status_code=200, headers=[("transfer-encoding", "chunked")]))
+    async def stream(self, chunks: AsyncIterator[bytes], headers: dict[str, str] | None = None) -> None:
+        if self._h11.their_state is h11.SEND_BODY:
+            await self.body()
+        fields = {**(headers or {}), "transfer-encoding": "chunked"}
+        await self._send(h11.Response(status_code=200, headers=[*fields.items()]))
         async for chunk in chunks:
             await self._send(h11.Data(data=chunk))
         await self._send(h11.EndOfMessage())

@@ -63,6 +63,7 @@ class FakeProcess:
             self.exit_reason = reason
             self.driver.processes.pop(self.plan.machine_id, None)
             self.ended.set()
+            self.agent.close()
             for task in self.serving:
                 task.cancel()
 
@@ -137,7 +138,7 @@ class FakeDriver:
         self.is_mute = False
         #: The guest repeats another nonce than it was given.
         self.is_impostor = False
-        self.protocol = "1.0"
+        self.protocol = "1.1"
         self.boots = 0
         self._pids = itertools.count(4_000_001)
 

@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from fusevm.model.setup import AgentStatus, HealthStatus, Restart, SetupFile
+
 PROTOCOL_MAJOR = 1
 UPGRADE = "fuse-frames/1"
 MAX_OUTPUT_BYTES = 16 << 20
@@ -29,6 +31,8 @@ class ExecRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     max_output_bytes: int = 0
     #: Background processes only: keep a pipe open as standard input.
     stdin: bool = False
+    #: Background processes only: a process that was started under the same key is answered instead of a new one.
+    key: str = ""
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -81,6 +85,8 @@ class Process(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A background process."""
 
     pid: int
+    #: As given when it was started; `/processes/@KEY` finds it, too.
+    key: str = ""
     cmd: list[str] = []
     state: Literal["running", "exited"] = msgspec.field(default="running")
     started_at_unix_ms: int = 0
@@ -132,6 +138,59 @@ class Configure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     entropy_b64: str = ""
     nameservers: list[str] = []
     hosts: dict[str, str] = {}
+
+
+class SetupBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Body of `PUT /setup`. Idempotent by `id`."""
+
+    #: Which machine of which environment: `<uid>/<incarnation>`.
+    id: str = msgspec.field()
+    #: Files below the tmpfs `/fuse`, by relative path.
+    fuse: dict[str, SetupFile] = {}
+    #: Files by absolute path.
+    files: dict[str, SetupFile] = {}
+    #: Added to the environment of every command.
+    env: dict[str, str] = {}
+    #: Made where missing; default working directory of every command. Empty: the image's.
+    workdir: str = ""
+
+
+class AgentOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Body of `PUT /agent`: supervise this daemon. The same `id` again changes nothing; another one restarts it."""
+
+    id: str = msgspec.field()
+    command: list[str] = []
+    env: dict[str, str] = {}
+    download_url: str = ""
+    #: 64 hex digits, or empty.
+    sha256: str = ""
+    drain_command: list[str] = []
+    restart: Restart = Restart.ALWAYS
+
+
+class DrainOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of `POST /agent/drain`: run the drain command, ask the daemon to end, wait. Idempotent."""
+
+    timeout_ms: int
+
+
+class DrainAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the drain went. `message` is empty when the command succeeded and the daemon ended in time."""
+
+    #: Of the daemon; None: there was none.
+    exit_code: int | None = None
+    message: str = ""
+
+
+class GuestState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Answer of `GET /state`: what the control plane tracks. None: there is no such thing."""
+
+    #: Another number after every change; not ordered. `GET /state?after=VERSION&wait_ms=` waits for one.
+    version: int = 0
+    setup_id: str = ""
+    agent_id: str = ""
+    agent: AgentStatus | None = None
+    health: HealthStatus | None = None
 
 
 class FileWritten(msgspec.Struct, frozen=True, kw_only=True):
