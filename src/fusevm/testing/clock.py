@@ -20,6 +20,10 @@ class FakeClock:
         """The time as the test left it."""
         return self._now_ms
 
+    def steady_ms(self) -> int:
+        """The same: nobody sets this clock back."""
+        return self._now_ms
+
     async def sleep_until(self, at_ms: int) -> None:
         """Return when `advance` has come that far."""
         if at_ms <= self._now_ms:
