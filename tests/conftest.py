@@ -1,4 +1,5 @@
-"""For every test: a world of its own for the whole run, and a look at what each test leaves behind."""
+"""For every test: a world of its own for the whole run, and a look at what each test leaves behind. And what tests of
+several folders share: one real PostgreSQL per session, started by the first test that asks."""
 
 import asyncio
 import inspect
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import uvloop
 from hypothesis import HealthCheck, settings
+
+from fusevm.testing.postgres import PostgresServer
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -73,3 +76,17 @@ async def _loop_is_empty() -> AsyncIterator[None]:
     yield
     left = await leaks.tasks_left(asyncio.current_task())
     assert not left, f"tasks left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A running server; see `fusevm.testing.postgres`."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """URL of a fresh, empty database."""
+    with postgres_server.database() as url:
+        yield url

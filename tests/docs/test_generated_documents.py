@@ -9,8 +9,10 @@ from types import ModuleType
 
 import pytest
 
-from fusevm.core import lifecycle
-from fusevm.model.environment import TERMINAL
+from fusevm.core import endings, lifecycle
+from fusevm.core import operations as core_operations
+from fusevm.model.environment import TERMINAL, BootMachine, SetUpMachine
+from fusevm.model.fact import Kind
 from fusevm.wire.host_routes import HOST_ROUTES
 from fusevm.wire.routes import ROUTES, Route, errors_of
 
@@ -65,21 +67,31 @@ def test_the_openapi_documents_know_every_operation_and_refer_to_what_they_defin
 
 
 def test_every_reason_of_an_end_is_told(docs: ModuleType):
-    source = inspect.getsource(lifecycle)
-    said = set(re.findall(r'reason="(\w+)"', source)) | set(re.findall(r'_machine_gone\(.*"(machine_\w+)"', source))
+    source = inspect.getsource(lifecycle) + inspect.getsource(endings)
+    said = set(re.findall(r'Ending\([^)]*reason="(\w+)"', source))
+    said |= set(re.findall(r'_machine_gone\(.*"(machine_\w+)"', source))
+    said |= {endings.TIMEOUTS[action][0] for action in (BootMachine, SetUpMachine)}
     assert said == set(docs.ENDINGS)
     assert {state for state, _ in docs.ENDINGS.values()} <= TERMINAL
 
 
 def test_every_kind_that_is_sent_is_told(docs: ModuleType):
-    said = {name.lower() for name in re.findall(r"Kind\.(\w+)", inspect.getsource(lifecycle))}
-    assert said == {kind.value for kind in docs.KINDS}
+    assert set(docs.KINDS) == set(Kind)
+
+
+def test_every_reason_of_other_news_is_told(docs: ModuleType):
+    source = inspect.getsource(lifecycle) + inspect.getsource(core_operations)
+    told = re.findall(r'reason="(\w+)"', source)
+    about = re.findall(r'_told\([^"]*"(\w+)"', source)
+    (drained,) = re.findall(r'reason = "(\w+)" if event.message else "(\w+)"', source)
+    late = [reason for reason, _ in endings.TIMEOUTS.values()]
+    assert {*told, *about, *drained, *late} - set(docs.ENDINGS) == set(docs.NEWS)
 
 
 def test_every_metric_of_both_programs_is_told(docs: ModuleType):
     page = docs.render_metrics()
-    for module in ("control", "host"):
-        source = (ROOT / f"src/fusevm/{module}/metrics.py").read_text()
+    for module in ("control/metrics", "control/fleet_gauges", "host/metrics"):
+        source = (ROOT / f"src/fusevm/{module}.py").read_text()
         names = re.findall(r'"((?:orchestrator|fuse_host)_\w+)"', source)
         assert names
         for name in names:

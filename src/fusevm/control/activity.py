@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator
 import structlog
 
 from fusevm.control.plane import Plane
-from fusevm.model.environment import ActivitySeen, Environment
+from fusevm.model.environment import Environment
 from fusevm.model.errors import Error
+from fusevm.model.event import ActivitySeen
 
 log = structlog.get_logger()
 #: A session in use is noted this many times per idle timeout.

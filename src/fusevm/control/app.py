@@ -1,29 +1,44 @@
 """The ASGI application: the route table, joined to handlers by name."""
 
+from fusevm.control.cors import Cors
 from fusevm.control.gate import Gate
-from fusevm.control.handlers import commands, environments, guest, service, sockets, streams
+from fusevm.control.handlers import (
+    commands,
+    environments,
+    guest,
+    hosts,
+    keys,
+    logs,
+    service,
+    session,
+    snapshots,
+    sockets,
+    streams,
+)
 from fusevm.control.middleware import Edge, Handler, SocketHandler
 from fusevm.control.plane import Plane
 from fusevm.control.router import Router
 from fusevm.wire.routes import ROUTES
 
-_MODULES = (commands, environments, service, streams)
+_MODULES = (commands, environments, hosts, keys, logs, service, snapshots, streams)
 
 
 def build_app(plane: Plane) -> Edge:
     """The application of one control plane."""
-    return Edge(plane, Router(ROUTES), Gate(plane.config), http_handlers(), socket_handlers())
+    cors = Cors(plane.config.cors_origins)
+    gate = Gate(plane, cors)
+    return Edge(plane, Router(ROUTES), gate, cors, http_handlers(gate), socket_handlers())
 
 
-def http_handlers() -> dict[str, Handler]:
-    """A handler for every row that is built. Raises KeyError for a row without one."""
-    relayed = guest.handlers(ROUTES)
+def http_handlers(gate: Gate) -> dict[str, Handler]:
+    """A handler for every row that is built. Raises StopIteration for a row without one."""
+    made = {**guest.handlers(ROUTES), **session.handlers(gate)}
     found: dict[str, Handler] = {}
     for route in ROUTES:
         if route.unimplemented or route.is_websocket:
             continue
         ours = (getattr(module, route.name) for module in _MODULES if hasattr(module, route.name))
-        found[route.name] = relayed.get(route.name) or next(ours)
+        found[route.name] = made.get(route.name) or next(ours)
     return found
 
 

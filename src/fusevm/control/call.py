@@ -8,8 +8,11 @@ import msgspec
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 
+from fusevm.control.caller import Caller
+from fusevm.control.etag import etag_of, matches
 from fusevm.control.race import first_of
-from fusevm.model.errors import BadField, PayloadTooLarge, Timeout
+from fusevm.control.store.protocol import RequestKey
+from fusevm.model.errors import BadField, PayloadTooLarge, PreconditionFailed, Timeout
 from fusevm.wire.decode import decode_body, describe_unknown
 from fusevm.wire.routes import Route
 
@@ -23,13 +26,23 @@ _TRUE, _FALSE = frozenset({"true", "1", "yes"}), frozenset({"", "false", "0", "n
 class Call:
     """A matched request."""
 
-    def __init__(self, connection: HTTPConnection, route: Route, params: dict[str, str], request_id: str) -> None:
+    def __init__(
+        self, connection: HTTPConnection, route: Route, params: dict[str, str], request_id: str, caller: Caller
+    ) -> None:
         self.connection = connection
         self.route = route
         self.params = params
         self.request_id = request_id
+        self.caller = caller
         #: Sentences for the `Warning` header.
         self.warnings: list[str] = []
+        #: Of the record that the answer shows; empty: it shows none, or many.
+        self.etag = ""
+        #: The Idempotency-Key, if one was sent: the request then goes on without its client, and its answer is kept.
+        self.request_key: RequestKey | None = None
+        #: What an earlier request with this key made: wait for that instead of making another.
+        self.bound_uid = ""
+        self._body: bytes | None = None
 
     @property
     def request(self) -> Request:
@@ -73,7 +86,11 @@ class Call:
 
     async def body(self) -> bytes:
         """The whole body, within the route's limit. Raises PayloadTooLarge, Timeout."""
-        limit = self.route.limit
+        if self._body is None:
+            self._body = await self._read_body(self.route.limit)
+        return self._body
+
+    async def _read_body(self, limit: int) -> bytes:
         declared = self.header("content-length")
         if declared.isdecimal() and int(declared) > limit:
             raise PayloadTooLarge(limit=limit)
@@ -97,13 +114,30 @@ class Call:
         return value, body
 
     async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do `work`, but cancel it when the client goes away; then raises ClientDisconnect. The body must be read."""
+        """Do `work`, but cancel it when the client goes away; then raises ClientDisconnect. The body must be read.
+        With an Idempotency-Key the work is done in any case: its answer is kept."""
+        if self.request_key is not None:
+            return await work
         return await first_of(work, self._gone())
 
     async def _gone(self) -> NoReturn:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
         raise ClientDisconnect
+
+    def mark(self, key: str, revision: int) -> None:
+        """The answer shows this revision of a record: it gets an ETag, and a GET that knows it a 304."""
+        self.etag = etag_of(key, revision)
+
+    def expected(self, id: str, key: str, revision: int) -> int | None:  # noqa: A002 - as in the path
+        """The revision that `If-Match` allows to be changed; None: any. Raises PreconditionFailed for another one."""
+        header = self.header("if-match")
+        if not header:
+            return None
+        etag = etag_of(key, revision)
+        if not matches(header, etag):
+            raise PreconditionFailed(id=id, etag=etag)
+        return revision if header.strip() != "*" else None
 
     def stream(self) -> AsyncIterator[bytes]:
         """The body as it arrives. Raises ClientDisconnect when it is cut off."""

@@ -12,6 +12,10 @@ class Clock(Protocol):
         """Milliseconds since the epoch. Called from any thread."""
         ...
 
+    def steady_ms(self) -> int:
+        """Milliseconds of a clock that nobody sets. Only differences mean something, and only within one process."""
+        ...
+
     async def sleep_until(self, at_ms: int) -> None:
         """Return when the clock shows about that time, or later."""
         ...
@@ -22,6 +26,9 @@ class SystemClock:
 
     def now_ms(self) -> int:
         return time.time_ns() // 1_000_000
+
+    def steady_ms(self) -> int:
+        return time.monotonic_ns() // 1_000_000
 
     async def sleep_until(self, at_ms: int) -> None:
         left_ms = at_ms - self.now_ms()

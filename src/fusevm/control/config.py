@@ -3,17 +3,20 @@ CLI's part; every rule about the values is here."""
 
 import ipaddress
 import re
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 import msgspec
 
 from fusevm.core.policy import Policy
 from fusevm.model.errors import BadSetting
+from fusevm.model.setup import AgentSpec
 from fusevm.wire.pin import parse_host_token
 
 MEMORY = ":memory:"
 DEFAULT_PORT = 8080
 _KEY = re.compile(r"[0-9a-fA-F]{64}")
+_POSTGRES = ("postgres://", "postgresql://")
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -34,20 +37,39 @@ class ControlConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     #: `host:port`; an empty host is every address. Empty: `:8080` with a token, `127.0.0.1:8080` without.
     listen: str = ""
-    #: Path of a SQLite file, or `:memory:`.
+    #: Path of a SQLite file, `sqlite://` and the path, `:memory:`, or the URL of a PostgreSQL database.
     database: str = MEMORY
+    #: Connections to PostgreSQL.
+    database_pool: int = 10
     auth_token: str = ""
     #: Refuse to start unless token, encryption key and database are all set.
     require_auth: bool = False
     tls_cert: str = ""
     tls_key: str = ""
+    #: Networks from which requests are taken; empty: all. `/health`, `/ready`, `/metrics` and `/v1/version` answer all.
+    allowed_cidrs: tuple[str, ...] = ()
+    #: Networks of proxies whose `Forwarded` and `X-Forwarded-For` are believed.
+    trusted_proxies: tuple[str, ...] = ()
+    #: Origins (`https://console.example`) whose pages may read answers; `*`: all, without credentials.
+    cors_origins: tuple[str, ...] = ()
+    #: Is the session cookie only for HTTPS? None: where TLS is served.
+    secure_cookies: bool | None = None
+    #: Does `/metrics` ask for a token with the right `admin`?
+    metrics_auth: bool = False
     #: Names accepted in the Host and Origin headers when there is no token, beside the loopback ones.
     allowed_hosts: tuple[str, ...] = ()
     #: None: the stub host, which only pretends.
     hosts: tuple[HostSetting, ...] = ()
     policy: Policy = Policy()
-    #: 64 hex digits; empty: generated beside the database (0600).
+    #: 64 hex digits; empty: generated beside the database (0600); with PostgreSQL: secrets are refused.
     encryption_key: str = ""
+    #: Keys that were in force before: they open, and seal nothing.
+    previous_keys: tuple[str, ...] = ()
+    #: Daemons that a create may name (`agent: "name"`).
+    agents: dict[str, AgentSpec] = {}
+    #: `download_url` and `sha256` of an AgentSpec that has neither a URL nor a command.
+    agent_download_url: str = ""
+    agent_download_sha256: str = ""
     #: When started as root: become this user after binding.
     drop_to_uid: int | None = None
     #: Written with the base URL once requests are served.
@@ -87,12 +109,24 @@ def check(config: ControlConfig) -> None:
     if bool(config.tls_cert) != bool(config.tls_key):
         missing = "tls_key" if config.tls_cert else "tls_cert"
         raise BadSetting(setting=missing, problem="certificate and key belong together; set both or none")
-    if config.encryption_key and not _KEY.fullmatch(config.encryption_key):
-        raise BadSetting(setting="encryption_key", problem="give 64 hex digits (32 bytes)")
-    if "://" in config.database and not config.database.startswith("sqlite://"):
-        raise BadSetting(setting="database", problem="only SQLite is available: a path, sqlite:///path or :memory:")
+    for name, key in (("encryption_key", config.encryption_key), *(("previous_keys", k) for k in config.previous_keys)):
+        if key and not _KEY.fullmatch(key):
+            raise BadSetting(setting=name, problem="give 64 hex digits (32 bytes)")
+    if config.previous_keys and not config.encryption_key:
+        raise BadSetting(setting="previous_keys", problem="there is no present key; also set: encryption_key")
+    if "://" in config.database and not config.database.startswith(("sqlite://", *_POSTGRES)):
+        problem = "use postgresql://..., a path, sqlite:///path or :memory:"
+        raise BadSetting(setting="database", problem=problem)
+    for name in ("allowed_cidrs", "trusted_proxies"):
+        _check_networks(name, getattr(config, name))
+    _check_origins(config.cors_origins)
+    if "*" in config.cors_origins and not config.auth_token:
+        problem = "every page could use a server without a token; set an auth token, or list origins"
+        raise BadSetting(setting="cors_origins", problem=problem)
     _check_numbers(config)
-    _check_hosts(config.hosts)
+    _check_hosts(config)
+    for name, agent in config.agents.items():
+        check_agent(config, f"agents.{name}", agent)
 
 
 def effective_listen(config: ControlConfig) -> str:
@@ -113,6 +147,16 @@ def database_path(config: ControlConfig) -> str:
     return config.database.removeprefix("sqlite://") or MEMORY
 
 
+def is_postgres(config: ControlConfig) -> bool:
+    """Is the store a PostgreSQL database?"""
+    return config.database.startswith(_POSTGRES)
+
+
+def has_secure_cookies(config: ControlConfig) -> bool:
+    """Is the session cookie only for HTTPS?"""
+    return bool(config.tls_cert) if config.secure_cookies is None else config.secure_cookies
+
+
 def accepted_hosts(config: ControlConfig) -> frozenset[str]:
     """Names that the Host and Origin headers may carry when there is no token."""
     return _LOOPBACK_NAMES | {name.lower() for name in config.allowed_hosts}
@@ -126,28 +170,85 @@ def is_loopback_url(url: str) -> bool:
 def _check_required(config: ControlConfig) -> None:
     if not config.require_auth:
         return
-    has_database = database_path(config) != MEMORY
     needed = {
         "auth_token": bool(config.auth_token),
         "encryption_key": bool(config.encryption_key),
-        "database": has_database,
+        "database": is_postgres(config) or database_path(config) != MEMORY,
     }
     missing = ", ".join(name for name, is_set in needed.items() if not is_set)
     if missing:
         raise BadSetting(setting="require_auth", problem=f"also set: {missing}")
 
 
+def _check_networks(name: str, networks: Iterable[str]) -> None:
+    for network in networks:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError as error:
+            problem = f"{network!r} is no network; write 10.0.0.0/8, 2001:db8::/32 or 192.0.2.7"
+            raise BadSetting(setting=name, problem=problem) from error
+
+
+def _check_origins(origins: tuple[str, ...]) -> None:
+    """Every origin is spelled as browsers send it: a comparison of texts decides."""
+    if "*" in origins and len(origins) > 1:
+        problem = "`*` lets all pages read, but without credentials; give either `*` or a list of origins"
+        raise BadSetting(setting="cors_origins", problem=problem)
+    for origin in origins:
+        parts = urlsplit(origin)
+        is_origin = parts.scheme in ("http", "https") and parts.netloc and f"{parts.scheme}://{parts.netloc}" == origin
+        if origin != "*" and not (is_origin and origin == origin.lower() and "@" not in origin):
+            problem = f"{origin!r} is no origin; write https://console.example or http://localhost:4000"
+            raise BadSetting(setting="cors_origins", problem=problem)
+
+
+_POSITIVE = ("wait_s", "keepalive_s", "lease_s", "poll_s", "heartbeat_s", "reconcile_s", "retention_s", "database_pool")
+
+
 def _check_numbers(config: ControlConfig) -> None:
-    for name in ("wait_s", "keepalive_s", "lease_s", "poll_s", "heartbeat_s", "reconcile_s", "retention_s"):
+    for name in _POSITIVE:
         if getattr(config, name) <= 0:
             raise BadSetting(setting=name, problem="must be greater than 0")
+    policy = config.policy
+    for name in ("cpu_overcommit_percent", "ram_overcommit_percent", "storage_overcommit_percent"):
+        if getattr(policy, name) < 1:
+            raise BadSetting(setting=name.removesuffix("_percent"), problem="must be greater than 0")
+    if policy.placement not in ("spread", "binpack"):
+        raise BadSetting(setting="placement", problem=f"{policy.placement!r} is neither spread nor binpack")
+    if policy.default_startup_timeout_s > policy.max_startup_timeout_s:
+        problem = f"the default is longer than the longest allowed ({policy.max_startup_timeout_s} s)"
+        raise BadSetting(setting="startup_script_timeout_seconds", problem=problem)
+    longest, default = policy.longest_runtime_seconds, policy.default_max_runtime_seconds
+    if longest and not 0 < default <= longest:
+        problem = f"the default is longer than the longest allowed ({longest} s)"
+        raise BadSetting(setting="default_runtime_seconds", problem=problem)
     if config.log_level not in ("debug", "info", "warning", "error"):
         raise BadSetting(setting="log_level", problem=f"{config.log_level!r} is not debug, info, warning or error")
 
 
-def _check_hosts(hosts: tuple[HostSetting, ...]) -> None:
+def check_agent(config: ControlConfig, setting: str, agent: AgentSpec) -> None:
+    """Is there something to run, and are its paths and digest usable? Raises BadSetting."""
+    problems = {
+        "it has neither command nor download_url": not (
+            agent.command or agent.download_url or config.agent_download_url
+        ),
+        "download_url is no http(s) URL": agent.download_url
+        and not agent.download_url.startswith(("http://", "https://")),
+        "sha256 is not 64 hex digits": agent.sha256 and not _KEY.fullmatch(agent.sha256),
+        "port is not within 0 to 65535": not 0 <= agent.port <= 65_535,
+        "paths of files are absolute": any(not path.startswith("/") for path in agent.files),
+    }
+    for problem, is_wrong in problems.items():
+        if is_wrong:
+            raise BadSetting(setting=setting, problem=problem)
+
+
+def _check_hosts(config: ControlConfig) -> None:
     seen: set[str] = set()
-    for host in hosts:
+    for host in config.hosts:
+        if host.token and is_postgres(config) and not config.encryption_key:
+            problem = "PostgreSQL stores the token of a host only with a key; `openssl rand -hex 32` makes one"
+            raise BadSetting(setting="encryption_key", problem=problem)
         if host.id in seen:
             raise BadSetting(setting="hosts", problem=f"two hosts are called {host.id!r}")
         seen.add(host.id)

@@ -8,12 +8,13 @@ says when to look. A slow reader is read for at its own pace, so nothing is buff
 """
 
 from collections.abc import AsyncIterator
+from functools import partial
 
 import msgspec
 
 from fusevm.control.plane import Plane
 from fusevm.control.render import parse_event_id, render_event, render_present
-from fusevm.control.store.protocol import StoredFact
+from fusevm.control.store.protocol import Position, StoredFact
 from fusevm.model.environment import TERMINAL, Environment
 from fusevm.model.errors import BadField
 from fusevm.model.fact import Fact, Kind
@@ -41,10 +42,13 @@ async def stream_environment(plane: Plane, uid: str, after_seq: int | None) -> A
         if record.is_terminal and seq == record.event_seq:
             yield _present(record)  # nothing is left to replay, but the reader must learn of the end
             return
+        is_replay = True
         while True:
-            facts = await plane.store.facts_of(uid, seq, PAGE)
+            here = partial(plane.store.facts_of, uid, seq, PAGE)
+            facts, messages = await plane.fanout.look((uid, seq), here, _message)
             if facts:
-                yield b"".join(_message(stored) for stored in facts)
+                _measure(plane, facts, is_replay=is_replay)
+                yield messages
                 seq = facts[-1].fact.seq
                 if _is_end(facts[-1].fact):
                     return
@@ -52,22 +56,35 @@ async def stream_environment(plane: Plane, uid: str, after_seq: int | None) -> A
                 return
             elif not await news.changed(plane.config.keepalive_s):
                 yield KEEPALIVE
+            is_replay = is_replay and bool(facts)
 
 
-async def stream_all(plane: Plane, position: int) -> AsyncIterator[bytes]:
+async def stream_all(plane: Plane, position: Position, tenant: str | None = None) -> AsyncIterator[bytes]:
     """Messages of all environments after a place in the global order, without end."""
     with plane.signals.subscribe() as news, plane.metrics.event_streams.track_inprogress():
         yield KEEPALIVE  # the reader sees that the stream is open
+        is_replay = True
         while not plane.closing.is_set():
-            facts = await plane.store.facts_after(position, PAGE)
+            here = partial(plane.store.facts_after, position, PAGE, tenant)
+            facts, messages = await plane.fanout.look((position, tenant), here, _message)
             if facts:
-                yield b"".join(_message(stored) for stored in facts)
+                _measure(plane, facts, is_replay=is_replay)
+                yield messages
                 position = facts[-1].position
             elif not await news.changed(plane.config.keepalive_s):
                 yield KEEPALIVE
+            is_replay = is_replay and bool(facts)
 
 
-async def start_position(plane: Plane, last_event_id: str) -> int:
+def _measure(plane: Plane, facts: list[StoredFact], *, is_replay: bool) -> None:
+    """How late are they? Old ones that somebody asked for are not late."""
+    if not is_replay:
+        now_ms = plane.clock.now_ms()
+        for stored in facts:
+            plane.metrics.event_lag_seconds.observe(max(0, now_ms - stored.fact.at_ms) / 1000)
+
+
+async def start_position(plane: Plane, last_event_id: str) -> Position:
     """Where a stream of everything begins. Raises BadField for an id that is malformed or no longer kept."""
     if not last_event_id:
         return await plane.store.last_position()

@@ -7,7 +7,15 @@ import msgspec
 
 from fusevm.model.errors import HostUnreachable
 from fusevm.model.machine import Fence
-from fusevm.wire.host_api import CreateMachine, HostFacts, MachineBody, MachineEvent, MachineList
+from fusevm.wire.host_api import (
+    CreateMachine,
+    HostFacts,
+    MachineBody,
+    MachineEvent,
+    MachineList,
+    SnapshotBody,
+    TakeSnapshot,
+)
 
 Body = bytes | AsyncIterator[bytes] | None
 
@@ -80,6 +88,26 @@ class HostApi(Protocol):
 
     async def destroy(self, fence: Fence, machine_id: str) -> None:
         """Destroy a machine and leave a tombstone. Raises MachineNotFound when there is nothing to destroy."""
+        ...
+
+    async def take_snapshot(self, fence: Fence, machine_id: str, body: TakeSnapshot) -> SnapshotBody:
+        """Take a snapshot and wait for it. Idempotent by its id.
+
+        Raises NotSupported where the driver has none, SnapshotNotFound for an id that was freed: an order that comes
+        late or twice must not bring back bytes that nobody knows of.
+        """
+        ...
+
+    async def restore_snapshot(self, fence: Fence, machine_id: str, snapshot_id: str) -> None:
+        """Put the machine's disk back and start it again; waits for the agent. Idempotent by the fence's action.
+
+        Raises SnapshotNotFound, NotSupported.
+        """
+        ...
+
+    async def delete_snapshot(self, cluster: str, snapshot_id: str) -> None:
+        """Free a snapshot's bytes, and take nothing under its id any more. Raises SnapshotNotFound when there is
+        nothing to free."""
         ...
 
     def events(self) -> AsyncIterator[MachineEvent]:

@@ -13,22 +13,38 @@ import msgspec
 from fusevm.control.dial import Endpoint, Lane, Pool
 from fusevm.control.host_api import Body, GuestRequest, ReplyLost
 from fusevm.control.websocket_client import HandshakeRefused, WebSocketClient
-from fusevm.model.errors import Error, Forbidden, HostRejected, Internal, Timeout, Unauthorized
+from fusevm.model.errors import (
+    Error,
+    Forbidden,
+    HostRejected,
+    Internal,
+    NotSupported,
+    RouteNotFound,
+    Timeout,
+    Unauthorized,
+)
 from fusevm.model.machine import Fence
 from fusevm.wire.errors import parse_error
 from fusevm.wire.host_api import (
+    CLUSTER_HEADER,
     CreateMachine,
     HostFacts,
     MachineAnswer,
     MachineBody,
     MachineEvent,
     MachineList,
+    RestoreInPlace,
+    SnapshotAnswer,
+    SnapshotBody,
+    TakeSnapshot,
     fence_headers,
 )
 from fusevm.wire.http1 import Response
 
 T = TypeVar("T")
 READ_TIMEOUT_S = 10
+#: Longest that a host may copy a disk.
+DISK_TIMEOUT_S = 3_600
 MAX_ERROR = 1 << 20
 _MAX_LINE = 1 << 20
 
@@ -55,6 +71,29 @@ class HttpHost:
 
     async def destroy(self, fence: Fence, machine_id: str) -> None:
         await self._call("DELETE", f"/machines/{machine_id}", headers=fence_headers(fence), timeout_s=60)
+
+    async def take_snapshot(self, fence: Fence, machine_id: str, body: TakeSnapshot) -> SnapshotBody:
+        answer = await self._order(f"/machines/{machine_id}/snapshots", fence, body)
+        return self._decode(answer, SnapshotAnswer).snapshot
+
+    async def restore_snapshot(self, fence: Fence, machine_id: str, snapshot_id: str) -> None:
+        await self._order(f"/machines/{machine_id}/restore", fence, RestoreInPlace(snapshot_id=snapshot_id))
+
+    async def delete_snapshot(self, cluster: str, snapshot_id: str) -> None:
+        headers = {CLUSTER_HEADER: cluster}
+        try:
+            await self._call("DELETE", f"/snapshots/{snapshot_id}", headers=headers, timeout_s=READ_TIMEOUT_S)
+        except RouteNotFound as error:
+            raise NotSupported(feature=f"deleting snapshots on host {self._endpoint.host_id}") from error
+
+    async def _order(self, path: str, fence: Fence, body: msgspec.Struct) -> bytes:
+        """An order that writes a disk; the caller has the deadline."""
+        headers = {**fence_headers(fence), "content-type": "application/json"}
+        payload = msgspec.json.encode(body)
+        try:
+            return await self._call("POST", path, headers=headers, body=payload, timeout_s=DISK_TIMEOUT_S)
+        except RouteNotFound as error:
+            raise NotSupported(feature=f"snapshots on host {self._endpoint.host_id}") from error
 
     async def events(self) -> AsyncIterator[MachineEvent]:
         upstream = await self._open("GET", "/events", {}, None, READ_TIMEOUT_S)

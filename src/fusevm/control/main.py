@@ -6,6 +6,7 @@ leases are given back so that the next process goes on at once, then the store.
 
 import asyncio
 import contextlib
+import datetime as dt
 import errno
 import logging
 import os
@@ -25,16 +26,25 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import fusevm
 from fusevm.control.app import build_app
 from fusevm.control.clock import Clock, SystemClock
+from fusevm.control.collector import Collector
 from fusevm.control.config import ControlConfig, check, database_path, effective_listen, parse_listen
+from fusevm.control.dial import Endpoint
 from fusevm.control.directory import Directory
 from fusevm.control.entry import Entry
 from fusevm.control.host_api import HostApi
+from fusevm.control.host_client import HttpHost
+from fusevm.control.http_protocol import LimitedHttp
 from fusevm.control.metrics import Metrics
+from fusevm.control.performer import Performer
 from fusevm.control.plane import Plane
-from fusevm.control.secrets import Sealer, load_key
+from fusevm.control.queue import Queue
+from fusevm.control.secrets import open_sealer
 from fusevm.control.signals import Signals
+from fusevm.control.store.opening import open_store
 from fusevm.control.store.protocol import Claim, Committed, Store
-from fusevm.control.store.sqlite import MEMORY, SqliteStore
+from fusevm.control.store.sqlite import MEMORY
+from fusevm.control.tls import check_pair, reload_pair
+from fusevm.control.vault import Vault
 from fusevm.control.watcher import Around, Watchers
 from fusevm.control.worker import Worker
 from fusevm.model.errors import BadSetting, PortInUse
@@ -56,28 +66,44 @@ BACKLOG = 2048
 
 @contextlib.asynccontextmanager
 async def open_plane(
-    config: ControlConfig, *, clock: Clock | None = None, clients: Mapping[str, HostApi] | None = None
+    config: ControlConfig,
+    *,
+    clock: Clock | None = None,
+    clients: Mapping[str, HostApi] | None = None,
+    store: Store | None = None,
+    dial: Callable[[Endpoint], HostApi] = HttpHost,
+    entropy: Callable[[int], bytes] = secrets.token_bytes,
 ) -> AsyncIterator[Plane]:
-    """A working control plane without its HTTP server. `clients` replaces the way to hosts of these ids."""
+    """A working control plane without its HTTP server. `clients` replaces the way to hosts of these ids.
+
+    `store`, `dial` and `entropy` replace the database, the way to all hosts and the source of ids: for simulations. The
+    store is closed at the end.
+    """
     clock = clock or SystemClock()
-    path = database_path(config)
     metrics, signals = Metrics(), Signals()
     async with contextlib.AsyncExitStack() as stack:
-        sealer = Sealer(load_key(config.encryption_key, path))
-        store: Store = await SqliteStore.open(path, config.policy, clock.now_ms)
+        sealer = open_sealer(config)
+        if store is None:
+            store = await open_store(
+                config.database, config.policy, clock.now_ms, pool_size=config.database_pool, meter=metrics
+            )
         stack.push_async_callback(store.close)
-        directory = Directory(store, sealer, clock, fusevm.__version__)
+        directory = Directory(store, sealer, clock, fusevm.__version__, dial)
         stack.push_async_callback(directory.close)
         for host_id, client in (clients or {}).items():
             directory.put(host_id, client)
         await directory.register(config.hosts)
         claim = Claim(f"w-{os.getpid()}-{secrets.token_hex(8)}", round(config.lease_s * 1000))
-        entry = Entry(store, signals, config.policy, clock, claim)
+        entry = Entry(store, signals, config.policy, clock, claim, entropy)
+        vault = Vault(store, sealer)
+        performer = Performer(directory.client, vault, entry, cluster=store.cluster, clock=clock)
+        collector = Collector(store, directory.client, cluster=store.cluster, claim=claim, metrics=metrics)
+        queue = Queue(store, entry, config.policy, clock=clock, metrics=metrics, poll_s=config.poll_s)
         worker = Worker(
             store,
             entry,
-            directory.client,
-            cluster=store.cluster,
+            performer,
+            collector,
             claim=claim,
             clock=clock,
             metrics=metrics,
@@ -94,7 +120,8 @@ async def open_plane(
             pace=config,
         )
         watchers = Watchers(directory.client, around)
-        store.listener = _spread(signals, worker)
+        store.listener = _spread(signals, worker, queue, metrics)
+        store.waker = signals.wake
         plane = Plane(
             config=config,
             version=fusevm.__version__,
@@ -103,26 +130,31 @@ async def open_plane(
             signals=signals,
             entry=entry,
             directory=directory,
+            vault=vault,
+            collector=collector,
+            sealer=sealer,
             metrics=metrics,
         )
-        async with _at_work(plane, worker, watchers):
+        async with _at_work(plane, worker, watchers, queue):
             yield plane
 
 
-def _spread(signals: Signals, worker: Worker) -> Callable[[Committed], None]:
+def _spread(signals: Signals, worker: Worker, queue: Queue, metrics: Metrics) -> Callable[[Committed], None]:
     def listener(committed: Committed) -> None:
         worker.notice(committed.record, committed.leased_to)
+        queue.notice(committed.record)
         signals.publish(committed.record)
+        metrics.committed(committed.record)
 
     return listener
 
 
 @contextlib.asynccontextmanager
-async def _at_work(plane: Plane, worker: Worker, watchers: Watchers) -> AsyncIterator[None]:
-    """Worker, watchers and upkeep run within the block."""
+async def _at_work(plane: Plane, worker: Worker, watchers: Watchers, queue: Queue) -> AsyncIterator[None]:
+    """Worker, watchers, queue and upkeep run within the block."""
     async with asyncio.TaskGroup() as group:
         working = group.create_task(worker.run())
-        others = [group.create_task(watchers.run()), group.create_task(_upkeep(plane))]
+        others = [group.create_task(work) for work in (watchers.run(), queue.run(), _upkeep(plane))]
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_LOOK_S):
@@ -190,7 +222,7 @@ def server_config(config: ControlConfig, app: ASGIApp) -> uvicorn.Config:
     """How HTTP is served."""
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=LimitedHttp,
         ws="websockets-sansio",
         ws_max_size=HEADER.size + MAX_PAYLOAD,
         ws_per_message_deflate=False,
@@ -281,11 +313,10 @@ def serve(config: ControlConfig) -> int:
     sys.setswitchinterval(SWITCH_S)
     late = _LateApp()
     prepare_directory(database_path(config), config.drop_to_uid)
+    if config.tls_cert:
+        check_pair(config.tls_cert, config.tls_key, dt.datetime.now(dt.UTC))
     settings = server_config(config, late)
-    try:
-        settings.load()
-    except OSError as error:
-        raise BadSetting(setting="tls_cert", problem=f"cannot load certificate and key: {error}") from error
+    settings.load()
     listener = bind(config)
     with listener:
         drop_privileges(config.drop_to_uid)
@@ -299,6 +330,8 @@ async def _serve(config: ControlConfig, settings: uvicorn.Config, late: _LateApp
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    if settings.ssl is not None:
+        loop.add_signal_handler(signal.SIGHUP, reload_pair, settings.ssl, config)
     async with open_plane(config) as plane:
         late.app = build_app(plane)
         server = HttpServer(settings)

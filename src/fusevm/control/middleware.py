@@ -1,7 +1,8 @@
 """The edge: everything that holds for every request, and the one conversion of errors to answers.
 
-Request id and Server header on every answer, routing, the gate, metrics, the access log. A handler returns a response
-or raises; what it raises after the answer has begun cuts the connection: nobody takes half an answer for a whole.
+Request id, Server and CORS headers on every answer; routing, the gate, Idempotency-Key, ETags, metrics, the access log.
+A handler returns a response or raises; what it raises after the answer has begun cuts the connection: nobody takes half
+an answer for a whole.
 """
 
 import random
@@ -15,11 +16,13 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
+from fusevm.control import etag, idempotency
 from fusevm.control.call import Call
+from fusevm.control.cors import Cors, Headers
 from fusevm.control.gate import Gate
 from fusevm.control.plane import Plane
-from fusevm.control.router import Router
-from fusevm.model.errors import BadField, Error, Internal, MethodNotAllowed, Unimplemented
+from fusevm.control.router import Found, Router
+from fusevm.model.errors import BadField, Error, Internal, MethodNotAllowed, RateLimited, Unimplemented
 from fusevm.wire.decode import render_warning
 from fusevm.wire.errors import render_envelope
 from fusevm.wire.routes import Route
@@ -48,12 +51,14 @@ class Edge:
         plane: Plane,
         router: Router,
         gate: Gate,
+        cors: Cors,
         handlers: Mapping[str, Handler],
         sockets: Mapping[str, SocketHandler],
     ) -> None:
         self._plane = plane
         self._router = router
         self._gate = gate
+        self._cors = cors
         self._handlers = handlers
         self._sockets = sockets
         self._server = f"fuse/{plane.version}".encode()
@@ -65,7 +70,8 @@ class Edge:
         request_id = _request_id(headers.get(b"x-request-id", b""))
         sent = _Sent()
         began = time.perf_counter()
-        marked = self._marking(send, sent, request_id)
+        cors = self._cors.answer_headers(headers.get(b"origin", b"").decode("latin-1"))
+        marked = self._marking(send, sent, [(b"x-request-id", request_id.encode()), (b"server", self._server), *cors])
         structlog.contextvars.bind_contextvars(request_id=request_id)
         self._plane.metrics.in_flight.inc()
         try:
@@ -93,16 +99,32 @@ class Edge:
             await self._refusal(error, sent)(scope, receive, send)
 
     async def _answer(self, request: Request, sent: _Sent, request_id: str) -> Response:
+        self._gate.admit(request)
+        if request.method == "OPTIONS":
+            return self._options(request)
         found = self._router.find(request.method, request.scope["raw_path"], dict(request.query_params))
+        return await self._routed(request, found, sent, request_id)
+
+    async def _routed(self, request: Request, found: Found, sent: _Sent, request_id: str) -> Response:
         route = found.route
         sent.route = route.name
-        self._gate.check(request.headers, route.scope)
+        caller = await self._gate.check(request, route)
         if route.unimplemented:
             raise _unimplemented(route)
         if route.is_websocket:
             raise BadField(field="Upgrade", problem="this route speaks WebSocket")
-        sent.call = call = Call(request, route, found.params, request_id)
-        return await self._handlers[route.name](self._plane, call)
+        sent.call = call = Call(request, route, found.params, request_id, caller)
+        handler = self._handlers[route.name]
+        if idempotency.check_header(call):
+            return _tagged(call, await idempotency.once(self._plane, call, handler))
+        return _tagged(call, await handler(self._plane, call))
+
+    def _options(self, request: Request) -> Response:
+        """What a path takes; to a browser, whether a page may. Before any token, since browsers send none here."""
+        methods = self._router.methods(request.scope["raw_path"])
+        response = Response(None, 204, {"allow": ", ".join(methods)})
+        response.raw_headers += self._cors.preflight_headers(request.headers, methods)
+        return response
 
     def _refusal(self, failure: Exception, sent: _Sent) -> Response:
         error = failure if isinstance(failure, Error) else Internal(problem=type(failure).__name__)
@@ -114,7 +136,9 @@ class Edge:
             response.headers["allow"] = error.allowed
         if error.status == 401:
             response.headers["www-authenticate"] = "Bearer"
-        if error.status == 503:
+        if isinstance(error, RateLimited):
+            response.headers["retry-after"] = str(error.retry_after_s)
+        elif error.status == 503:
             response.headers["retry-after"] = "1"
         return response
 
@@ -123,10 +147,12 @@ class Edge:
     async def _websocket(self, scope: Scope, receive: Receive, send: Send, sent: _Sent, request_id: str) -> None:
         socket = WebSocket(scope, receive, send)
         try:
+            self._gate.admit(socket)
             found = self._router.find_socket(scope["raw_path"])
             sent.route = found.route.name
-            self._gate.check(socket.headers, found.route.scope)
-            sent.call = call = Call(socket, found.route, found.params, request_id)
+            caller = await self._gate.check(socket, found.route)
+            sent.call = call = Call(socket, found.route, found.params, request_id, caller)
+            idempotency.check_header(call)
             await self._sockets[found.route.name](self._plane, call, socket)
         except Exception as error:  # the one conversion, before the handshake
             if sent.status:
@@ -136,9 +162,8 @@ class Edge:
 
     # -- marks ----------------------------------------------------------------------------------------------------
 
-    def _marking(self, send: Send, sent: _Sent, request_id: str) -> Send:
+    def _marking(self, send: Send, sent: _Sent, ours: Headers) -> Send:
         """Add our headers to the start of every answer."""
-        ours = [(b"x-request-id", request_id.encode()), (b"server", self._server)]
 
         async def marked(message: Message) -> None:
             if message["type"] in ("http.response.start", "websocket.http.response.start", "websocket.accept"):
@@ -153,15 +178,24 @@ class Edge:
 
     def _count(self, scope: Scope, sent: _Sent, seconds: float) -> None:
         method = scope.get("method", "GET")
-        metrics = self._plane.metrics
-        metrics.requests.labels(sent.route, method, str(sent.status)).inc()
-        metrics.request_seconds.labels(sent.route, method).observe(seconds)
+        self._plane.metrics.answered(sent.route, method, sent.status, seconds)
         log.debug("request", method=method, route=sent.route, status=sent.status, ms=round(seconds * 1000, 1))
 
 
 def _request_id(sent: bytes) -> str:
     text = sent.decode("latin-1")
     return text if _REQUEST_ID.fullmatch(text) else f"req_{random.getrandbits(128):032x}"
+
+
+def _tagged(call: Call, response: Response) -> Response:
+    """With the ETag of what it shows; without the body for a GET that has it already (RFC 9110 section 13.1.2)."""
+    if not call.etag or not 200 <= response.status_code < 300:
+        return response
+    known = call.header("if-none-match") if call.route.method == "GET" else ""
+    if known and etag.matches(known, call.etag):
+        response = Response(None, 304)
+    response.headers["etag"] = call.etag
+    return response
 
 
 def _unimplemented(route: Route) -> Unimplemented:

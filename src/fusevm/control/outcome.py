@@ -2,17 +2,9 @@
 
 from msgspec.structs import replace
 
-from fusevm.model.environment import (
-    Action,
-    BootMachine,
-    BootRefused,
-    BootSucceeded,
-    DestroyConfirmed,
-    Environment,
-    Event,
-    OutcomeUnknown,
-)
+from fusevm.model.environment import Action, BootMachine, DestroyMachine, Environment
 from fusevm.model.errors import Error, MachineNotFound, StaleIncarnation
+from fusevm.model.event import ActionRefused, BootRefused, BootSucceeded, DestroyConfirmed, Event, OutcomeUnknown
 from fusevm.model.machine import Fence, MachineSpec, Phase
 from fusevm.wire.host_api import CreateMachine, MachineBody
 
@@ -35,7 +27,9 @@ def machine_order(env: Environment, action: BootMachine, now_ms: int) -> CreateM
         network=env.spec.network,
     )
     left_ms = max(1_000, action.deadline_ms - now_ms)
-    return CreateMachine(machine_id=action.machine_id, spec=spec, boot_timeout_ms=left_ms)
+    return CreateMachine(
+        machine_id=action.machine_id, spec=spec, boot_timeout_ms=left_ms, snapshot_id=env.spec.seed_snapshot_id
+    )
 
 
 def host_name(task_id: str) -> str:
@@ -56,16 +50,18 @@ def boot_outcome(action: BootMachine, machine: MachineBody, host_ms: float) -> E
 
 
 def error_outcome(action: Action, error: Error) -> Event:
-    """The host, or the way to it, failed.
+    """The host, the guest, or the way to them failed.
 
-    A boot that a repetition cannot cure is refused; a destroy is repeated until the host confirms, or says that it has
-    no such machine or a newer word on it.
+    What a repetition cannot cure is refused; a destroy is repeated until the host confirms, or says that it has no such
+    machine or a newer word on it.
     """
     cause = f"action {action.seq}"
+    if isinstance(action, DestroyMachine):
+        if isinstance(error, MachineNotFound | StaleIncarnation):
+            return DestroyConfirmed(cause=cause, seq=action.seq)
+        return OutcomeUnknown(cause=cause, seq=action.seq, message=error.message)
+    if error.retryable:
+        return OutcomeUnknown(cause=cause, seq=action.seq, message=error.message)
     if isinstance(action, BootMachine):
-        if error.retryable:
-            return OutcomeUnknown(cause=cause, seq=action.seq, message=error.message)
         return BootRefused(cause=cause, seq=action.seq, reason=error.reason, message=error.message)
-    if isinstance(error, MachineNotFound | StaleIncarnation):
-        return DestroyConfirmed(cause=cause, seq=action.seq)
-    return OutcomeUnknown(cause=cause, seq=action.seq, message=error.message)
+    return ActionRefused(cause=cause, seq=action.seq, reason=error.reason, message=error.message)

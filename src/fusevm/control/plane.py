@@ -4,12 +4,16 @@ import asyncio
 from dataclasses import dataclass, field
 
 from fusevm.control.clock import Clock
+from fusevm.control.collector import Collector
 from fusevm.control.config import ControlConfig
 from fusevm.control.directory import Directory
 from fusevm.control.entry import Entry
+from fusevm.control.fanout import Fanout
 from fusevm.control.metrics import Metrics
+from fusevm.control.secrets import Sealer
 from fusevm.control.signals import Signals
 from fusevm.control.store.protocol import Store
+from fusevm.control.vault import Vault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +27,11 @@ class Plane:
     signals: Signals
     entry: Entry
     directory: Directory
+    vault: Vault
+    collector: Collector
+    sealer: Sealer
     metrics: Metrics
     #: Set when the server begins to close: streams end, waits return.
     closing: asyncio.Event = field(default_factory=asyncio.Event)
+    #: What the event streams share.
+    fanout: Fanout = field(default_factory=Fanout)

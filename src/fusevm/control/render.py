@@ -2,11 +2,19 @@
 
 from datetime import UTC, datetime
 
+from msgspec.structs import asdict
+
 from fusevm.model.environment import Environment
+from fusevm.model.errors import error_classes
 from fusevm.model.fact import Fact, Kind
-from fusevm.model.host import Host, Resources
+from fusevm.model.host import Host
 from fusevm.model.ids import environment_id
-from fusevm.wire import rest
+from fusevm.model.setup import AgentStatus, HealthStatus
+from fusevm.model.snapshot import Snapshot
+from fusevm.wire import rest, rest_fleet
+
+#: Stable reason to the contract's code.
+_CODES = {cls.reason: cls.code for cls in error_classes()}
 
 
 def render_time(at_ms: int | None) -> str:
@@ -37,6 +45,8 @@ def render_environment(env: Environment) -> rest.EnvironmentBody:
             labels=spec.labels,
             max_runtime_seconds=spec.max_runtime_seconds,
             idle_timeout_seconds=spec.idle_timeout_seconds,
+            seed_snapshot_id=spec.seed_snapshot_id,
+            queue_seconds=spec.queue_seconds,
         ),
         network=rest.NetworkBody(internet=spec.network.internet),
         egress=rest.EgressBody(),
@@ -46,9 +56,30 @@ def render_environment(env: Environment) -> rest.EnvironmentBody:
         ended_at=render_time(env.ended_at_ms),
         desired=env.desired,
         reason=env.ending.reason if env.ending is not None else "",
+        code=_CODES.get(env.ending.reason, "") if env.ending is not None else "",
         error=env.error,
         incarnation=env.incarnation,
         timings=_timings(env) if env.running_at_ms is not None else None,
+        tenant=env.tenant,
+        queued_until=render_time(env.queued_until_ms) if env.is_queued else "",
+        health=_health(env.health) if env.health is not None else None,
+        agent=_agent(env.agent) if env.agent is not None else None,
+    )
+
+
+def _health(status: HealthStatus) -> rest.HealthBody:
+    return rest.HealthBody(
+        state=status.state, since=render_time(status.since_ms), failures=status.failures, message=status.message
+    )
+
+
+def _agent(status: AgentStatus) -> rest.AgentBody:
+    return rest.AgentBody(
+        state=status.state,
+        since=render_time(status.since_ms),
+        restarts=status.restarts,
+        exit_code=status.exit_code,
+        message=status.message,
     )
 
 
@@ -60,6 +91,7 @@ def _timings(env: Environment) -> rest.TimingsBody:
         boot_ms=round(times.boot_ms, 3),
         agent_ms=round(times.agent_ms, 3),
         host_ms=round(times.host_ms, 3),
+        setup_ms=round(times.setup_ms, 3),
     )
 
 
@@ -115,21 +147,48 @@ def render_host(host: Host) -> rest.HostBody:
         region=host.region,
         arch=host.arch,
         driver=host.driver,
+        backend=host.driver,
         version=host.version,
         vmm_version=host.vmm_version,
         agent_version=host.agent_version,
         kernel=host.kernel,
         labels=host.labels,
         images=list(host.images),
-        capacity=_resources(host.capacity),
-        allocated=_resources(host.allocated),
+        capacity=rest.CapacityBody(**asdict(host.capacity), arch=host.arch),
+        allocated=rest.ResourcesBody(**asdict(host.allocated)),
         last_seen=render_time(host.last_seen_ms),
         created_at=render_time(host.created_at_ms),
         updated_at=render_time(host.updated_at_ms),
     )
 
 
-def _resources(amount: Resources) -> rest.ResourcesBody:
-    return rest.ResourcesBody(
-        cpus=amount.cpus, ram_mb=amount.ram_mb, storage_gb=amount.storage_gb, vm_count=amount.vm_count
+def render_snapshot(snapshot: Snapshot) -> rest_fleet.SnapshotBody:
+    """A snapshot."""
+    exports = []
+    if snapshot.export_ref:
+        exports = [rest_fleet.ExportBody(destination=snapshot.export_ref, status=snapshot.export_status)]
+    return rest_fleet.SnapshotBody(
+        id=snapshot.id,
+        vm_id=environment_id(snapshot.task_id),
+        uid=snapshot.uid,
+        state=snapshot.state,
+        kind=snapshot.kind,
+        task_id=snapshot.task_id,
+        tenant_id=snapshot.tenant,
+        host_id=snapshot.host_id,
+        parent_snapshot_id=snapshot.parent_id,
+        mode=snapshot.mode,
+        name=snapshot.metadata.get("name", ""),
+        comment=snapshot.comment,
+        metadata=snapshot.metadata,
+        layer_key=snapshot.layer_key,
+        arch=snapshot.arch,
+        digest=snapshot.digest,
+        size_bytes=snapshot.size_bytes,
+        last_error=snapshot.last_error,
+        export_ref=snapshot.export_ref,
+        exports=exports,
+        retention_until=render_time(snapshot.retention_until_ms),
+        created_at=render_time(snapshot.created_at_ms),
+        updated_at=render_time(snapshot.updated_at_ms),
     )

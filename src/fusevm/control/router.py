@@ -66,6 +66,13 @@ class Router:
             raise MethodNotAllowed(method=method, path=path, allowed=", ".join(allowed(node)))
         return Found(_select(rows, selectors), _named(rows[0], values))
 
+    def methods(self, raw_path: bytes) -> list[str]:
+        """Every method that a path takes. Raises RouteNotFound."""
+        node, _ = self._walk(raw_path)
+        if node is None or not (node.methods or node.socket):
+            raise RouteNotFound(method="OPTIONS", path=raw_path.decode("latin-1"))
+        return allowed(node)
+
     def find_socket(self, raw_path: bytes) -> Found:
         """The route of a WebSocket. Raises RouteNotFound."""
         node, values = self._walk(raw_path)
@@ -102,7 +109,7 @@ def allowed(node: _Node) -> list[str]:
     found = set(node.methods) | ({"GET"} if node.socket is not None else set())
     if Router._for_head(node) is not None:
         found.add("HEAD")
-    return sorted(found)
+    return sorted(found | {"OPTIONS"})
 
 
 def _select(rows: list[Route], selectors: dict[str, str]) -> Route:

@@ -7,7 +7,9 @@
 | 5 | 12 | nonce |
 | 17 | n | ciphertext and tag |
 
-The row (`owner/name`) is associated data: a blob moved to another row does not open.
+The row (`owner/name`) is associated data: a blob moved to another row does not open. Rotation: what was sealed with a
+previous key opens, and is sealed again with the present one when it is used. With several replicas, a new key is first
+given to all of them as a previous one, and becomes the present one in a second round.
 """
 
 import base64
@@ -15,50 +17,99 @@ import binascii
 import hashlib
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from fusevm.model.errors import BadSetting
+from fusevm.control.config import MEMORY, ControlConfig, database_path, is_postgres
+from fusevm.model.errors import BadSetting, NoEncryptionKey
 
 _VERSION = b"\x01"
 _KEY_BYTES = 32
+_SETTING = "TOKEN_ENCRYPTION_KEY"
 
 
 class Sealer:
-    """Seals and opens values with one key."""
+    """Seals with one key; opens with it and with those before it. Without a key it seals nothing."""
 
-    def __init__(self, key: bytes) -> None:
-        self._key_id = hashlib.sha256(key).digest()[:4]
-        self._cipher = AESGCM(key)
+    def __init__(self, key: bytes | None, previous: Sequence[bytes] = ()) -> None:
+        self._ciphers = {_id_of(known): AESGCM(known) for known in (*previous, *([key] if key else []))}
+        self._key_id = _id_of(key) if key else b""
 
     def seal(self, text: str, *, row: str) -> str:
-        """The sealed value as base64."""
+        """The sealed value as base64. Raises NoEncryptionKey."""
+        if not self._key_id:
+            raise NoEncryptionKey(what=row)
         nonce = secrets.token_bytes(12)
-        return base64.b64encode(
-            _VERSION + self._key_id + nonce + self._cipher.encrypt(nonce, text.encode(), row.encode())
-        ).decode()
+        sealed = self._ciphers[self._key_id].encrypt(nonce, text.encode(), row.encode())
+        return base64.b64encode(_VERSION + self._key_id + nonce + sealed).decode()
 
     def open(self, sealed: str, *, row: str) -> str:
         """The value. Raises BadSetting when it was sealed with another key, or for another row."""
+        blob = _decode(sealed, row)
+        cipher = self._ciphers.get(blob[1:5])
+        if blob[:1] != _VERSION or cipher is None:
+            raise BadSetting(setting=_SETTING, problem=f"the secret {row} was sealed with another key")
         try:
-            blob = base64.b64decode(sealed, validate=True)
-        except binascii.Error as error:
-            raise BadSetting(setting="TOKEN_ENCRYPTION_KEY", problem=f"the secret {row} is damaged") from error
-        if blob[:5] != _VERSION + self._key_id:
-            raise BadSetting(setting="TOKEN_ENCRYPTION_KEY", problem=f"the secret {row} was sealed with another key")
-        try:
-            return self._cipher.decrypt(blob[5:17], blob[17:], row.encode()).decode()
+            return cipher.decrypt(blob[5:17], blob[17:], row.encode()).decode()
         except InvalidTag as error:
-            raise BadSetting(setting="TOKEN_ENCRYPTION_KEY", problem=f"the secret {row} is damaged") from error
+            raise BadSetting(setting=_SETTING, problem=f"the secret {row} is damaged") from error
+
+    @property
+    def has_key(self) -> bool:
+        """Can it seal?"""
+        return bool(self._key_id)
+
+    def is_current(self, sealed: str) -> bool:
+        """Was it sealed with the present key?"""
+        return not self._key_id or _decode(sealed, "")[1:5] == self._key_id
+
+
+class Secrets(Protocol):
+    """What `load_secret` needs of the store."""
+
+    async def get_secret(self, owner: str, name: str) -> str | None:
+        """The sealed value."""
+        ...
+
+    async def reseal_secret(self, owner: str, name: str, old: str, new: str) -> None:
+        """Replace a sealed value that is still the old one."""
+        ...
+
+
+def row_of(owner: str, name: str) -> str:
+    """What a sealed value is bound to."""
+    return f"{owner}/{name}"
+
+
+async def load_secret(store: Secrets, sealer: Sealer, owner: str, name: str) -> str | None:
+    """A value of the store, opened; sealed anew if its key is no longer the present one. Raises BadSetting."""
+    sealed = await store.get_secret(owner, name)
+    if sealed is None:
+        return None
+    row = row_of(owner, name)
+    text = sealer.open(sealed, row=row)
+    if not sealer.is_current(sealed):
+        await store.reseal_secret(owner, name, sealed, sealer.seal(text, row=row))
+    return text
+
+
+def open_sealer(config: ControlConfig) -> Sealer:
+    """The sealer of a configuration. Raises BadSetting."""
+    previous = [bytes.fromhex(key) for key in config.previous_keys]
+    if is_postgres(config) and not config.encryption_key:
+        return Sealer(None)
+    return Sealer(load_key(config.encryption_key, database_path(config)), previous)
 
 
 def load_key(setting: str, database: str) -> bytes:
     """The key as set; else the one beside the database file, made (0600) when missing; in memory, a fresh one."""
     if setting:
         return bytes.fromhex(setting)
-    if database == ":memory:":
+    if database == MEMORY:
         return secrets.token_bytes(_KEY_BYTES)
     path = Path(database + ".key")
     try:
@@ -76,5 +127,16 @@ def load_key(setting: str, database: str) -> bytes:
     except ValueError:
         key = b""
     if len(key) != _KEY_BYTES:
-        raise BadSetting(setting="TOKEN_ENCRYPTION_KEY", problem=f"{path} does not hold 64 hex digits")
+        raise BadSetting(setting=_SETTING, problem=f"{path} does not hold 64 hex digits")
     return key
+
+
+def _id_of(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()[:4]
+
+
+def _decode(sealed: str, row: str) -> bytes:
+    try:
+        return base64.b64decode(sealed, validate=True)
+    except binascii.Error as error:
+        raise BadSetting(setting=_SETTING, problem=f"the secret {row} is damaged") from error

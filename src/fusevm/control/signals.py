@@ -1,13 +1,14 @@
 """Who wants to know when a record changes, within this process.
 
 A signal only says "look again": what is shown comes from the store, so a missed or doubled signal costs time, never
-correctness. Changes made by other replicas arrive with the next look.
+correctness. Of changes made by other replicas the store's waker tells.
 """
 
 import asyncio
 import contextlib
 from collections.abc import Iterator
 
+from fusevm.control.store.protocol import EVERYTHING, GLOBAL_ORDER
 from fusevm.model.environment import Environment
 
 
@@ -43,13 +44,22 @@ class Signals:
     """Spreads committed records to subscribers. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._by_uid: dict[str, set[Subscription]] = {}
-        self._all: set[Subscription] = set()
+        #: In the order in which they came, which is that in which they are told.
+        self._by_uid: dict[str, dict[Subscription, None]] = {}
+        self._all: dict[Subscription, None] = {}
 
     def publish(self, record: Environment) -> None:
         """A record was committed."""
         for subscription in (*self._by_uid.get(record.uid, ()), *self._all):
             subscription.notify(record)
+
+    def wake(self, uid: str) -> None:
+        """What a store's waker hears: a record changed elsewhere, the order of all facts grew, or anything may have."""
+        if uid == EVERYTHING:
+            self.wake_all()
+            return
+        for subscription in self._all if uid == GLOBAL_ORDER else self._by_uid.get(uid, ()):
+            subscription.wake()
 
     def wake_all(self) -> None:
         """Make every subscriber look again, as at shutdown."""
@@ -61,11 +71,11 @@ class Signals:
     def subscribe(self, uid: str = "") -> Iterator[Subscription]:
         """Changes of one environment, or of all."""
         subscription = Subscription()
-        found = self._by_uid.setdefault(uid, set()) if uid else self._all
-        found.add(subscription)
+        found = self._by_uid.setdefault(uid, {}) if uid else self._all
+        found[subscription] = None
         try:
             yield subscription
         finally:
-            found.discard(subscription)
+            del found[subscription]
             if uid and not found:
                 self._by_uid.pop(uid, None)

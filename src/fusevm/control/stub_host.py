@@ -1,23 +1,34 @@
 """A host that only pretends, for development when nothing is configured: machines "boot" at once and run nothing.
 
-What it answers: exec exits with 0 and prints `stub host: <command>`; everything else inside a machine is 501. It keeps
-fences and tombstones like a real host, in memory only: after a restart its machines are gone, and their environments
-fail with `machine_missing`.
+What it answers: exec exits with 0 and prints `stub host: <command>`; setups, scripts and daemons are pretended to work,
+snapshots to be taken; everything else inside a machine is 501. It keeps fences and tombstones like a real host, in
+memory only: after a restart its machines are gone, and their environments fail with `machine_missing`.
 """
 
 import asyncio
 import base64
+import hashlib
 import shlex
 from collections.abc import AsyncIterator, Mapping
 
 import msgspec
 
 from fusevm.control.host_api import Duplex, GuestRequest
-from fusevm.model.errors import MachineNotFound, NotSupported, StaleIncarnation, WrongCluster
+from fusevm.control.pretended_guest import PretendedGuest
+from fusevm.model.errors import MachineNotFound, NotSupported, SnapshotNotFound, StaleIncarnation, WrongCluster
 from fusevm.model.host import Resources
 from fusevm.model.machine import Fence, Phase
+from fusevm.model.snapshot import SnapshotKind
 from fusevm.wire.guest import ExecRequest, ExecResult, StreamTotals
-from fusevm.wire.host_api import CreateMachine, HostFacts, MachineBody, MachineEvent, MachineList
+from fusevm.wire.host_api import (
+    CreateMachine,
+    HostFacts,
+    MachineBody,
+    MachineEvent,
+    MachineList,
+    SnapshotBody,
+    TakeSnapshot,
+)
 
 STUB_ID = "stub"
 STUB_URL = "stub:"
@@ -35,6 +46,8 @@ class StubHost:
         self._machines: dict[str, MachineBody] = {}
         #: Highest incarnation per environment, deleted ones included.
         self._seen: dict[str, tuple[int, bool]] = {}
+        self._guests: dict[str, PretendedGuest] = {}
+        self._snapshots: dict[str, SnapshotBody] = {}
 
     async def info(self) -> HostFacts:
         return HostFacts(
@@ -53,6 +66,9 @@ class StubHost:
         self._admit(fence)
         found = self._machines.get(body.machine_id)
         if found is None:
+            if body.snapshot_id and body.snapshot_id not in self._snapshots:
+                raise SnapshotNotFound(id=body.snapshot_id)
+            self._guests[body.machine_id] = PretendedGuest("stub host")
             found = MachineBody(
                 id=body.machine_id,
                 cluster=fence.cluster,
@@ -71,9 +87,33 @@ class StubHost:
         if self._cluster and fence.cluster != self._cluster:
             raise WrongCluster(cluster=self._cluster, asked=fence.cluster)
         self._machines.pop(machine_id, None)
+        self._guests.pop(machine_id, None)
         seen, _ = self._seen.get(fence.uid, (0, False))
         if fence.incarnation >= seen:
             self._seen[fence.uid] = (fence.incarnation, True)
+
+    async def take_snapshot(self, fence: Fence, machine_id: str, body: TakeSnapshot) -> SnapshotBody:
+        self._admit(fence)
+        self._find(machine_id)
+        kind = SnapshotKind.LIVE if body.live else SnapshotKind.DISK
+        digest = "sha256:" + hashlib.sha256(body.snapshot_id.encode()).hexdigest()
+        made = SnapshotBody(
+            id=body.snapshot_id, machine_id=machine_id, kind=kind, digest=digest, created_at=self._created_at
+        )
+        return self._snapshots.setdefault(made.id, made)
+
+    async def restore_snapshot(self, fence: Fence, machine_id: str, snapshot_id: str) -> None:
+        self._admit(fence)
+        self._find(machine_id)
+        if snapshot_id not in self._snapshots:
+            raise SnapshotNotFound(id=snapshot_id)
+        self._guests[machine_id] = PretendedGuest("stub host")
+
+    async def delete_snapshot(self, cluster: str, snapshot_id: str) -> None:
+        if self._cluster and cluster != self._cluster:
+            raise WrongCluster(cluster=self._cluster, asked=cluster)
+        if self._snapshots.pop(snapshot_id, None) is None:
+            raise SnapshotNotFound(id=snapshot_id)
 
     async def events(self) -> AsyncIterator[MachineEvent]:
         yield MachineEvent(kind="hello", epoch="stub")
@@ -81,6 +121,9 @@ class StubHost:
 
     async def relay(self, request: GuestRequest) -> "StubAnswer":
         self._find(request.machine_id)
+        said = self._guests[request.machine_id].hear(request) if request.target.startswith("guest/") else None
+        if said is not None:
+            return StubAnswer(said.body, said.status, said.kind)
         if request.method != "POST" or request.target != "guest/exec" or not isinstance(request.body, bytes):
             raise NotSupported(feature=f"{request.method} {request.target.partition('?')[0]} on the stub host")
         asked = msgspec.json.decode(request.body, type=ExecRequest)
@@ -112,11 +155,11 @@ class StubHost:
 class StubAnswer:
     """A JSON answer that is there at once. Implements `host_api.Upstream`."""
 
-    def __init__(self, content: bytes, status: int = 200) -> None:
+    def __init__(self, content: bytes, status: int = 200, kind: str = "application/json") -> None:
         self._content = content
         self.status = status
         self.headers: Mapping[str, str] = {
-            "content-type": "application/json",
+            "content-type": kind,
             "content-length": str(len(content)),
         }
 

@@ -6,6 +6,7 @@ decided by `core.reconcile`; this module only carries it out.
 """
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -16,22 +17,26 @@ import structlog
 from msgspec.structs import replace
 
 from fusevm.control.clock import Clock
+from fusevm.control.draining import drain_environments
 from fusevm.control.entry import Entry
 from fusevm.control.host_api import HostApi
 from fusevm.control.metrics import Metrics
+from fusevm.control.race import first_of
 from fusevm.control.store.protocol import Claim, Hosts
+from fusevm.control.tracker import track
 from fusevm.core.policy import Policy
-from fusevm.core.reconcile import ObservedMachine, Plan, Strikes, host_health, plan
-from fusevm.model.environment import Event, HostLost
+from fusevm.core.reconcile import ObservedMachine, Plan, Strikes, expectations, host_health, plan
 from fusevm.model.errors import (
     Error,
+    HostNotFound,
     HostUnreachable,
     MachineNotFound,
     RevisionConflict,
     StaleIncarnation,
     WrongCluster,
 )
-from fusevm.model.host import Host, HostHealth, Resources
+from fusevm.model.event import Event, HostLost, MachineMissing
+from fusevm.model.host import Host, HostHealth, HostState, effective
 from fusevm.model.machine import Fence
 from fusevm.wire.host_api import HostFacts, MachineBody
 
@@ -43,6 +48,8 @@ CALL_TIMEOUT_S = 10.0
 LIST_PAUSE_S = 0.2
 #: Orphans destroyed at the same time per host.
 ORPHANS_AT_ONCE = 8
+#: Seconds that they may take of one round; who is left is an orphan in the next one, too.
+ORPHANS_TIMEOUT_S = 30.0
 #: Orders about machines that no record stands for come from no action.
 NO_ACTION = 0
 _SEVERITY = {HostHealth.OK: 0, HostHealth.UNREACHABLE: 1, HostHealth.LOST: 2}
@@ -79,9 +86,14 @@ class Around:
 class Watch:
     """The watching of one host by this replica."""
 
-    def __init__(self, host_id: str, client: HostApi, around: Around) -> None:
+    def __init__(
+        self, host_id: str, client: HostApi, client_of: Callable[[str], Awaitable[HostApi]], around: Around
+    ) -> None:
         self._id = host_id
         self._client = client
+        self._client_of = client_of
+        #: Set when the host is spoken to in another way than before: it was registered again.
+        self._turned = asyncio.Event()
         self._store = around.store
         self._entry = around.entry
         self._cluster = around.cluster
@@ -90,27 +102,54 @@ class Watch:
         self._clock = around.clock
         self._metrics = around.metrics
         self._pace = around.pace
-        #: Silence before this was ours, not the host's.
-        self._since_ms = around.clock.now_ms()
+        self._view = around.metrics.watching(host_id)
+        #: Steady time of the first heartbeat that got no answer since the last that got one. Silence without heartbeats
+        #: is ours, not the host's.
+        self._silent_since_ms: int | None = None
         self._strikes = Strikes()
+        #: What was expected of the host when the last list was judged.
+        self._known: dict[str, int] = {}
         self._look = asyncio.Event()
+        #: The host is no longer registered.
+        self._removed = asyncio.Event()
         #: Set after the first heartbeat, whatever came of it.
         self.first = asyncio.Event()
 
     async def run(self) -> None:
         """Watch until the lease is lost, the host is removed, or we are cancelled."""
         async with asyncio.TaskGroup() as group:
-            others = [group.create_task(self._reconcile_loop()), group.create_task(self._event_loop())]
+            loops = (self._pulse_loop(), self._reconcile_loop(), self._event_loop())
+            tasks = [group.create_task(loop) for loop in loops]
             try:
-                while await self._store.acquire_host(self._id, self._claim) and await self._guarded(
-                    "pulse", self._pulse
-                ):
-                    self.first.set()
-                    await asyncio.sleep(_jittered(self._pace.heartbeat_s))
+                await self._hold()
             finally:
                 self.first.set()
-                for task in others:
+                self._view.close()
+                for task in tasks:
                     task.cancel()
+
+    async def _hold(self) -> None:
+        """Keep the lease. Not between two heartbeats: one may take longer than the lease, and whoever took over then
+        would begin to count the host's silence anew, and so the next."""
+        pause_s = self._claim.lease_ms / 3000
+        while await self._guarded("lease", self._prolong):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._removed.wait()
+
+    async def _prolong(self) -> bool:
+        if self._removed.is_set() or await self._store.acquire_host(self._id, self._claim):
+            return not self._removed.is_set()
+        if await self._store.host(self._id) is not None:
+            self._metrics.leases_lost.labels("host").inc()
+            log.info("host_lease_lost", host=self._id)
+        return False
+
+    async def _pulse_loop(self) -> None:
+        while await self._guarded("pulse", self._pulse):
+            self.first.set()
+            await asyncio.sleep(_jittered(self._pace.heartbeat_s))
+        self._removed.set()
 
     async def _guarded(self, what: str, work: Callable[[], Awaitable[bool]]) -> bool:
         """Loop boundary: a failure concerns this host and this round only."""
@@ -127,7 +166,13 @@ class Watch:
 
     async def _pulse(self) -> bool:
         """Ask the host who it is and note its health. False: the host is no longer registered."""
+        asked_ms = self._clock.steady_ms()
         heard = await self._ask()
+        if heard is not None:
+            self._silent_since_ms = None
+        elif self._silent_since_ms is None:
+            self._silent_since_ms = asked_ms
+        self._view.is_up = heard is not None
         host = await self._store.host(self._id)
         if host is None:
             return False
@@ -135,17 +180,21 @@ class Watch:
         if heard is not None:
             await self._store.touch_host(self._id, now_ms)
         host = await self._save(host, heard, now_ms)
-        self._metrics.host_up.labels(self._id).set(1 if host.health is HostHealth.OK else 0)
-        _count_resources(self._metrics, host)
         if host.health is HostHealth.LOST:
             for env in await self._store.on_host(self._id):
                 await self._feed(env.uid, HostLost(cause=f"host {self._id}", host_id=self._id))
+        elif host.state is HostState.DRAINING:
+            await drain_environments(self._store, self._entry, self._id, f"drain of host {self._id}")
         return True
 
     async def _ask(self) -> HostFacts | None:
         try:
+            client = await self._client_of(self._id)
+            if client is not self._client:
+                self._client = client
+                self._turned.set()
             async with asyncio.timeout(CALL_TIMEOUT_S):
-                facts = await self._client.info()
+                facts = await client.info()
             if facts.cluster not in ("", self._cluster):
                 raise WrongCluster(cluster=facts.cluster, asked=self._cluster)
         except TimeoutError:
@@ -155,6 +204,9 @@ class Watch:
         else:
             return facts
         return None
+
+    def _silent_ms(self) -> int:
+        return 0 if self._silent_since_ms is None else self._clock.steady_ms() - self._silent_since_ms
 
     async def _save(self, host: Host, facts: HostFacts | None, now_ms: int) -> Host:
         new = self._judge(host, facts, now_ms)
@@ -170,14 +222,13 @@ class Watch:
     def _judge(self, host: Host, facts: HostFacts | None, now_ms: int) -> Host:
         """The record as this heartbeat leaves it."""
         if facts is None:
-            silent_since = replace(host, last_seen_ms=max(host.last_seen_ms, self._since_ms))
-            found = host_health(silent_since, now_ms, self._policy)
+            found = host_health(self._silent_ms(), self._policy)
             return replace(host, health=max(found, host.health, key=_SEVERITY.__getitem__))
         return replace(
             host,
             health=HostHealth.OK,
             last_seen_ms=now_ms,
-            capacity=facts.capacity,
+            capacity=effective(host.declared, facts.capacity),
             arch=facts.arch,
             driver=facts.driver,
             version=facts.version,
@@ -201,13 +252,14 @@ class Watch:
             self._look.clear()
 
     async def _reconcile(self) -> bool:
-        began, asked_ms = time.perf_counter(), self._clock.now_ms()
+        began = time.perf_counter()
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 listed = await self._client.machines()
         except (TimeoutError, Error) as error:
             # Unknown is not absent: no list, no conclusion, and no strike either.
             self._metrics.reconcile_cycles.labels("no_list").inc()
+            self._view.silent()
             if isinstance(error, Error):
                 raise
             raise HostUnreachable(id=self._id, problem=f"no list within {CALL_TIMEOUT_S:.0f} s") from error
@@ -219,12 +271,15 @@ class Watch:
             expected,
             [_observed(machine) for machine in listed.machines],
             self._strikes,
-            listed_at_ms=asked_ms,
+            known=self._known,
             cause=cause,
         )
-        self._strikes = decided.strikes
+        self._strikes, self._known = decided.strikes, expectations(expected)
+        if decided.is_unsure:
+            self._look.set()
         await self._carry_out(decided)
-        self._metrics.provider.labels(self._id).set(len(listed.machines))
+        await track(self._client, self._entry, self._cluster, expected)
+        self._view.listed(len(listed.machines), expected)
         self._metrics.reconcile_cycles.labels("done").inc()
         self._metrics.reconcile_seconds.observe(time.perf_counter() - began)
         return True
@@ -232,12 +287,19 @@ class Watch:
     async def _carry_out(self, decided: Plan) -> None:
         for uid, event in decided.events:
             log.info("machine_over", host=self._id, uid=uid, observation=type(event).__name__)
-            self._metrics.machines_missing.inc()
+            is_missing = isinstance(event, MachineMissing)
+            (self._metrics.machines_missing if is_missing else self._metrics.machines_exited).inc()
             await self._feed(uid, event)
+        for machine in decided.stuck:
+            self._metrics.dead_letters.inc()
+            log.error("orphan_needs_a_person", host=self._id, machine=machine.id, uid=machine.uid)
         slots = asyncio.Semaphore(ORPHANS_AT_ONCE)
-        async with asyncio.TaskGroup() as group:
-            for machine in decided.destroy:
-                group.create_task(self._destroy_orphan(machine, slots))
+        try:
+            async with asyncio.timeout(ORPHANS_TIMEOUT_S), asyncio.TaskGroup() as group:
+                for machine in decided.destroy:
+                    group.create_task(self._destroy_orphan(machine, slots))
+        except TimeoutError:
+            log.warning("orphans_left", host=self._id, problem=f"not destroyed within {ORPHANS_TIMEOUT_S:.0f} s")
 
     async def _destroy_orphan(self, machine: ObservedMachine, slots: asyncio.Semaphore) -> None:
         fence = Fence(cluster=self._cluster, uid=machine.uid, incarnation=machine.incarnation, action_seq=NO_ACTION)
@@ -247,6 +309,7 @@ class Watch:
             except (MachineNotFound, StaleIncarnation):
                 return
             except Error as error:
+                self._metrics.orphans_failed.inc()
                 log.warning("orphan_stays", host=self._id, machine=machine.id, problem=error.message)
                 return
         self._metrics.orphans_destroyed.inc()
@@ -263,7 +326,8 @@ class Watch:
     async def _event_loop(self) -> None:
         """Every change on the host makes us look at once; the list then says what it was."""
         while True:
-            await self._guarded("events", self._follow)
+            self._turned.clear()
+            await first_of(self._guarded("events", self._follow), self._turned.wait())
             await asyncio.sleep(_jittered(self._pace.heartbeat_s))
 
     async def _follow(self) -> bool:
@@ -312,11 +376,13 @@ class Watchers:
             client = await self._client_of(host_id)
             if not await self._store.acquire_host(host_id, self._claim):
                 return None
+        except HostNotFound:
+            return None  # removed since the hosts were read
         except Exception:  # loop boundary: one host must not stop the others
             self._metrics.loop_failures.labels("watchers").inc()
             log.exception("host_cannot_be_watched", host=host_id)
             return None
-        watch = Watch(host_id, client, self._around)
+        watch = Watch(host_id, client, self._client_of, self._around)
         self._watches[host_id] = group.create_task(self._watch(host_id, watch))
         return watch
 
@@ -344,12 +410,6 @@ def _observed(machine: MachineBody) -> ObservedMachine:
         phase=machine.phase,
         error=machine.error,
     )
-
-
-def _count_resources(metrics: Metrics, host: Host) -> None:
-    for name in Resources.__struct_fields__:
-        metrics.host_allocated.labels(host.id, name).set(getattr(host.allocated, name))
-        metrics.host_capacity.labels(host.id, name).set(getattr(host.capacity, name))
 
 
 def _jittered(seconds: float) -> float:

@@ -9,39 +9,24 @@ others. Nothing is lost when this process dies: the lease runs out and another p
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
-from typing import TypeVar, assert_never
 
 import structlog
 
 from fusevm.control.clock import Clock
+from fusevm.control.collector import Collector
 from fusevm.control.entry import Entry
-from fusevm.control.host_api import HostApi
 from fusevm.control.metrics import Metrics
-from fusevm.control.outcome import boot_outcome, error_outcome, fence_of, machine_order
+from fusevm.control.outcome import error_outcome
+from fusevm.control.performer import Performer, action_name
 from fusevm.control.store.protocol import Claim, Leases
-from fusevm.model.environment import (
-    Action,
-    BootMachine,
-    DestroyConfirmed,
-    DestroyMachine,
-    Environment,
-    Event,
-    HostLost,
-    OutcomeUnknown,
-    Tick,
-)
-from fusevm.model.errors import EnvironmentNotFound, Error, HostNotFound, Timeout
+from fusevm.model.environment import Action, Environment
+from fusevm.model.errors import EnvironmentNotFound, Error
+from fusevm.model.event import Event, OutcomeUnknown, Tick
 
-T = TypeVar("T")
 log = structlog.get_logger()
 
 #: Most actions taken up per look.
 LOOK_LIMIT = 256
-#: Seconds one destroy may take at the host.
-DESTROY_TIMEOUT_S = 60
-#: Seconds beyond the boot's own deadline that we wait for the host to say so.
-BOOT_GRACE_S = 5
 #: Pause before an outcome is reported again to a store that could not take it.
 REPORT_PAUSE_S = 0.5
 
@@ -67,9 +52,9 @@ class Worker:
         self,
         store: Leases,
         entry: Entry,
-        host_of: Callable[[str], Awaitable[HostApi]],
+        performer: Performer,
+        collector: Collector,
         *,
-        cluster: str,
         claim: Claim,
         clock: Clock,
         metrics: Metrics,
@@ -77,8 +62,8 @@ class Worker:
     ) -> None:
         self._store = store
         self._entry = entry
-        self._host_of = host_of
-        self._cluster = cluster
+        self._performer = performer
+        self._collector = collector
         self._claim = claim
         self._clock = clock
         self._metrics = metrics
@@ -166,7 +151,10 @@ class Worker:
                 self._start(record, record.pending)
         for uid in due.deadlines:
             await self._entry.feed(uid, Tick(cause="deadline"), commit_always=True)
-        return len(due.actions) == LOOK_LIMIT or len(due.deadlines) == LOOK_LIMIT
+        for snapshot_id in due.snapshots:
+            if self._group is not None:
+                self._group.create_task(self._collector.collect(snapshot_id))
+        return LOOK_LIMIT in (len(due.actions), len(due.deadlines))
 
     def _forget_stale(self, record: Environment) -> None:
         job = self._jobs.pop(record.uid, None)
@@ -187,6 +175,7 @@ class Worker:
                 continue
             for uid, job in jobs.items():
                 if (uid, job.action.seq) not in kept and self._jobs.get(uid) is job:
+                    self._metrics.leases_lost.labels("action").inc()
                     del self._jobs[uid]
                     job.cancel()
 
@@ -206,7 +195,7 @@ class Worker:
     async def _outcome(self, record: Environment, action: Action) -> Event:
         began = time.perf_counter()
         try:
-            event = await self._perform(record, action)
+            event = await self._performer.perform(record, action)
         except Error as error:
             log.info("action_failed", uid=record.uid, action=action.seq, reason=error.reason, problem=error.message)
             event = error_outcome(action, error)
@@ -216,36 +205,15 @@ class Worker:
             event = OutcomeUnknown(
                 cause=f"action {action.seq}", seq=action.seq, message="internal error; the server's log has the details"
             )
-        self._metrics.operation(_name(action), _result(event), time.perf_counter() - began)
+        self._metrics.performed(record, action, action_name(action), event, time.perf_counter() - began)
         return event
-
-    async def _perform(self, record: Environment, action: Action) -> Event:
-        fence = fence_of(self._cluster, record)
-        try:
-            host = await self._host_of(action.host_id)
-        except HostNotFound:
-            # Nobody watches a host that is not registered, and nobody will ever confirm: what ran there is given up.
-            log.warning("host_is_gone", uid=record.uid, host=action.host_id)
-            return HostLost(cause=f"action {action.seq}", host_id=action.host_id)
-        match action:
-            case BootMachine():
-                began = time.perf_counter()
-                order = machine_order(record, action, self._clock.now_ms())
-                limit_s = order.boot_timeout_ms // 1000 + BOOT_GRACE_S
-                machine = await _within(limit_s, "the boot", host.create(fence, order))
-                return boot_outcome(action, machine, (time.perf_counter() - began) * 1000)
-            case DestroyMachine():
-                await _within(DESTROY_TIMEOUT_S, "the destroy", host.destroy(fence, action.machine_id))
-                return DestroyConfirmed(cause=f"action {action.seq}", seq=action.seq)
-            case _:  # pragma: no cover
-                assert_never(action)
 
     async def _report(self, record: Environment, event: Event) -> None:
         """Feed the outcome until the store has taken it."""
         known: Environment | None = record
         while True:
             try:
-                await self._entry.feed(record.uid, event, known=known)
+                after = await self._entry.feed(record.uid, event, known=known)
             except EnvironmentNotFound:
                 return  # ended and purged meanwhile
             except Exception:  # loop boundary: the outcome must not be lost to a full disk
@@ -256,20 +224,5 @@ class Worker:
                 known = None
                 await asyncio.sleep(REPORT_PAUSE_S)
             else:
+                self._metrics.reported(after, event)
                 return
-
-
-async def _within(limit_s: int, what: str, call: Awaitable[T]) -> T:
-    try:
-        async with asyncio.timeout(limit_s):
-            return await call
-    except TimeoutError as error:
-        raise Timeout(what=what, limit_s=limit_s) from error
-
-
-def _name(action: Action) -> str:
-    return "boot" if isinstance(action, BootMachine) else "destroy"
-
-
-def _result(event: Event) -> str:
-    return type(event).__name__

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Protocol, TypeVar
 
 import msgspec
 
-from fusevm.model.errors import AgentFailure
+from fusevm.model.errors import AgentFailure, Timeout
 from fusevm.wire.errors import parse_error
 from fusevm.wire.guest import PROTOCOL_MAJOR, AgentHealth, Configure, ExecRequest, ExecResult
 from fusevm.wire.http1 import Connection
@@ -25,6 +26,8 @@ T = TypeVar("T")
 #: Two output streams of 16 MiB in base64, and their JSON.
 _MAX_ANSWER_BYTES = 48 << 20
 _MAX_ERROR_BYTES = 1 << 20
+#: Seconds beyond a command's own limit: its output, twice 16 MiB, has to come through an emulated channel.
+_ANSWER_GRACE_S = 60.0
 
 
 class Guest(Protocol):
@@ -84,9 +87,16 @@ async def ask_shutdown(guest: Guest) -> None:
 
 
 async def run_command(guest: Guest, request: ExecRequest) -> ExecResult:
-    """Run a command to its end. Cancelled: the agent kills it. Raises ConnectionError, or what the agent answers."""
-    async with converse(guest) as talk:
-        return await talk.call("POST", "/exec", msgspec.json.encode(request), ExecResult)
+    """Run a command to its end; its request must have a limit. Cancelled: the agent kills it.
+
+    Raises ConnectionError, Timeout for an agent that does not keep the limit, or what the agent answers.
+    """
+    limit_s = request.timeout_ms / 1000 + _ANSWER_GRACE_S
+    try:
+        async with asyncio.timeout(limit_s), converse(guest) as talk:
+            return await talk.call("POST", "/exec", msgspec.json.encode(request), ExecResult)
+    except TimeoutError as error:
+        raise Timeout(what="the agent's answer to a command", limit_s=math.ceil(limit_s)) from error
 
 
 def decode_output(result: ExecResult) -> tuple[bytes, bytes]:

@@ -28,6 +28,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fusevm.control.host_api import Body, GuestRequest, ReplyLost
+from fusevm.control.pretended_guest import PretendedGuest
 from fusevm.control.race import first_of
 from fusevm.model.errors import (
     BadRange,
@@ -37,22 +38,29 @@ from fusevm.model.errors import (
     MachineNotFound,
     NotSupported,
     ProcessNotFound,
+    SnapshotNotFound,
     StaleIncarnation,
     Unauthorized,
     WrongCluster,
 )
 from fusevm.model.host import Resources
 from fusevm.model.machine import Fence, Phase
+from fusevm.model.snapshot import SnapshotKind
 from fusevm.wire.errors import render_flat
 from fusevm.wire.frames import Frame, FrameType, decode_message, encode_frame
 from fusevm.wire.guest import ExecRequest, ExecResult, Exit, FileWritten, StreamTotals
 from fusevm.wire.host_api import (
+    CLUSTER_HEADER,
     CreateMachine,
     HostFacts,
     MachineAnswer,
     MachineBody,
     MachineEvent,
     MachineList,
+    RestoreInPlace,
+    SnapshotAnswer,
+    SnapshotBody,
+    TakeSnapshot,
     parse_fence,
 )
 
@@ -93,6 +101,13 @@ class FakeHost:
         #: Answers one-shot commands.
         self.on_exec: Callable[[ExecRequest], ExecResult] = echo
         self.files: dict[str, bytes] = {}
+        #: Machine id to what is pretended in it.
+        self.guests: dict[str, PretendedGuest] = {}
+        #: Snapshot id to what was taken; and whether this host can take any.
+        self.snapshots: dict[str, SnapshotBody] = {}
+        self.has_snapshots = True
+        #: Ids that nothing is taken under any more.
+        self.freed: set[str] = set()
         self.log_lines = b"booted\n"
         self._faults: defaultdict[str, deque[Exception]] = defaultdict(deque)
         self._listeners: set[asyncio.Queue[MachineEvent]] = set()
@@ -142,6 +157,8 @@ class FakeHost:
         self._admit(fence)
         found = self.table.get(body.machine_id)
         if found is None:
+            if body.snapshot_id and body.snapshot_id not in self.snapshots:
+                raise SnapshotNotFound(id=body.snapshot_id)
             found = MachineBody(
                 id=body.machine_id,
                 cluster=fence.cluster,
@@ -153,6 +170,7 @@ class FakeHost:
                 created_at=CREATED_AT,
             )
             self.table[found.id] = found
+            self.guests[found.id] = PretendedGuest("fake")
             self.seen[fence.uid] = (fence.incarnation, False)
             self._tell(found)
         self._maybe_lose(lost)
@@ -162,9 +180,53 @@ class FakeHost:
         lost = await self._arrive("destroy", (fence, machine_id))
         self._check_cluster(fence)
         self.table.pop(machine_id, None)
+        self.guests.pop(machine_id, None)
         if fence.incarnation >= self.seen.get(fence.uid, (0, False))[0]:
             self.seen[fence.uid] = (fence.incarnation, True)
         self._maybe_lose(lost)
+
+    async def take_snapshot(self, fence: Fence, machine_id: str, body: TakeSnapshot) -> SnapshotBody:
+        lost = await self._arrive("take_snapshot", (fence, machine_id, body))
+        self._admit(fence)
+        self._find(machine_id)
+        self._check_snapshots()
+        if body.snapshot_id in self.freed:
+            raise SnapshotNotFound(id=body.snapshot_id)
+        kind = SnapshotKind.LIVE if body.live else SnapshotKind.DISK
+        digest = "sha256:" + hashlib.sha256(body.snapshot_id.encode()).hexdigest()
+        made = SnapshotBody(
+            id=body.snapshot_id,
+            machine_id=machine_id,
+            kind=kind,
+            size_bytes=1 << 20,
+            digest=digest,
+            created_at=CREATED_AT,
+        )
+        found = self.snapshots.setdefault(made.id, made)
+        self._maybe_lose(lost)
+        return found
+
+    async def restore_snapshot(self, fence: Fence, machine_id: str, snapshot_id: str) -> None:
+        lost = await self._arrive("restore_snapshot", (fence, machine_id, snapshot_id))
+        self._admit(fence)
+        self._find(machine_id)
+        self._check_snapshots()
+        if snapshot_id not in self.snapshots:
+            raise SnapshotNotFound(id=snapshot_id)
+        self.guests[machine_id] = PretendedGuest("fake")
+        self._maybe_lose(lost)
+
+    async def delete_snapshot(self, cluster: str, snapshot_id: str) -> None:
+        lost = await self._arrive("delete_snapshot", (cluster, snapshot_id))
+        if self.has_tombstones:
+            self.freed.add(snapshot_id)
+        if self.snapshots.pop(snapshot_id, None) is None:
+            raise SnapshotNotFound(id=snapshot_id)
+        self._maybe_lose(lost)
+
+    def _check_snapshots(self) -> None:
+        if not self.has_snapshots:
+            raise NotSupported(feature="a snapshot on this host")
 
     async def events(self) -> AsyncIterator[MachineEvent]:
         await self._arrive("events", None)
@@ -181,7 +243,7 @@ class FakeHost:
         lost = await self._arrive("relay", request)
         self._find(request.machine_id)
         body = await _collected(request.body)
-        answer = self._answer(request.method, request.target, request.headers, body)
+        answer = self._answer(request.machine_id, request.method, request.target, request.headers, body)
         self._maybe_lose(lost)
         return answer
 
@@ -239,13 +301,19 @@ class FakeHost:
 
     # -- the guest ------------------------------------------------------------------------------------------------
 
-    def _answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> "FakeAnswer":
+    def _answer(
+        self, machine_id: str, method: str, target: str, headers: Mapping[str, str], body: bytes
+    ) -> "FakeAnswer":
         path, _, query = target.partition("?")
         params = dict(parse_qsl(query, keep_blank_values=True))
         if (method, path) == ("POST", "guest/exec"):
             return _json(self.on_exec(msgspec.json.decode(body, type=ExecRequest)))
         if path == "guest/files" and method in ("GET", "HEAD", "PUT", "DELETE"):
             return self._file(method, params.get("path", ""), headers, body)
+        if path.startswith("guest/") and (guest := self.guests.get(machine_id)) is not None:
+            said = guest.answer(method, path.removeprefix("guest/"), params, body)
+            if said is not None:
+                return FakeAnswer(said.status, {"content-type": said.kind}, said.body)
         if path == "logs":
             return FakeAnswer(200, {"content-type": "text/plain"}, self.log_lines)
         if path.startswith("guest/processes/"):
@@ -358,14 +426,18 @@ async def _collected(body: Body) -> bytes:
 
 def fake_host_app(host: FakeHost, secret: str = "") -> Starlette:
     """The machine API (`wire.host_api`) over a FakeHost, as a Starlette application."""
+    fake = _HttpFake(host, secret)
     return Starlette(
         routes=[
-            Route("/info", _HttpFake(host, secret).info),
-            Route("/machines", _HttpFake(host, secret).machines, methods=["GET", "POST"]),
-            Route("/machines/{id}", _HttpFake(host, secret).machine, methods=["DELETE"]),
-            Route("/events", _HttpFake(host, secret).events),
-            WebSocketRoute("/machines/{id}/guest/exec", _HttpFake(host, secret).frames),
-            Route("/machines/{id}/{rest:path}", _HttpFake(host, secret).rest, methods=["GET", "PUT", "POST", "DELETE"]),
+            Route("/info", fake.info),
+            Route("/machines", fake.machines, methods=["GET", "POST"]),
+            Route("/machines/{id}", fake.machine, methods=["DELETE"]),
+            Route("/machines/{id}/snapshots", fake.take_snapshot, methods=["POST"]),
+            Route("/machines/{id}/restore", fake.restore_snapshot, methods=["POST"]),
+            Route("/snapshots/{id}", fake.delete_snapshot, methods=["DELETE"]),
+            Route("/events", fake.events),
+            WebSocketRoute("/machines/{id}/guest/exec", fake.frames),
+            Route("/machines/{id}/{rest:path}", fake.rest, methods=["GET", "PUT", "POST", "DELETE"]),
         ],
         exception_handlers={Error: _refusal},
     )
@@ -402,6 +474,23 @@ class _HttpFake:
     async def machine(self, request: Request) -> Response:
         self._check(request.headers)
         await self._host.destroy(_fence(request.headers), request.path_params["id"])
+        return Response(status_code=204)
+
+    async def take_snapshot(self, request: Request) -> Response:
+        self._check(request.headers)
+        order = msgspec.json.decode(await request.body(), type=TakeSnapshot)
+        taken = await self._host.take_snapshot(_fence(request.headers), request.path_params["id"], order)
+        return _body(SnapshotAnswer(snapshot=taken), 201)
+
+    async def restore_snapshot(self, request: Request) -> Response:
+        self._check(request.headers)
+        order = msgspec.json.decode(await request.body(), type=RestoreInPlace)
+        await self._host.restore_snapshot(_fence(request.headers), request.path_params["id"], order.snapshot_id)
+        return Response(status_code=204)
+
+    async def delete_snapshot(self, request: Request) -> Response:
+        self._check(request.headers)
+        await self._host.delete_snapshot(request.headers.get(CLUSTER_HEADER, ""), request.path_params["id"])
         return Response(status_code=204)
 
     async def events(self, request: Request) -> Response:

@@ -13,6 +13,7 @@ from fusevm.model.environment import Timings
 from fusevm.model.errors import BadField
 from fusevm.model.host import Resources
 from fusevm.model.machine import Fence, Isolation, MachineSpec, Phase
+from fusevm.model.snapshot import SnapshotKind
 from fusevm.wire.guest import StreamFlags
 
 CLUSTER_HEADER = "fuse-cluster"
@@ -50,6 +51,37 @@ class CreateMachine(msgspec.Struct, frozen=True, kw_only=True):
     spec: MachineSpec
     #: How long the caller is willing to wait for the agent.
     boot_timeout_ms: int = 60_000
+    #: A snapshot of this host whose disk the machine starts from; empty: the image alone.
+    snapshot_id: str = ""
+
+
+class TakeSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of `POST /machines/{id}/snapshots`. Idempotent by `snapshot_id`."""
+
+    snapshot_id: str
+    #: With memory and device state.
+    live: bool = False
+
+
+class SnapshotBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A snapshot on its host."""
+
+    id: str
+    machine_id: str
+    kind: SnapshotKind = msgspec.field(default=SnapshotKind.DISK)
+    size_bytes: int = 0
+    digest: str = ""
+    created_at: str = ""
+
+
+class SnapshotAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    snapshot: SnapshotBody
+
+
+class RestoreInPlace(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of `POST /machines/{id}/restore`: put the disk back and start again. Idempotent by the fence's action."""
+
+    snapshot_id: str
 
 
 class MachineBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -3,13 +3,18 @@
 Sizes follow the contract: `ram_mb` is MiB, `storage_gb` is GiB. 0, "" and absent mean unset, as the SDK sends them.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from fusevm.model.ids import TASK_ID
 from fusevm.wire.guest import StreamFlags, StreamTotals
 
 PAGE_DEFAULT, PAGE_MAX = 50, 200
+
+
+#: Checked by `model.ids`, with its own error; here it is only told.
+TaskId = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": f"^{TASK_ID.pattern}$", "examples": ["build-42"]})]
 
 
 class SpecInput(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,25 +47,73 @@ class EgressInput(msgspec.Struct, frozen=True, kw_only=True):
     protocol: str | None = None
 
 
+class FileInput(msgspec.Struct, frozen=True, kw_only=True):
+    """A file with its mode (octal text); the contract's form is the base64 text alone."""
+
+    content_b64: str
+    mode: str = "0644"
+
+
+class AgentInput(msgspec.Struct, frozen=True, kw_only=True):
+    """The user's daemon in the guest (docs/agent-spec.md)."""
+
+    #: Name of a profile of the settings file whose values fill in what is not given here.
+    profile: str | None = None
+    files: dict[str, str | FileInput] | None = None
+    download_url: str | None = None
+    sha256: str | None = None
+    command: list[str] | None = None
+    drain_command: list[str] | None = None
+    auth_token: str | None = None
+    gateway: str | None = None
+    gateway_token: str | None = None
+    env: dict[str, str] | None = None
+    port: int | None = None
+    restart: Literal["always", "on-failure", "never"] | None = None
+
+
+class HttpCheckInput(msgspec.Struct, frozen=True, kw_only=True):
+    """GET on loopback in the guest; 200 to 399 passes."""
+
+    port: int
+    path: str | None = None
+
+
+class HealthcheckInput(msgspec.Struct, frozen=True, kw_only=True):
+    """Exactly one of `http` and `exec`. Seconds; 0 means the default."""
+
+    http: HttpCheckInput | None = None
+    exec: list[str] | None = None
+    interval_seconds: int | None = None
+    timeout_seconds: int | None = None
+    retries: int | None = None
+    start_period_seconds: int | None = None
+
+
 class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """`POST /v1/environments`. What is not honoured yet answers 501 with a reason, never silence."""
 
-    task_id: str
+    task_id: TaskId
     spec: SpecInput | None = None
     network: NetworkInput | None = None
+    #: base64 of a JSON manifest (version 1): `workspace` and `env` act.
     manifest_inline: str | None = None
     secrets: dict[str, str] | None = None
+    #: Run by `sh -lc` as root before the environment is `running`; its output is told as events.
     startup_script: str | None = None
     startup_script_timeout_seconds: int | None = None
     gateway_url: str | None = None
     gateway_token: str | None = None
     expose: list[dict[str, Any]] | None = None
-    healthcheck: dict[str, Any] | None = None
+    healthcheck: HealthcheckInput | None = None
     egress: EgressInput | None = None
     desktop: dict[str, Any] | None = None
-    files: dict[str, str] | None = None
+    #: Absolute path to base64, or to content and mode.
+    files: dict[str, str | FileInput] | None = None
     seed_snapshot_id: str | None = None
-    agent: dict[str, Any] | None = None
+    #: Name of a profile, or a whole one.
+    agent: str | AgentInput | None = None
+    #: Wait this long for a place when no host has one.
     queue_seconds: int | None = None
 
 
@@ -77,6 +130,8 @@ class SpecBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     labels: dict[str, str] = {}
     max_runtime_seconds: int = 0
     idle_timeout_seconds: int = 0
+    seed_snapshot_id: str = ""
+    queue_seconds: int = 0
 
 
 class EgressBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +150,29 @@ class TimingsBody(msgspec.Struct, frozen=True, kw_only=True):
     boot_ms: float = 0
     agent_ms: float = 0
     host_ms: float = 0
+    #: Delivering files, the startup script, starting the daemon.
+    setup_ms: float = 0
+
+
+class HealthBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A verdict: starting, passing or failing."""
+
+    state: str = msgspec.field()
+    since: str = ""
+    #: In a row.
+    failures: int = 0
+    message: str = ""
+
+
+class AgentBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The user's daemon: starting, running, exited, failed or drained."""
+
+    state: str = msgspec.field()
+    since: str = ""
+    restarts: int = 0
+    #: Of its last end.
+    exit_code: int | None = None
+    message: str = ""
 
 
 class EnvironmentBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -105,7 +183,8 @@ class EnvironmentBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     state: str
     task_id: str
     host_id: str = ""
-    #: host:port of the user's daemon; never omitted.
+    #: host:port under which the port of the daemon (`agent.port`) is reached; "" as long as it is not published, which
+    #: no port is yet. Never omitted.
     url: str | None = None
     spec: SpecBody
     network: NetworkBody
@@ -115,11 +194,21 @@ class EnvironmentBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     running_at: str = ""
     ended_at: str = ""
     desired: str = ""
+    #: Why it ends or has ended: the reason of an error, or deleted, idle, max_runtime, linger, host_lost ...
     reason: str = ""
+    #: The code of the error that `reason` names; empty where it names none.
+    code: str = ""
     error: str = ""
     #: Machines this environment has had; grows when one is replaced.
     incarnation: int = 0
     timings: TimingsBody | None = None
+    tenant: str = ""
+    #: While it waits for a place: when it gives up.
+    queued_until: str = ""
+    #: The last verdict of its health check.
+    health: HealthBody | None = None
+    #: The user's daemon as last seen.
+    agent: AgentBody | None = None
 
 
 class EnvironmentPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -179,6 +268,10 @@ class ResourcesBody(msgspec.Struct, frozen=True, kw_only=True):
     vm_count: int = 0
 
 
+class CapacityBody(ResourcesBody, frozen=True, kw_only=True):
+    arch: str = ""
+
+
 class HostBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A host. `state` is the operator's wish, `health` what is observed."""
 
@@ -189,6 +282,8 @@ class HostBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     region: str = ""
     arch: str = ""
     driver: str = ""
+    #: The driver, under the contract's name for it.
+    backend: str = ""
     version: str = ""
     #: Of the VMM, the guest agent and the guest kernel of this host.
     vmm_version: str = ""
@@ -196,8 +291,10 @@ class HostBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kernel: str = ""
     labels: dict[str, str] = {}
     images: list[str] = []
-    capacity: ResourcesBody = msgspec.field(default_factory=ResourcesBody)
+    capacity: CapacityBody = msgspec.field(default_factory=CapacityBody)
     allocated: ResourcesBody = msgspec.field(default_factory=ResourcesBody)
+    #: Of a registration: what was accepted and looks wrong.
+    warnings: list[str] = []
     last_seen: str = ""
     created_at: str = ""
     updated_at: str = ""

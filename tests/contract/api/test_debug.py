@@ -1,25 +1,21 @@
 """What people look at when they do not trust the rest."""
 
-import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from control_harness import Running, running
 
-from fusevm.control.store.sqlite import SqliteStore
+from fusevm.control.store.sql_store import SqlStore
+from fusevm.control.store.statements import Statement
 
 URL = "/v1/debug/invariants"
 
 
 async def _damage(server: Running, *statements: str) -> None:
-    assert isinstance(server.plane.store, SqliteStore)
-
-    def write(db: sqlite3.Connection) -> None:
-        for statement in statements:
-            db.execute(statement)
-
-    await server.plane.store._writer.run(write)
+    assert isinstance(server.plane.store, SqlStore)
+    for statement in statements:
+        await server.plane.store._engine.apply(Statement("", (), statement))
 
 
 async def test_a_sound_store_has_no_violations() -> None:

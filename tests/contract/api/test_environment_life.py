@@ -87,15 +87,10 @@ async def test_unlimited_runtime_is_possible() -> None:
 @pytest.mark.parametrize(
     ("body", "field"),
     [
-        ({"secrets": {"A": "b"}}, "secrets"),
-        ({"startup_script": "true"}, "startup_script"),
-        ({"files": {"/a": "YQ=="}}, "files"),
         ({"expose": [{"port": 1}]}, "expose"),
-        ({"healthcheck": {"exec": ["true"]}}, "healthcheck"),
         ({"desktop": {"width": 640, "height": 480}}, "desktop"),
-        ({"manifest_inline": "e30="}, "manifest_inline"),
-        ({"gateway_url": "x"}, "gateway_url"),
-        ({"seed_snapshot_id": "s"}, "seed_snapshot_id"),
+        # {"version": "1", "services": {"db": {}}}
+        ({"manifest_inline": "eyJ2ZXJzaW9uIjogIjEiLCAic2VydmljZXMiOiB7ImRiIjoge319fQ=="}, "services"),
         ({"spec": {"gpus": 1}}, "spec.gpus"),
         ({"spec": {"huge_pages": True}}, "spec.huge_pages"),
         ({"network": {"rules": [{}]}}, "network.rules"),

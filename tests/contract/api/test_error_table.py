@@ -6,7 +6,8 @@ import pytest
 from control_harness import Running, running, until
 
 from fusevm.control import call
-from fusevm.control.store.sqlite import SqliteStore
+from fusevm.control.store.sql_store import SqlStore
+from fusevm.control.store.statements import one
 from fusevm.model.errors import Error, HostNotFound, WrongState, field_names
 from fusevm.wire.errors import parse_error
 from fusevm.wire.routes import ROUTES, errors_of
@@ -71,10 +72,10 @@ async def test_an_error_of_no_table_is_still_itself() -> None:
 async def test_a_full_disk_refuses_changes_and_goes_on_reading() -> None:
     async with running() as server:
         store = server.plane.store
-        assert isinstance(store, SqliteStore)
+        assert isinstance(store, SqlStore)
         await server.create("t0")
-        pages = await store._writer.read(lambda db: db.execute("pragma page_count").fetchone()[0])
-        await store._writer.read(lambda db: db.execute(f"pragma max_page_count = {pages}").fetchone())
+        pages = await store._engine.read(lambda: one("", tail="pragma page_count"))
+        await store._engine.read(lambda: one("", tail=f"pragma max_page_count = {pages[0]}"))
         codes = {}
         for number in range(1, 40):
             answer = await server.http.post("/v1/environments", json={"task_id": f"t{number}"})
@@ -83,7 +84,7 @@ async def test_a_full_disk_refuses_changes_and_goes_on_reading() -> None:
                 break
         assert codes[503]["error"]["details"]["reason"] == "store_full"
         assert (await server.get("t0")).status_code == 200
-        await store._writer.read(lambda db: db.execute("pragma max_page_count = 100000").fetchone())
+        await store._engine.read(lambda: one("", tail="pragma max_page_count = 100000"))
         assert (await server.http.post("/v1/environments", json={"task_id": "after"})).status_code == 201
 
         async def is_settled() -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from control_harness import Running, leave, running, until
 
 from fusevm.control.config import HostSetting
+from fusevm.control.store.protocol import START
 from fusevm.core.policy import Policy
 from fusevm.model.errors import BootFailed, HostUnreachable, Internal, MachineNotFound, NoSpace, Timeout
 from fusevm.model.host import Resources
@@ -94,7 +95,8 @@ async def test_a_guest_that_hangs_holds_up_neither_reconciliation_nor_its_own_en
         assert (await hanging).status_code >= 400
 
 
-async def test_gauges_keep_their_values_while_a_host_is_silent() -> None:
+async def test_gauges_say_what_is_known_while_a_host_is_silent() -> None:
+    """What is ours stays; what only the host could say is not told, neither as it was nor as zero."""
     async with running() as server:
         await server.create()
         await _lists(server)
@@ -102,14 +104,17 @@ async def test_gauges_keep_their_values_while_a_host_is_silent() -> None:
         silent = server.plane.metrics.reconcile_cycles.labels("no_list")
         before = silent._value.get()
         await until(lambda: silent._value.get() >= before + 2)
+        view = server.plane.metrics.views["h1"]
+        await until(lambda: view.is_up is False)
         text = (await server.http.get("/metrics")).text
         server.host.is_down = False
     for line in (
         'orchestrator_fleet_tracked_vms{state="running"} 1.0',
-        'orchestrator_fleet_provider_vms{host="h1"} 1.0',
         'orchestrator_host_allocated{host="h1",resource="vm_count"} 1.0',
+        'orchestrator_host_up{host="h1"} 0.0',
     ):
         assert line in text
+    assert "orchestrator_fleet_provider_vms{" not in text
 
 
 async def test_another_host_in_the_settings_costs_the_earlier_one_nothing(tmp_path: Path) -> None:
@@ -156,7 +161,7 @@ async def test_a_create_without_room_leaves_neither_record_nor_name() -> None:
             assert (await server.http.get(URL, params=params)).json()["environments"] == []
         assert (await server.get()).json()["error"]["details"]["reason"] == "environment_not_found"
         assert (await server.http.get("/v1/hosts/small")).json()["allocated"]["vm_count"] == 0
-        assert await server.plane.store.facts_after(0, 10) == []
+        assert await server.plane.store.facts_after(START, 10) == []
         assert (await server.create("t1"))["state"] == "running"
 
 

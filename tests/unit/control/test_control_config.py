@@ -12,6 +12,7 @@ from fusevm.control.config import (
     parse_listen,
 )
 from fusevm.control.main import bind
+from fusevm.core.policy import Policy
 from fusevm.model.errors import BadSetting, PortInUse
 
 KEY, PIN = "ab" * 32, "0" * 64
@@ -28,6 +29,17 @@ KEY, PIN = "ab" * 32, "0" * 64
         ControlConfig(listen="0.0.0.0:8080", auth_token="t"),
         ControlConfig(require_auth=True, auth_token="t", encryption_key=KEY, database="/tmp/x.db"),
         ControlConfig(database="sqlite:///tmp/x.db"),
+        ControlConfig(database="postgresql://h/db"),
+        ControlConfig(
+            database="postgres://h/db",
+            encryption_key=KEY,
+            previous_keys=(KEY,),
+            hosts=(HostSetting(id="a", url="unix:///a", token="t"),),
+        ),
+        ControlConfig(require_auth=True, auth_token="t", encryption_key=KEY, database="postgresql://h/db"),
+        ControlConfig(allowed_cidrs=("10.0.0.0/8", "::1/128"), trusted_proxies=("127.0.0.1/32",)),
+        ControlConfig(cors_origins=("https://a.example", "http://localhost:4000")),
+        ControlConfig(cors_origins=("*",), auth_token="t"),
         ControlConfig(hosts=(HostSetting(id="a", url="https://10.0.0.1:8090", token=f"s.{PIN}"),)),
         ControlConfig(hosts=(HostSetting(id="a", url="http://127.0.0.1:8090"),)),
         ControlConfig(hosts=(HostSetting(id="a", url="unix:///run/x.sock"),)),
@@ -52,7 +64,24 @@ def test_settings_that_are_fine(config: ControlConfig) -> None:
         (ControlConfig(tls_key="k.pem"), "tls_cert", "together"),
         (ControlConfig(encryption_key="ab"), "encryption_key", "64 hex"),
         (ControlConfig(encryption_key="zz" * 32), "encryption_key", "64 hex"),
-        (ControlConfig(database="postgres://x/y"), "database", "SQLite"),
+        (ControlConfig(database="mysql://x/y"), "database", "postgresql"),
+        (ControlConfig(database="redis:///x"), "database", "sqlite"),
+        (
+            ControlConfig(database="postgresql://x/y", hosts=(HostSetting(id="a", url="unix:///a", token="t"),)),
+            "encryption_key",
+            "openssl",
+        ),
+        (ControlConfig(encryption_key=KEY, previous_keys=("ab",)), "previous_keys", "64 hex"),
+        (ControlConfig(previous_keys=(KEY,)), "previous_keys", "encryption_key"),
+        (ControlConfig(allowed_cidrs=("10.0.0.0/33",)), "allowed_cidrs", "10.0.0.0/33"),
+        (ControlConfig(trusted_proxies=("proxy",)), "trusted_proxies", "proxy"),
+        (ControlConfig(cors_origins=("*",)), "cors_origins", "auth token"),
+        (ControlConfig(cors_origins=("*", "https://a"), auth_token="t"), "cors_origins", "credentials"),
+        (ControlConfig(cors_origins=("https://u@a",)), "cors_origins", "no origin"),
+        (ControlConfig(cors_origins=("a.example",)), "cors_origins", "no origin"),
+        (ControlConfig(policy=Policy(placement="random")), "placement", "random"),
+        (ControlConfig(policy=Policy(cpu_overcommit_percent=0)), "cpu_overcommit", "greater"),
+        (ControlConfig(database_pool=0), "database_pool", "greater"),
         (ControlConfig(wait_s=0), "wait_s", "greater"),
         (ControlConfig(lease_s=-1), "lease_s", "greater"),
         (ControlConfig(log_level="loud"), "log_level", "loud"),

@@ -9,6 +9,7 @@ from control_harness import FAST, until
 from msgspec.structs import replace
 
 from fusevm.control.config import ControlConfig, HostSetting
+from fusevm.control.entry import Asked
 from fusevm.control.host_api import GuestRequest
 from fusevm.control.host_client import HttpHost
 from fusevm.control.main import open_plane
@@ -48,7 +49,7 @@ async def test_without_hosts_there_is_a_stub() -> None:
 async def test_a_registration_is_idempotent_and_never_disowns(tmp_path: Path) -> None:
     path, fake = str(tmp_path / "fuse.db"), FakeHost("default")
     async with plane(path, DEFAULT, fake=fake) as at:
-        env = await at.entry.begin(at.entry.new_identity("t"), complete(at.config.policy), cause="test")
+        env = await at.entry.begin(at.entry.new_identity("t"), Asked(spec=complete(at.config.policy)), cause="test")
         host = await at.store.host("default")
         assert host is not None
         await at.store.save_host(replace(host, state=HostState.CORDONED))
@@ -67,7 +68,7 @@ async def test_a_token_is_kept_sealed_for_the_next_start(tmp_path: Path) -> None
         pass
     assert b"hush-hush" not in (tmp_path / "fuse.db").read_bytes()
     async with plane(path) as at:
-        at.directory._clients.clear()
+        at.directory._fixed.clear()
         client = await at.directory.client("default")
         assert isinstance(client, HttpHost)
         assert client._endpoint.secret == "hush-hush"
@@ -79,7 +80,7 @@ async def test_a_token_is_kept_sealed_for_the_next_start(tmp_path: Path) -> None
 async def test_a_real_host_takes_over_from_the_stub(tmp_path: Path) -> None:
     path = str(tmp_path / "fuse.db")
     async with plane(path) as at:
-        env = await at.entry.begin(at.entry.new_identity("t"), complete(at.config.policy), cause="test")
+        env = await at.entry.begin(at.entry.new_identity("t"), Asked(spec=complete(at.config.policy)), cause="test")
 
         async def is_running() -> bool:
             found = await at.store.get(env.uid)

@@ -42,7 +42,7 @@ def test_what_is_no_route(path: bytes) -> None:
 def test_a_wrong_method_names_the_right_ones() -> None:
     with pytest.raises(MethodNotAllowed) as caught:
         ROUTER.find("TRACE", b"/v1/environments/a/archive", {})
-    assert caught.value.allowed == "GET, PUT"
+    assert caught.value.allowed == "GET, OPTIONS, PUT"
 
 
 def test_head_only_where_the_answer_is_at_hand() -> None:

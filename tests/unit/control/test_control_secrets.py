@@ -5,9 +5,11 @@ import stat
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
-from fusevm.control.secrets import Sealer, load_key
-from fusevm.model.errors import BadSetting
+from fusevm.control.config import ControlConfig
+from fusevm.control.secrets import Sealer, load_key, load_secret, open_sealer, row_of
+from fusevm.model.errors import BadSetting, NoEncryptionKey
 
 KEY = bytes(range(32))
 
@@ -62,3 +64,61 @@ def test_a_damaged_key_file_is_named(tmp_path: Path) -> None:
 def test_a_key_that_cannot_be_written_is_a_setting(tmp_path: Path) -> None:
     with pytest.raises(BadSetting, match="key file"):
         load_key("", str(tmp_path / "missing" / "fuse.db"))
+
+
+# -- rotation ------------------------------------------------------------------------------------------------------
+
+NEW = bytes(reversed(range(32)))
+
+
+class Rows:
+    """The secrets of a store."""
+
+    def __init__(self, sealed: str | None) -> None:
+        self.sealed = sealed
+
+    async def get_secret(self, owner: str, name: str) -> str | None:
+        assert (owner, name) == ("host:a", "token")
+        return self.sealed
+
+    async def reseal_secret(self, owner: str, name: str, old: str, new: str) -> None:
+        assert (owner, name, old) == ("host:a", "token", self.sealed)
+        self.sealed = new
+
+
+async def test_a_previous_key_opens_and_what_is_used_is_sealed_with_the_present_one() -> None:
+    rows = Rows(Sealer(KEY).seal("secret", row=row_of("host:a", "token")))
+    rotated = Sealer(NEW, [KEY])
+    assert await load_secret(rows, rotated, "host:a", "token") == "secret"
+    assert rows.sealed is not None
+    assert rotated.is_current(rows.sealed)
+    assert await load_secret(rows, Sealer(NEW), "host:a", "token") == "secret"
+    with pytest.raises(BadSetting, match="another key"):
+        await load_secret(rows, Sealer(KEY), "host:a", "token")
+
+
+async def test_what_is_sealed_with_the_present_key_is_left_alone() -> None:
+    sealed = Sealer(KEY).seal("secret", row=row_of("host:a", "token"))
+    rows = Rows(sealed)
+    assert await load_secret(rows, Sealer(KEY, [NEW]), "host:a", "token") == "secret"
+    assert rows.sealed == sealed
+    assert await load_secret(Rows(None), Sealer(KEY), "host:a", "token") is None
+
+
+def test_without_a_key_nothing_is_sealed() -> None:
+    sealer = Sealer(None)
+    assert not sealer.has_key
+    with pytest.raises(NoEncryptionKey, match="TOKEN_ENCRYPTION_KEY"):
+        sealer.seal("x", row="r")
+    with pytest.raises(BadSetting, match="another key"):
+        sealer.open(Sealer(KEY).seal("x", row="r"), row="r")
+
+
+def test_the_sealer_of_a_configuration(tmp_path: Path) -> None:
+    postgres = ControlConfig(database="postgresql://h/db")
+    assert not open_sealer(postgres).has_key
+    old = open_sealer(replace(postgres, encryption_key=KEY.hex())).seal("x", row="r")
+    rotated = replace(postgres, encryption_key=NEW.hex(), previous_keys=(KEY.hex(),))
+    assert open_sealer(rotated).open(old, row="r") == "x"
+    assert open_sealer(ControlConfig(database=str(tmp_path / "fuse.db"))).has_key
+    assert open_sealer(ControlConfig()).has_key

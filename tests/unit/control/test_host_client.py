@@ -348,7 +348,7 @@ async def test_a_whole_control_plane_over_http() -> None:
     setting = HostSetting(id="default", url=url, token="s")
     async with serving(fake_host_app(host, "s"), listener):
         async with running(host, hosts=(setting,)) as server:
-            server.plane.directory._clients.clear()  # over HTTP, not by the shortcut
+            server.plane.directory._fixed.clear()  # over HTTP, not by the shortcut
             made = await server.create()
             assert made["state"] == "running"
             answer = await server.act("t1", "exec", {"cmd": ["hi"]})

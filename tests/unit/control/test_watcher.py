@@ -83,6 +83,7 @@ async def test_a_silent_host_becomes_unreachable_then_lost_and_comes_back() -> N
     async with running(clock=clock, policy=Policy(backoff_first_ms=10)) as server:
         made = await server.create()
         server.host.is_down = True
+        await _one_heartbeat(server.host)
         clock.advance(15_000)
         await until(lambda: _health(server, "unreachable"))
         assert (await server.get()).json()["state"] == "running"  # silence is not absence
@@ -111,6 +112,12 @@ async def test_a_deletion_on_a_lost_host_is_finished() -> None:
             return body["state"] == "destroyed"
 
         await until(is_over)
+
+
+async def _one_heartbeat(host: FakeHost) -> None:
+    """Silence counts from the first heartbeat that gets no answer: wait until one has begun and ended."""
+    beats = host.count("info")
+    await until(lambda: host.count("info") > beats + 1)
 
 
 async def test_a_dead_host_does_not_stop_the_others() -> None:
@@ -150,6 +157,7 @@ async def test_a_rejected_token_makes_a_host_unreachable() -> None:
     clock = FakeClock()
     async with running(clock=clock) as server:
         server.host.script("info", *[HostRejected(id="h1")] * 10_000)
+        await _one_heartbeat(server.host)
         clock.advance(15_000)
         await until(lambda: _health(server, "unreachable"))
 

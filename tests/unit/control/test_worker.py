@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,18 +10,26 @@ import pytest
 from control_harness import FAST, TIMEOUT_S, observed, running, until, world
 from msgspec.structs import replace
 
+from fusevm.control import performer as performer_module
 from fusevm.control import worker as module
-from fusevm.control.entry import Entry
+from fusevm.control.collector import Collector
+from fusevm.control.entry import Asked, Entry
 from fusevm.control.metrics import Metrics
+from fusevm.control.performer import Performer
+from fusevm.control.secrets import Sealer
 from fusevm.control.signals import Signals
 from fusevm.control.store.protocol import Claim, Committed, Due
-from fusevm.control.store.sqlite import SqliteStore
+from fusevm.control.store.sql_store import SqlStore
+from fusevm.control.store.sqlite import open_sqlite
+from fusevm.control.store.statements import Statement
+from fusevm.control.vault import Vault
 from fusevm.control.worker import Worker
 from fusevm.core.invariants import violations
 from fusevm.core.policy import Policy
 from fusevm.core.spec import complete
-from fusevm.model.environment import BootSucceeded, DestroyRequested, Environment, MachineExited, State
+from fusevm.model.environment import Environment, State
 from fusevm.model.errors import BootFailed, HostNotFound, HostRejected, StaleIncarnation, StoreFull, WrongCluster
+from fusevm.model.event import BootSucceeded, DestroyRequested, MachineExited
 from fusevm.model.host import Host, Resources
 from fusevm.model.machine import Phase
 from fusevm.testing.clock import FakeClock
@@ -33,9 +42,7 @@ CAPACITY = Resources(cpus=100, ram_mb=1 << 20, storage_gb=1000, vm_count=100)
 class Replica:
     """Entry and worker of one process."""
 
-    def __init__(
-        self, name: str, store: SqliteStore, hosts: dict[str, FakeHost], clock: FakeClock, lease_ms: int
-    ) -> None:
+    def __init__(self, name: str, store: SqlStore, hosts: dict[str, FakeHost], clock: FakeClock, lease_ms: int) -> None:
         async def host_of(host_id: str) -> FakeHost:
             if host_id not in hosts:
                 raise HostNotFound(id=host_id)
@@ -44,11 +51,14 @@ class Replica:
         self.metrics = Metrics()
         claim = Claim(name, lease_ms)
         self.entry = Entry(store, Signals(), POLICY, clock, claim)
+        vault = Vault(store, Sealer(secrets.token_bytes(32)))
+        performer = Performer(host_of, vault, self.entry, cluster=store.cluster, clock=clock)
+        collector = Collector(store, host_of, cluster=store.cluster, claim=claim, metrics=self.metrics)
         self.worker = Worker(
             store,
             self.entry,
-            host_of,
-            cluster=store.cluster,
+            performer,
+            collector,
             claim=claim,
             clock=clock,
             metrics=self.metrics,
@@ -56,13 +66,13 @@ class Replica:
         )
 
     async def create(self, task_id: str = "t1") -> Environment:
-        return await self.entry.begin(self.entry.new_identity(task_id), complete(POLICY), cause="test")
+        return await self.entry.begin(self.entry.new_identity(task_id), Asked(spec=complete(POLICY)), cause="test")
 
 
 class Bench:
     """A store, a host, and as many replicas as wanted."""
 
-    def __init__(self, store: SqliteStore, clock: FakeClock) -> None:
+    def __init__(self, store: SqlStore, clock: FakeClock) -> None:
         self.store = store
         self.clock = clock
         self.host = FakeHost("h1")
@@ -86,7 +96,7 @@ class Bench:
 @contextlib.asynccontextmanager
 async def bench(path: str = ":memory:") -> AsyncIterator[Bench]:
     clock = FakeClock()
-    store = await SqliteStore.open(path, POLICY, clock.now_ms)
+    store = await open_sqlite(path, POLICY, clock.now_ms)
     try:
         now_ms = clock.now_ms()
         host = Host(id="h1", url="x", capacity=CAPACITY, created_at_ms=now_ms, updated_at_ms=now_ms)
@@ -287,10 +297,10 @@ async def test_outcomes_outlive_a_store_that_cannot_write(monkeypatch: pytest.Mo
         replica, commit = at.replica("r"), at.store.commit
         failures = [StoreFull(problem="full"), StoreFull(problem="full")]
 
-        async def failing(*args: object) -> Environment:
+        async def failing(*args: object, **more: object) -> Environment:
             if failures:
                 raise failures.pop()
-            return await commit(*args)  # type: ignore[arg-type]
+            return await commit(*args, **more)  # type: ignore[arg-type]
 
         at.store.commit = failing  # type: ignore[method-assign]
         async with at_work(replica):
@@ -367,7 +377,7 @@ async def test_a_look_or_a_renewal_that_fails_is_made_again() -> None:
 async def _remove_host(at: Bench) -> None:
     """As if somebody had taken the host out of the table."""
     del at.hosts["h1"]
-    await at.store._writer.run(lambda db: db.execute("delete from hosts").rowcount)
+    await at.store._engine.apply(Statement("", (), "delete from hosts"))
 
 
 async def test_a_destroy_on_a_host_that_is_no_longer_registered_ends() -> None:
@@ -406,7 +416,7 @@ async def test_a_boot_on_a_host_that_is_no_longer_registered_ends_as_host_lost()
 
 
 async def test_a_silent_host_cannot_hold_a_boot_beyond_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BOOT_GRACE_S", -119)
+    monkeypatch.setattr(performer_module, "GRACE_S", -119.0)
     async with bench() as at:
         replica = at.replica("r", lease_ms=10_000_000)
         at.host.hold["create"] = asyncio.Event()

@@ -9,17 +9,15 @@ import binascii
 import msgspec
 from starlette.responses import Response
 
-from fusevm.control import idempotency
 from fusevm.control.activity import in_use
 from fusevm.control.call import Call, reply
-from fusevm.control.host_api import GuestRequest, ReplyLost
+from fusevm.control.host_api import GuestRequest
 from fusevm.control.outcome import fence_of
 from fusevm.control.plane import Plane
 from fusevm.control.resolve import usable_environment
 from fusevm.model.environment import Environment
-from fusevm.model.errors import AgentFailure, BadField, Error, Internal, Timeout
+from fusevm.model.errors import BadField, Internal
 from fusevm.wire import rest
-from fusevm.wire.errors import render_envelope
 from fusevm.wire.guest import MAX_OUTPUT_BYTES, ExecRequest, ExecResult
 
 DEFAULT_TIMEOUT_MS, MAX_TIMEOUT_MS = 60_000, 600_000
@@ -27,32 +25,16 @@ DEFAULT_TIMEOUT_MS, MAX_TIMEOUT_MS = 60_000, 600_000
 GRACE_S = 15
 #: Two streams as base64, and the rest.
 MAX_ANSWER = 2 * MAX_OUTPUT_BYTES * 4 // 3 + (1 << 16)
-#: After these the command may have run.
-_UNKNOWN = (ReplyLost, Timeout, Internal, AgentFailure)
 
 
 async def exec_command(plane: Plane, call: Call) -> Response:
-    body, raw = await call.json(rest.ExecBody)
-    order = guest_order(body)
-    key = idempotency.request_key(call, raw)
-    if key is None:
-        return reply(await call.unless_gone(_run(plane, call, body, order)))
-    before = await idempotency.claim(plane, key)
-    if before is not None:
-        return idempotency.replayed(key, before)
-    try:
-        response = reply(await _run(plane, call, body, order))
-    except Error as error:
-        if not isinstance(error, _UNKNOWN):
-            await plane.store.forget_request(key)
-            raise
-        response = Response(render_envelope(error), error.status, media_type="application/json")
-    await idempotency.keep(plane, key, response)
-    return response
+    body, _ = await call.json(rest.ExecBody)
+    work = _run(plane, call, body, guest_order(body))
+    return reply(await (work if call.request_key is not None else call.unless_gone(work)))
 
 
 async def _run(plane: Plane, call: Call, body: rest.ExecBody, order: ExecRequest) -> rest.ExecAnswer:
-    env = await usable_environment(plane, call.params["id"])
+    env = await usable_environment(plane, call.caller, call.params["id"])
     async with in_use(plane, env, f"request {call.request_id}"):
         result = await _ask(plane, env, order)
     return render_result(result, wants_base64=body.encoding == "base64")

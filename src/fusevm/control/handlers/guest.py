@@ -1,4 +1,4 @@
-"""Processes, files, archives and logs: passed on to the host and from there to the guest agent, streaming both ways."""
+"""Processes, files and archives: passed on to the host and from there to the guest agent, streaming both ways."""
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -15,12 +15,13 @@ from fusevm.control.outcome import fence_of
 from fusevm.control.plane import Plane
 from fusevm.control.resolve import READABLE, RUNS, usable_environment
 from fusevm.model.environment import Environment, State
-from fusevm.model.errors import BadField, Unimplemented
-from fusevm.wire.routes import LOG_SOURCES, LOG_SOURCES_LATER, NO_LIMIT, Payload, Route
+from fusevm.wire.routes import NO_LIMIT, Payload, Route
 from fusevm.wire.routes import Scope as Right
 
 #: Seconds until the head of an answer; an upload's answer comes after its last byte.
 ANSWER_TIMEOUT_S, UPLOAD_TIMEOUT_S = 60.0, 86_400.0
+#: Answers up to this length are read before they are passed on.
+SHORT_BYTES = 64 << 10
 _ASKED = ("content-type", "content-length", "range", "if-range")
 _ANSWERED = ("content-type", "content-length", "content-range", "accept-ranges", "last-modified", "etag")
 #: Ours, not the guest's.
@@ -48,7 +49,7 @@ def relay_to(path: str, states: frozenset[State], *, to_guest: bool = True) -> H
     """A handler that passes its request on to `path` below the machine; braces are filled from the public path."""
 
     async def handler(plane: Plane, call: Call) -> Response:
-        env = await usable_environment(plane, call.params["id"], states)
+        env = await usable_environment(plane, call.caller, call.params["id"], states)
         body = await _body(call)
         segments = {name: quote(value, safe="") for name, value in call.params.items()}
         target = ("guest/" if to_guest else "") + path.format(**segments) + _query(call)
@@ -58,8 +59,10 @@ def relay_to(path: str, states: frozenset[State], *, to_guest: bool = True) -> H
 
         async with use():
             upstream = await _send(plane, env, call, target, body)
-        if call.route.gives is Payload.NONE:
-            return await _without_body(upstream, is_head=call.route.method == "HEAD")
+            if call.route.gives is Payload.NONE:
+                return await _without_body(upstream, is_head=call.route.method == "HEAD")
+            if _is_short(upstream):
+                return await _whole(upstream)
         return RelayedResponse(upstream, use)
 
     return handler
@@ -96,6 +99,22 @@ async def _send(plane: Plane, env: Environment, call: Call, target: str, body: B
     return await host.relay(request)
 
 
+def _is_short(upstream: Upstream) -> bool:
+    """Is its length known, and small?"""
+    length = upstream.headers.get("content-length", "")
+    return length.isdecimal() and int(length) <= SHORT_BYTES
+
+
+async def _whole(upstream: Upstream) -> Response:
+    """A short answer at once: a stream of one chunk would cost more than all the rest of its way."""
+    try:
+        content = b"".join([chunk async for chunk in upstream.chunks()])
+    finally:
+        await upstream.close()
+    headers = {name: value for name, value in upstream.headers.items() if _is_passed_on(name)}
+    return Response(content, upstream.status, headers=headers)
+
+
 async def _without_body(upstream: Upstream, *, is_head: bool) -> Response:
     """An answer without a body; to HEAD, with the headers that GET would have."""
     try:
@@ -112,17 +131,6 @@ async def _without_body(upstream: Upstream, *, is_head: bool) -> Response:
     return response
 
 
-async def read_logs(plane: Plane, call: Call) -> Response:
-    """Logs come from the host itself."""
-    source = call.text("source") or LOG_SOURCES[0]
-    if source in LOG_SOURCES_LATER:
-        raise Unimplemented(feature=f"the log source {source}", why=LOG_SOURCES_LATER[source])
-    if source not in LOG_SOURCES:
-        raise BadField(field="source", problem=f"{source[:40]!r} is none of {', '.join(LOG_SOURCES)}")
-    call.flag("follow")
-    return await _logs(plane, call)
-
-
 def _query(call: Call) -> str:
     items = [item for item in call.connection.query_params.multi_items() if item[0] not in _OWN_PARAMETERS]
     return "?" + urlencode(items, quote_via=quote) if items else ""
@@ -130,9 +138,6 @@ def _query(call: Call) -> str:
 
 def _is_passed_on(name: str) -> bool:
     return name in _ANSWERED or name.startswith("x-fuse-")
-
-
-_logs = relay_to("logs", READABLE | {State.PROVISIONING, State.DESTROYING}, to_guest=False)
 
 
 def states_for(route: Route) -> frozenset[State]:
@@ -155,5 +160,4 @@ _PATHS = {
 
 def handlers(routes: tuple[Route, ...]) -> dict[str, Handler]:
     """Name of each relayed route to its handler."""
-    found = {route.name: relay_to(_PATHS[route.name], states_for(route)) for route in routes if route.name in _PATHS}
-    return {**found, "read_logs": read_logs}
+    return {route.name: relay_to(_PATHS[route.name], states_for(route)) for route in routes if route.name in _PATHS}

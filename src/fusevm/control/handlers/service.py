@@ -1,38 +1,19 @@
-"""Hosts as they are seen, and the questions that monitors ask."""
+"""The questions that monitors and programs ask."""
 
 import asyncio
 
 from starlette.responses import Response
 
 from fusevm.control.call import Call, reply
-from fusevm.control.handlers.environments import page_limit, parse_cursor, render_cursor
+from fusevm.control.fleet_gauges import read_fleet
 from fusevm.control.plane import Plane
-from fusevm.control.render import render_host
 from fusevm.core.invariants import violations
-from fusevm.model.errors import HostNotFound
 from fusevm.model.host import HostHealth
 from fusevm.wire import rest
 from fusevm.wire.openapi import render_openapi
 
 READY_TIMEOUT_S = 2.0
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-
-async def list_hosts(plane: Plane, call: Call) -> Response:
-    after, limit = parse_cursor(call.text("cursor")), page_limit(call)
-    found = [host for host in await plane.store.hosts() if host.id > after]
-    page = rest.HostPage(
-        hosts=[render_host(host) for host in found[:limit]],
-        next_cursor=render_cursor(found[limit - 1].id) if len(found) > limit else "",
-    )
-    return reply(page)
-
-
-async def get_host(plane: Plane, call: Call) -> Response:
-    host = await plane.store.host(call.params["id"])
-    if host is None:
-        raise HostNotFound(id=call.params["id"])
-    return reply(render_host(host))
 
 
 async def health(_plane: Plane, _call: Call) -> Response:
@@ -55,10 +36,8 @@ async def ready(plane: Plane, _call: Call) -> Response:
 
 
 async def metrics(plane: Plane, _call: Call) -> Response:
-    plane.metrics.tracked.clear()
-    for state, count in (await plane.store.count_live()).items():
-        plane.metrics.tracked.labels(state).set(count)
-    return Response(plane.metrics.render(), media_type=METRICS_TYPE)
+    fleet = await read_fleet(plane.store, plane.clock.now_ms())
+    return Response(plane.metrics.render(fleet), media_type=METRICS_TYPE)
 
 
 async def version(plane: Plane, _call: Call) -> Response:

@@ -48,7 +48,7 @@ async def shell_stream(plane: Plane, call: Call, socket: WebSocket) -> None:
 
 async def _session(plane: Plane, call: Call, socket: WebSocket, start: bytes | None) -> None:
     """Connect to the machine first: until then, a refusal is an ordinary answer."""
-    env = await usable_environment(plane, call.params["id"])
+    env = await usable_environment(plane, call.caller, call.params["id"])
     host = await plane.directory.client(env.host_id)
     machine = await host.open_frames(fence_of(plane.store.cluster, env), env.machine_id)
     try:

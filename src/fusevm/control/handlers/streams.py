@@ -26,17 +26,17 @@ async def _streamed(plane: Plane, call: Call, after: tuple[str, int] | None) -> 
     id_ = call.params["id"]
     if after is not None and not call.text("uid"):
         found = await plane.store.get(after[0])
-        if found is not None and found.id == id_:
+        if found is not None and found.id == id_ and call.caller.may_see(found.tenant):
             return found
     try:
-        return await any_environment(plane, id_, call.text("uid"))
+        return await any_environment(plane, call.caller, id_, call.text("uid"))
     except EnvironmentEnded as ended:
-        return await any_environment(plane, id_, ended.uid)
+        return await any_environment(plane, call.caller, id_, ended.uid)
 
 
 async def stream_events(plane: Plane, call: Call) -> Response:
     position = await start_position(plane, _last_id(call))
-    return StreamingResponse(stream_all(plane, position), headers=_HEADERS, media_type=_TYPE)
+    return StreamingResponse(stream_all(plane, position, call.caller.sees), headers=_HEADERS, media_type=_TYPE)
 
 
 def _last_id(call: Call) -> str:

@@ -1,0 +1,162 @@
+"""From the body of a create to what is asked for: complete, checked, and its secrets sealed."""
+
+import secrets
+from collections.abc import Mapping
+
+from msgspec.structs import replace
+
+from fusevm.control.config import ControlConfig
+from fusevm.control.entry import Asked
+from fusevm.control.plane import Plane
+from fusevm.core.setup import Prepared, complete_healthcheck, prepare
+from fusevm.core.spec import complete
+from fusevm.model.environment import Spec
+from fusevm.model.errors import BadField, SnapshotNotFound, Unimplemented
+from fusevm.model.setup import AgentSpec, Healthcheck, HttpCheck, Restart, SetupFile
+from fusevm.model.snapshot import Snapshot
+from fusevm.wire import rest
+
+#: Fields that are part of the API and not honoured. Empty values mean unset and pass.
+_LATER = {
+    "expose": "publishing ports comes with the network policy; run a command in the machine, or leave it out",
+    "desktop": "images with a desktop are not built yet; leave it out",
+}
+_LATER_IN_SPEC = {
+    "gpus": "machines with GPUs are not built yet; leave it out",
+    "gpu_kind": "machines with GPUs are not built yet; leave it out",
+    "gpu_profile": "machines with GPUs are not built yet; leave it out",
+    "huge_pages": "it is not built yet; leave it out",
+}
+
+
+async def read_order(plane: Plane, tenant: str, uid: str, body: rest.CreateRequest) -> Asked:
+    """Check and complete a create for the environment `uid` of a tenant.
+
+    Raises BadField, PayloadTooLarge, SnapshotNotFound, SnapshotNotReady, NoEncryptionKey, and Unimplemented naming the
+    field.
+    """
+    _refuse_later(body)
+    seed = await _seed(plane, tenant, body.seed_snapshot_id or "")
+    spec = _spec(plane, body, seed)
+    prepared = _prepare(plane.config, body)
+    sealed = plane.vault.seal(uid, prepared.setup) if prepared.duties.setup else None
+    pinned_to = seed.host_id if seed is not None else ""
+    return Asked(spec=spec, duties=prepared.duties, sealed=sealed, pinned_to=pinned_to)
+
+
+def new_token() -> str:
+    """A credential for one machine."""
+    return secrets.token_urlsafe(32)
+
+
+def _refuse_later(body: rest.CreateRequest) -> None:
+    for name, why in _LATER.items():
+        if getattr(body, name):
+            raise Unimplemented(feature=f"the field {name}", why=why)
+    for name, why in _LATER_IN_SPEC.items():
+        if getattr(body.spec, name, None):
+            raise Unimplemented(feature=f"the field spec.{name}", why=why)
+    if body.network is not None and body.network.rules:
+        raise Unimplemented(feature="the field network.rules", why="only network.internet is honoured yet")
+    if body.egress is not None and body.egress.mode not in ("", "direct"):
+        raise Unimplemented(feature=f"egress mode {body.egress.mode!r}", why="only direct egress is available")
+
+
+async def _seed(plane: Plane, tenant: str, id: str) -> Snapshot | None:  # noqa: A002 - the record's field
+    if not id:
+        return None
+    found = await plane.store.snapshot(id)
+    if found is None or tenant not in ("", found.tenant):
+        raise SnapshotNotFound(id=id)
+    return found
+
+
+def _spec(plane: Plane, body: rest.CreateRequest, seed: Snapshot | None) -> Spec:
+    asked = body.spec or rest.SpecInput()
+    network = body.network or rest.NetworkInput()
+    return complete(
+        plane.config.policy,
+        cpus=asked.cpus,
+        ram_mb=asked.ram_mb,
+        storage_gb=asked.storage_gb,
+        region=asked.region,
+        image=asked.image,
+        arch=asked.arch,
+        host_id=asked.host_id,
+        labels=asked.labels,
+        max_runtime_seconds=asked.max_runtime_seconds,
+        idle_timeout_seconds=asked.idle_timeout_seconds,
+        internet=network.internet,
+        seed=seed,
+        queue_seconds=body.queue_seconds,
+    )
+
+
+def _prepare(config: ControlConfig, body: rest.CreateRequest) -> Prepared:
+    return prepare(
+        config.policy,
+        auth_token=new_token(),
+        manifest_inline=body.manifest_inline or "",
+        secrets=body.secrets or {},
+        startup_script=body.startup_script or "",
+        startup_script_timeout_seconds=body.startup_script_timeout_seconds or 0,
+        files=_files(body.files or {}),
+        gateway_url=body.gateway_url or "",
+        gateway_token=body.gateway_token or "",
+        healthcheck=_healthcheck(body.healthcheck) if body.healthcheck is not None else None,
+        agent=_agent(config, body.agent) if body.agent else None,
+    )
+
+
+def _files(asked: Mapping[str, str | rest.FileInput]) -> dict[str, SetupFile]:
+    return {path: _file(content) for path, content in asked.items()}
+
+
+def _file(content: str | rest.FileInput) -> SetupFile:
+    if isinstance(content, str):
+        return SetupFile(content_b64=content)
+    return SetupFile(content_b64=content.content_b64, mode=content.mode)
+
+
+def _healthcheck(asked: rest.HealthcheckInput) -> Healthcheck:
+    http = HttpCheck(port=asked.http.port, path=asked.http.path or "/") if asked.http is not None else None
+    return complete_healthcheck(
+        http=http,
+        exec=asked.exec or (),
+        interval_seconds=asked.interval_seconds or 0,
+        timeout_seconds=asked.timeout_seconds or 0,
+        retries=asked.retries or 0,
+        start_period_seconds=asked.start_period_seconds or 0,
+    )
+
+
+def _agent(config: ControlConfig, asked: str | rest.AgentInput) -> AgentSpec:
+    """The daemon: what is given, else what its profile says, else the default download."""
+    if isinstance(asked, str):
+        asked = rest.AgentInput(profile=asked)
+    spec = _profile(config, asked.profile or "")
+    given = {
+        name: value
+        for name in ("download_url", "sha256", "auth_token", "gateway", "gateway_token", "port")
+        if (value := getattr(asked, name))
+    }
+    if asked.command:
+        given["command"] = tuple(asked.command)
+    if asked.drain_command:
+        given["drain_command"] = tuple(asked.drain_command)
+    if asked.restart:
+        given["restart"] = Restart(asked.restart)
+    spec = replace(spec, files=spec.files | _files(asked.files or {}), env=spec.env | (asked.env or {}), **given)
+    if not spec.download_url and not spec.command:
+        spec = replace(spec, download_url=config.agent_download_url, sha256=config.agent_download_sha256)
+    return spec
+
+
+def _profile(config: ControlConfig, name: str) -> AgentSpec:
+    if not name:
+        return AgentSpec()
+    found = config.agents.get(name)
+    if found is None:
+        known = ", ".join(sorted(config.agents)) or "none; they are set in the settings file"
+        raise BadField(field="agent", problem=f"there is no profile {name[:80]!r}; known: {known}")
+    return found

@@ -1,0 +1,144 @@
+"""Logs: the machine's console, what the startup script wrote, what the user's daemon writes.
+
+The console is kept by the host and relayed as it is. The other two are kept by the guest agent, as two streams each;
+here they are one text.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+
+from starlette.responses import Response
+
+from fusevm.control.activity import in_use
+from fusevm.control.call import Call
+from fusevm.control.guest_calls import GuestCalls
+from fusevm.control.handlers.guest import RelayedResponse, relay_to
+from fusevm.control.host_api import Upstream
+from fusevm.control.outcome import fence_of
+from fusevm.control.plane import Plane
+from fusevm.control.resolve import usable_environment
+from fusevm.model.environment import Environment, State
+from fusevm.model.errors import BadField, LogNotFound, ProcessNotFound
+from fusevm.wire.routes import LOG_SOURCES
+
+#: A longer line is passed on in pieces, between which the other stream may come.
+MAX_LINE = 64 << 10
+#: Pieces that a reader may be behind.
+_BEHIND = 8
+#: While something is there to be asked.
+_ALIVE = frozenset({State.PROVISIONING, State.RUNNING, State.DRAINING, State.DESTROYING})
+_PATHS = {"startup": "processes/@startup/output", "agent": "agent/output"}
+
+_console = relay_to("logs", _ALIVE, to_guest=False)
+
+
+async def read_logs(plane: Plane, call: Call) -> Response:
+    source = call.text("source") or LOG_SOURCES[0]
+    if source not in LOG_SOURCES:
+        raise BadField(field="source", problem=f"{source[:40]!r} is none of {', '.join(LOG_SOURCES)}")
+    follow = call.flag("follow")
+    if source not in _PATHS:
+        return await _console(plane, call)
+    env = await usable_environment(plane, call.caller, call.params["id"], _ALIVE)
+    _check(env, source)
+
+    def use() -> AbstractAsyncContextManager[None]:
+        return in_use(plane, env, f"request {call.request_id}")
+
+    return RelayedResponse(await _open(plane, env, source, follow=follow), use)
+
+
+def _check(env: Environment, source: str) -> None:
+    if source == "startup" and not env.duties.startup_timeout_s:
+        raise LogNotFound(id=env.id, source=source, problem="it was created without a startup script")
+    if source == "agent" and not env.duties.agent:
+        raise LogNotFound(id=env.id, source=source, problem="it was created without a daemon (`agent`)")
+    if env.is_queued:
+        raise LogNotFound(id=env.id, source=source, problem="it still waits for a place")
+
+
+async def _open(plane: Plane, env: Environment, source: str, *, follow: bool) -> "BothStreams":
+    host = await plane.directory.client(env.host_id)
+    guest = GuestCalls(host, fence_of(plane.store.cluster, env), env.machine_id)
+    opened: list[Upstream] = []
+    try:
+        for stream in ("stdout", "stderr"):
+            query = f"stream={stream}" + ("&follow=true" if follow else "")
+            opened.append(await guest.open("GET", f"{_PATHS[source]}?{query}"))
+    except BaseException as error:
+        for upstream in opened:
+            await upstream.close()
+        if isinstance(error, ProcessNotFound):
+            problem = "its startup script has not been started yet"
+            raise LogNotFound(id=env.id, source=source, problem=problem) from error
+        raise
+    return BothStreams(opened, follow=follow)
+
+
+class BothStreams:
+    """Standard output and standard error as one text. Implements `host_api.Upstream`.
+
+    What is there already comes one after the other, since nobody knows how it was mixed; what is followed comes as it
+    is written, line by line.
+    """
+
+    status = 200
+
+    def __init__(self, streams: Sequence[Upstream], *, follow: bool) -> None:
+        self._streams = streams
+        self._follow = follow
+        lost = sum(int(stream.headers.get("x-fuse-lost", "0")) for stream in streams)
+        self.headers: Mapping[str, str] = {"content-type": "text/plain; charset=utf-8", "x-fuse-lost": str(lost)}
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        if self._follow:
+            async for piece in mixed([stream.chunks() for stream in self._streams]):
+                yield piece
+            return
+        for stream in self._streams:
+            async for piece in stream.chunks():
+                yield piece
+
+    async def close(self) -> None:
+        for stream in self._streams:
+            await stream.close()
+
+
+async def mixed(streams: Sequence[AsyncIterator[bytes]]) -> AsyncIterator[bytes]:
+    """Whole lines of several streams as they come, until all have ended. Raises what a stream raises."""
+    queue: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(_BEHIND)
+    # Not a TaskGroup: a generator may be left in the middle.
+    pumps = [asyncio.ensure_future(_pump(stream, queue)) for stream in streams]
+    try:
+        left = len(pumps)
+        while left:
+            piece = await queue.get()
+            if isinstance(piece, Exception):
+                raise piece
+            if piece is None:
+                left -= 1
+            else:
+                yield piece
+    finally:
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump(stream: AsyncIterator[bytes], queue: "asyncio.Queue[bytes | Exception | None]") -> None:
+    rest = b""
+    try:
+        async for chunk in stream:
+            lines, newline, rest = (rest + chunk).rpartition(b"\n")
+            if newline:
+                await queue.put(lines + newline)
+            if len(rest) > MAX_LINE:
+                await queue.put(rest)
+                rest = b""
+        if rest:
+            await queue.put(rest)
+    except Exception as error:  # noqa: BLE001 - raised by the reader
+        await queue.put(error)
+    else:
+        await queue.put(None)

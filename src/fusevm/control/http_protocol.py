@@ -1,0 +1,101 @@
+"""uvicorn's HTTP/1.1 protocol, with limits that it lacks: how long the head of a request may be, and may take.
+
+Without them, a client that sends a byte now and then holds a connection for ever, and one header without an end fills
+the memory. Bodies have their limits by route (`control.call`).
+"""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+#: All headers together, names and values.
+MAX_HEAD = 64 << 10
+#: Seconds for the head of a request, from the connection or from its first byte on.
+HEAD_TIMEOUT_S = 10.0
+#: Seconds for which what is still sent after a refusal is thrown away: closing at once could lose the answer.
+LINGER_S = 0.5
+_HEAD = "HTTP/1.1 {status}\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
+_BODY = '{{"error":{{"code":"{code}","message":"{message}","details":{{"reason":"{reason}"}}}}}}'
+
+
+class LimitedHttp(HttpToolsProtocol):
+    """One connection."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._is_in_head = True
+        self._head_bytes = 0
+        self._is_refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as the base class has it
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._got_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._is_in_head and self._head_bytes > MAX_HEAD:
+            self._refuse_head()
+
+    def on_message_begin(self) -> None:
+        self._expect_head()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._got_head()
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > MAX_HEAD:
+            self._refuse_head()
+            return
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._is_in_head, self._head_bytes = True, 0
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse("400 Bad Request", "invalid_argument", "bad_request", msg)
+
+    def _expect_head(self) -> None:
+        self._got_head()
+        self._is_in_head = True
+        self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._head_is_late)
+
+    def _got_head(self) -> None:
+        self._is_in_head = False
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _is_answering(self) -> bool:
+        """Is the answer to an earlier request of this connection under way? Nothing may be written into it."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _head_is_late(self) -> None:
+        if self._is_answering():
+            self._expect_head()
+            return
+        problem = f"The head of the request took longer than {HEAD_TIMEOUT_S:g} s"
+        self._refuse("408 Request Timeout", "timeout", "timeout", problem)
+
+    def _refuse_head(self) -> None:
+        problem = f"The headers are larger than {MAX_HEAD} bytes"
+        self._refuse("431 Request Header Fields Too Large", "payload_too_large", "payload_too_large", problem)
+
+    def _refuse(self, status: str, code: str, reason: str, message: str) -> None:
+        if self._is_refused or self.transport.is_closing():
+            return
+        self._is_refused = True
+        self._got_head()
+        body = _BODY.format(code=code, message=message, reason=reason)
+        if not self._is_answering():
+            self.transport.write((_HEAD.format(status=status, length=len(body)) + body).encode())
+        self.loop.call_later(LINGER_S, self.transport.close)
