@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fusevm.cli.failures import USAGE, CliError
+from fusevm.cli.bringing import BRINGING, bringing_options, brought_fields
+from fusevm.cli.failures import OTHER, USAGE, CliError, report
 from fusevm.cli.options import Duration, Size, State, api_options, environment_argument, environment_id, variables
 from fusevm.cli.output import print_json, print_json_line, print_record, print_table, say
 from fusevm.model.environment import TERMINAL
 from fusevm.model.environment import State as EnvironmentState
-from fusevm.sdk.client import make_task_id
+from fusevm.sdk.choices import make_task_id
 from fusevm.sdk.words import format_age, record
 from fusevm.wire.rest import EnvironmentBody, EventBody
 
@@ -80,6 +81,7 @@ def create_fields(
 @click.argument("image", required=False)
 @click.option("--task-id", metavar="ID", help="Name of the environment. Default: a random one.")
 @sizing_options
+@bringing_options
 @click.option("--no-wait", is_flag=True, help="Return at once, state provisioning.")
 @api_options
 def create(
@@ -88,10 +90,11 @@ def create(
     image: str | None,
     task_id: str | None,
     no_wait: bool,
-    **sizing: Any,
+    **options: Any,
 ) -> None:
     """Create an environment from IMAGE and print its id."""
-    fields = create_fields(image=image, **sizing)
+    brought = {name: options.pop(name) for name in BRINGING}
+    fields = create_fields(image=image, **options) | brought_fields(**brought)
     task = task_id or make_task_id()
     with state.client() as fuse:
         made = fuse.environments.begin(task, **fields) if no_wait else fuse.environments.create(task, **fields)
@@ -179,14 +182,31 @@ def rm(*, state: State, env_ids: tuple[str, ...], everything: bool, no_wait: boo
 @env.command()
 @environment_argument
 @api_options
-def drain(*, state: State, env_id: str) -> None:
-    """Begin the end: the machine stays for inspection until it is removed."""
+def drain(*, state: State, env_id: str) -> int:
+    """Begin the end: the daemon is drained, and the machine stays for inspection until it is removed."""
     with state.client() as fuse:
         one = fuse.environments.drain(environment_id(env_id))
     if state.is_json:
         print_json(one)
     else:
         print(f"{one.id} is {one.state}")
+    if one.error:
+        report(f"{one.id} was not drained well: {one.error}")
+    return OTHER if one.error else 0
+
+
+@env.command(name="rotate-token")
+@environment_argument
+@api_options
+def rotate_token(*, state: State, env_id: str) -> None:
+    """Give the daemon a new token and start it again. Without a daemon there is nothing to do."""
+    name = environment_id(env_id)
+    with state.client() as fuse:
+        is_done = fuse.environments.rotate_token(name)
+    if state.is_json:
+        print_json({"id": name, "rotated": is_done})
+    else:
+        print(name if is_done else f"{name}: still under way")
 
 
 @env.command()

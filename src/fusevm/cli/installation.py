@@ -249,7 +249,10 @@ class Installation:
         user = [] if uid is None else ["--user", str(uid)]
         return Program(
             name="control plane",
-            command=fuse_command("serve", "--config", os.devnull, "--ready-file", str(ready_file), *user),
+            # The file for its agent profiles; everything else is in the variables, which win.
+            command=fuse_command(
+                "serve", "--config", str(self._control.file or os.devnull), "--ready-file", str(ready_file), *user
+            ),
             environ=environ,
             log=self.places.logs / "control.log",
             is_ready=ready_file.exists,

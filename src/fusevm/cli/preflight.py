@@ -4,8 +4,8 @@ Only looks. What it cannot see (a disk that fills up meanwhile) the daemons refu
 """
 
 import asyncio
+import datetime as dt
 import os
-import ssl
 from pathlib import Path
 
 import msgspec
@@ -19,6 +19,7 @@ from fusevm.cli.serve import control_config
 from fusevm.cli.settings import Loaded
 from fusevm.control.config import ControlConfig
 from fusevm.control.config import check as check_control
+from fusevm.control.tls import check_pair
 from fusevm.host.config import HostConfig
 from fusevm.host.images.bzimage import NotAKernel, extract_elf
 from fusevm.host.images.debian import RECIPES
@@ -79,10 +80,7 @@ def _expected_control(places: Places, control: Loaded) -> ControlConfig:
 def _check_certificate(control: Loaded) -> None:
     if not control["tls_cert"]:
         return
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(control["tls_cert"], control["tls_key"], password="")
-    except OSError as error:
-        raise BadSetting(setting="tls_cert", problem=f"cannot load certificate and key: {error}") from error
+    check_pair(control["tls_cert"], control["tls_key"], dt.datetime.now(dt.UTC))
 
 
 async def _check_routes(network: NetworkPlan, egress_interface: str, named: str) -> None:

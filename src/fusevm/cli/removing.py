@@ -1,4 +1,4 @@
-"""Destroy several environments at the same time."""
+"""Destroy several environments, or delete several other things, at the same time."""
 
 import json
 import sys
@@ -17,26 +17,33 @@ def remove_all(
     fuse: Fuse, env_ids: Sequence[str], *, wait: bool = True, is_json: bool = False, done: Callable[[str], None] = print
 ) -> int:
     """Destroy them all, failures apart; the exit code of the first failure, or 0. `done` hears of each that is gone."""
+    return remove_each(lambda env_id: fuse.environments.delete(env_id, wait=wait), env_ids, is_json=is_json, done=done)
 
-    def remove(env_id: str) -> Error | None:
+
+def remove_each(
+    delete: Callable[[str], None], ids: Sequence[str], *, is_json: bool, done: Callable[[str], None] = print
+) -> int:
+    """Delete everything of these ids, failures apart; the exit code of the first failure, or 0."""
+
+    def remove(one: str) -> Error | None:
         try:
-            fuse.environments.delete(env_id, wait=wait)
+            delete(one)
         except Error as error:
             return error
         return None
 
     code, results = 0, []
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for env_id, error in zip(env_ids, pool.map(remove, env_ids), strict=True):
+        for one, error in zip(ids, pool.map(remove, ids), strict=True):
             if error is None:
-                results.append({"id": env_id, "removed": True})
+                results.append({"id": one, "removed": True})
                 if not is_json:
-                    done(env_id)
+                    done(one)
                 continue
             code = code or exit_status(error)
-            results.append({"id": env_id, "removed": False, "error": error.message})
+            results.append({"id": one, "removed": False, "error": error.message})
             if not is_json:
-                report(f"{env_id}: {error.message}")
+                report(f"{one}: {error.message}")
     if is_json:
         json.dump(results, sys.stdout)
         print()

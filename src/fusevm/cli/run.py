@@ -18,7 +18,8 @@ from fusevm.cli.options import State, api_options, variables
 from fusevm.cli.output import is_terminal, say
 from fusevm.cli.shell import open_shell
 from fusevm.model.errors import BootFailed, Error, NotFound, Timeout
-from fusevm.sdk.client import Fuse, make_task_id
+from fusevm.sdk.choices import make_task_id
+from fusevm.sdk.client import Fuse
 from fusevm.sdk.failures import ConnectionLost
 
 #: After an interrupted create the request may still be on its way to the server.

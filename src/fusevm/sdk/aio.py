@@ -9,19 +9,20 @@ async with AsyncFuse("http://127.0.0.1:8080", token) as fuse:
 
 import asyncio
 import os
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Self, Unpack
 
 from fusevm.model.environment import State
-from fusevm.model.errors import NotFound, Timeout
+from fusevm.model.errors import NotFound
 from fusevm.sdk import core
 from fusevm.sdk.address import Dialer, parse_address
 from fusevm.sdk.aio_channel import AsyncChannel, AsyncStream
+from fusevm.sdk.aio_fleet import AsyncApiKeys, AsyncHosts, AsyncSnapshots
 from fusevm.sdk.aio_session import AsyncSession, open_session
-from fusevm.sdk.client import DEFAULT_URL, EVENTS_SILENCE_S, make_key, make_task_id, poll_pauses
+from fusevm.sdk.choices import looks, make_key, make_task_id
+from fusevm.sdk.client import DEFAULT_URL, EVENTS_SILENCE_S
 from fusevm.sdk.core import Argv, CreateFields, LogSource
 from fusevm.sdk.files import SILENCE_S
 from fusevm.wire.guest import ExecRequest, Extracted, FileEntry, FileWritten, Process
@@ -30,8 +31,6 @@ from fusevm.wire.rest import (
     EnvironmentPage,
     EventBody,
     ExecAnswer,
-    HostBody,
-    HostPage,
     Ready,
     Version,
 )
@@ -53,7 +52,7 @@ class AsyncEnvironments:
         """Create an environment and return it once it runs; see `Environments.create`."""
         request = core.make_create_request(task_id or make_task_id(), fields)
         created = await self._channel.get(core.create_environment(request, key=make_key()))
-        return await self.wait_until_running(created, deadline_s=deadline_s)
+        return await self.wait_until_running(created, deadline_s=deadline_s + fields.get("queue_seconds", 0))
 
     async def begin(self, task_id: str = "", **fields: Unpack[CreateFields]) -> EnvironmentBody:
         """Ask for an environment and return at once, state `provisioning`."""
@@ -62,12 +61,9 @@ class AsyncEnvironments:
 
     async def wait_until_running(self, environment: EnvironmentBody, *, deadline_s: float = 300.0) -> EnvironmentBody:
         """Return it when it no longer is `provisioning`. Raises BootFailed, Timeout."""
-        ends_at = time.monotonic() + deadline_s
-        for pause in poll_pauses():
+        for pause in looks(f"the start of {environment.id}", deadline_s):
             if environment.state != State.PROVISIONING:
                 break
-            if time.monotonic() > ends_at:
-                raise Timeout(what=f"the start of {environment.id}", limit_s=round(deadline_s))
             await asyncio.sleep(pause)
             environment = await self.get(environment.id, uid=environment.uid)
         core.raise_unless_up(environment)
@@ -111,19 +107,26 @@ class AsyncEnvironments:
         is_gone = await self._channel.call(core.delete_environment(env_id, wait=wait))
         if is_gone is not False or not wait:
             return
-        ends_at = time.monotonic() + deadline_s
-        for pause in poll_pauses():
+        for pause in looks(f"destroying {env_id}", deadline_s):
             try:
                 await self.get(env_id)
             except NotFound:
                 return
-            if time.monotonic() > ends_at:
-                raise Timeout(what=f"destroying {env_id}", limit_s=round(deadline_s))
             await asyncio.sleep(pause)
 
     async def drain(self, env_id: str) -> EnvironmentBody:
-        """Begin the end: the machine stays for inspection until it is deleted."""
+        """Begin the end: the daemon is drained, and the machine stays for inspection until it is deleted.
+
+        `error` says what went wrong with the drain command, if anything did.
+        """
         return await self._channel.get(core.drain_environment(env_id))
+
+    async def rotate_token(self, env_id: str) -> bool:
+        """Give the daemon a new token. True: the old one is refused; False: that is still under way.
+
+        Raises DaemonFailed when the daemon does not start with the new one.
+        """
+        return await self._channel.get(core.rotate_token(env_id, key=make_key()))
 
     async def exec(
         self,
@@ -322,32 +325,6 @@ class AsyncProcesses:
         await self._channel.call(core.write_stdin(self._id, pid, data, eof=eof))
 
 
-class AsyncHosts:
-    """`/v1/hosts`."""
-
-    def __init__(self, channel: AsyncChannel) -> None:
-        self._channel = channel
-
-    async def list(self) -> AsyncIterator[HostBody]:
-        """All hosts, page by page as they are taken."""
-        cursor = ""
-        while True:
-            page = await self.page(limit=200, cursor=cursor)
-            for host in page.hosts:
-                yield host
-            cursor = page.next_cursor
-            if not cursor:
-                return
-
-    async def page(self, *, limit: int | None = None, cursor: str = "") -> HostPage:
-        """One page; `next_cursor` leads to the next one."""
-        return await self._channel.get(core.list_hosts(limit=limit, cursor=cursor))
-
-    async def get(self, host_id: str) -> HostBody:
-        """One host."""
-        return await self._channel.get(core.get_host(host_id))
-
-
 class AsyncFuse:
     """A connection to one control plane, for one event loop. Close it, or use it as a context manager."""
 
@@ -374,6 +351,8 @@ class AsyncFuse:
         self._channel = AsyncChannel(dialer, token)
         self.environments = AsyncEnvironments(self._channel)
         self.hosts = AsyncHosts(self._channel)
+        self.snapshots = AsyncSnapshots(self._channel)
+        self.api_keys = AsyncApiKeys(self._channel)
 
     async def version(self) -> Version:
         """What the server is; needs no token."""

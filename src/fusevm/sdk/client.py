@@ -10,7 +10,6 @@ lost connections; `sdk.core` says which ones these are. One client may be used b
 """
 
 import os
-import secrets
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -21,8 +20,10 @@ from fusevm.model.errors import NotFound, Timeout
 from fusevm.sdk import core
 from fusevm.sdk.address import Dialer, parse_address
 from fusevm.sdk.channel import Channel
+from fusevm.sdk.choices import looks, make_key, make_task_id
 from fusevm.sdk.core import Argv, CreateFields, LogSource
 from fusevm.sdk.files import Archive, Files
+from fusevm.sdk.fleet import ApiKeys, Hosts, Snapshots
 from fusevm.sdk.processes import Processes
 from fusevm.wire.guest import ExecRequest
 from fusevm.wire.rest import (
@@ -30,8 +31,6 @@ from fusevm.wire.rest import (
     EnvironmentPage,
     EventBody,
     ExecAnswer,
-    HostBody,
-    HostPage,
     Ready,
     Version,
 )
@@ -45,7 +44,6 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 EVENTS_SILENCE_S = 50.0
 #: Silence that ends the reading of past events.
 PAST_SILENCE_S = 0.5
-_POLL_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 class Environments:
@@ -60,11 +58,11 @@ class Environments:
         """Create an environment and return it once it runs; without a task id it gets a random one.
 
         Safe against lost answers: one Idempotency-Key covers all tries. Raises BootFailed when it does not come up,
-        Timeout after `deadline_s` (it may then still come up).
+        Timeout after `deadline_s` beyond the time that it may wait for a place (it may then still come up).
         """
         request = core.make_create_request(task_id or make_task_id(), fields)
         created = self._channel.get(core.create_environment(request, key=make_key()))
-        return self.wait_until_running(created, deadline_s=deadline_s)
+        return self.wait_until_running(created, deadline_s=deadline_s + fields.get("queue_seconds", 0))
 
     def begin(self, task_id: str = "", **fields: Unpack[CreateFields]) -> EnvironmentBody:
         """Ask for an environment and return at once, state `provisioning`."""
@@ -73,12 +71,9 @@ class Environments:
 
     def wait_until_running(self, environment: EnvironmentBody, *, deadline_s: float = 300.0) -> EnvironmentBody:
         """Return it when it no longer is `provisioning`. Raises BootFailed, Timeout."""
-        ends_at = time.monotonic() + deadline_s
-        for pause in poll_pauses():
+        for pause in looks(f"the start of {environment.id}", deadline_s):
             if environment.state != State.PROVISIONING:
                 break
-            if time.monotonic() > ends_at:
-                raise Timeout(what=f"the start of {environment.id}", limit_s=round(deadline_s))
             time.sleep(pause)
             environment = self.get(environment.id, uid=environment.uid)
         core.raise_unless_up(environment)
@@ -121,19 +116,26 @@ class Environments:
         is_gone = self._channel.call(core.delete_environment(env_id, wait=wait))
         if is_gone is not False or not wait:
             return
-        ends_at = time.monotonic() + deadline_s
-        for pause in poll_pauses():
+        for pause in looks(f"destroying {env_id}", deadline_s):
             try:
                 self.get(env_id)
             except NotFound:
                 return
-            if time.monotonic() > ends_at:
-                raise Timeout(what=f"destroying {env_id}", limit_s=round(deadline_s))
             time.sleep(pause)
 
     def drain(self, env_id: str) -> EnvironmentBody:
-        """Begin the end: the machine stays for inspection until it is deleted."""
+        """Begin the end: the daemon is drained, and the machine stays for inspection until it is deleted.
+
+        `error` says what went wrong with the drain command, if anything did.
+        """
         return self._channel.get(core.drain_environment(env_id))
+
+    def rotate_token(self, env_id: str) -> bool:
+        """Give the daemon a new token. True: the old one is refused; False: that is still under way.
+
+        Raises DaemonFailed when the daemon does not start with the new one.
+        """
+        return self._channel.get(core.rotate_token(env_id, key=make_key()))
 
     def exec(
         self,
@@ -234,31 +236,6 @@ class Environments:
         return Processes(self._channel, env_id)
 
 
-class Hosts:
-    """`/v1/hosts`."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-
-    def list(self) -> Iterator[HostBody]:
-        """All hosts, page by page as they are taken."""
-        cursor = ""
-        while True:
-            page = self.page(limit=200, cursor=cursor)
-            yield from page.hosts
-            cursor = page.next_cursor
-            if not cursor:
-                return
-
-    def page(self, *, limit: int | None = None, cursor: str = "") -> HostPage:
-        """One page; `next_cursor` leads to the next one."""
-        return self._channel.get(core.list_hosts(limit=limit, cursor=cursor))
-
-    def get(self, host_id: str) -> HostBody:
-        """One host. Raises HostNotFound."""
-        return self._channel.get(core.get_host(host_id))
-
-
 class Fuse:
     """A connection to one control plane. Close it, or use it as a context manager."""
 
@@ -285,6 +262,8 @@ class Fuse:
         self._channel = Channel(dialer, token)
         self.environments = Environments(self._channel)
         self.hosts = Hosts(self._channel)
+        self.snapshots = Snapshots(self._channel)
+        self.api_keys = ApiKeys(self._channel)
 
     def version(self) -> Version:
         """What the server is; needs no token."""
@@ -305,20 +284,3 @@ class Fuse:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def make_key() -> str:
-    """A fresh Idempotency-Key."""
-    return secrets.token_hex(16)
-
-
-def make_task_id(prefix: str = "env") -> str:
-    """A fresh task id for whoever does not care."""
-    return f"{prefix}-{secrets.token_hex(4)}"
-
-
-def poll_pauses() -> Iterator[float]:
-    """Seconds between looks at something slow: soon at first, then every second."""
-    yield from _POLL_S
-    while True:
-        yield _POLL_S[-1]

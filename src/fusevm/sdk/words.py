@@ -24,7 +24,7 @@ def introduction(one: EnvironmentBody) -> str:
 def record(one: EnvironmentBody) -> list[tuple[str, str]]:
     """Everything about it as names and values; values that it does not have are empty."""
     spec, timings = one.spec, one.timings
-    phases = ("schedule", "prepare", "boot", "agent")
+    phases = ("schedule", "prepare", "boot", "agent", "setup")
     start = [(phase, getattr(timings, f"{phase}_ms", 0)) for phase in phases]
     limit = "unlimited" if spec.max_runtime_seconds < 0 else f"{spec.max_runtime_seconds} s"
     return [
@@ -37,6 +37,11 @@ def record(one: EnvironmentBody) -> list[tuple[str, str]]:
         ("size", f"{spec.cpus} vCPU, {spec.ram_mb} MiB memory, {spec.storage_gb} GiB disk"),
         ("internet", "yes" if one.network.internet else "no"),
         ("host", one.host_id),
+        ("tenant", one.tenant),
+        ("waits until", one.queued_until),
+        ("daemon", _daemon(one)),
+        ("health", _health(one)),
+        ("began with", spec.seed_snapshot_id),
         ("runtime limit", limit),
         ("idle limit", f"{spec.idle_timeout_seconds} s" if spec.idle_timeout_seconds else "none"),
         ("url", one.url or ""),
@@ -45,6 +50,20 @@ def record(one: EnvironmentBody) -> list[tuple[str, str]]:
         ("ended", one.ended_at),
         ("start", ", ".join(f"{name} {value:.0f} ms" for name, value in start if value)),
     ]
+
+
+def _daemon(one: EnvironmentBody) -> str:
+    if one.agent is None:
+        return ""
+    ended = f", exit code {one.agent.exit_code}" if one.agent.exit_code is not None else ""
+    restarts = f", {one.agent.restarts} restarts" if one.agent.restarts else ""
+    return f"{one.agent.state}{restarts}{ended}" + (f": {one.agent.message}" if one.agent.message else "")
+
+
+def _health(one: EnvironmentBody) -> str:
+    if one.health is None:
+        return ""
+    return one.health.state + (f": {one.health.message}" if one.health.message else "")
 
 
 def sentence(event: EventBody) -> str:

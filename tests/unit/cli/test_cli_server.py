@@ -29,6 +29,24 @@ OPTIONS: dict[str, tuple[str | None, int]] = {
     "--idle-timeout": ("90s", 0),
     "--no-internet": (None, 0),
     "--no-wait": (None, 0),
+    "--secret": ("A=b", 0),
+    "--secret-file": ("{folder}/secrets", 0),
+    "--file": ("{folder}/secrets:/etc/secrets", 0),
+    "--startup-script": ("{folder}/script", 0),
+    "--startup-timeout": ("1m", 0),
+    "--manifest": ("{folder}/manifest", 0),
+    "--agent": ("@{folder}/agent", 0),
+    "--gateway-url": ("https://gateway.example", 0),
+    "--gateway-token": ("t", 0),
+    "--health-http": ("80/health", 0),
+    "--seed": ("snap-none", 3),
+    "--queue": ("1m", 0),
+}
+FILES = {
+    "secrets": "A=b\n",
+    "script": "true\n",
+    "manifest": '{"version": "1"}',
+    "agent": '{"command": ["/bin/true"]}',
 }
 GENERAL = {"--url", "--token", "--ca-file", "--debug", "--output", "--help"}
 
@@ -46,16 +64,18 @@ def options_of(command: click.Command) -> set[str]:
 
 def test_the_table_has_every_option() -> None:
     assert options_of(create) == OPTIONS.keys()
-    assert options_of(logs) == {"--follow"}, "what reads startup or agent logs comes with those logs"
+    assert options_of(logs) == {"--follow", "--source"}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_create_is_accepted_by_the_server(
-    server: Server, environ: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], option: str
+    server: Server, environ: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, option: str
 ) -> None:
     environ.setenv("FUSE_BASE_URL", server.url)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
     value, code = OPTIONS[option]
-    words = ("env", "create", option, *([value] if value is not None else []))
+    words = ("env", "create", option, *([value.format(folder=tmp_path)] if value is not None else []))
     done = Outcome(main.run(words), *capfd.readouterr())
     assert done.code == code, done.err
     assert "not built yet" not in done.err

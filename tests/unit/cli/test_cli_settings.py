@@ -1,18 +1,24 @@
 """The settings loader: one test over every setting, then precedence and bad files."""
 
+import base64
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
-from fusevm.cli import settings
+from fusevm.cli import main, settings
+from fusevm.cli.control_table import UNHONOURED
+from fusevm.cli.failures import USAGE
 from fusevm.cli.host_settings import host_config
 from fusevm.cli.main import COMMANDS, cli
-from fusevm.cli.serve import control_config
+from fusevm.cli.serve import control_config, unhonoured
 from fusevm.cli.settings import CONTROL, HOST, SECTIONS, Setting, load
 from fusevm.control.config import ControlConfig, check
 from fusevm.model.errors import BadSetting
+from fusevm.model.setup import Restart
 
 KEY = "ab" * 32
 #: setting -> (a good value, what it means, a bad value or None where any text is good)
@@ -22,7 +28,7 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "firecracker_token": ("a.b", "a.b", "a b"),
     "database_url": ("sqlite:///x.db", "sqlite:///x.db", "mysql://x"),
     "token_encryption_key": (KEY.upper(), KEY, "abc"),
-    "agent_download_url": ("https://x/agent", "https://x/agent", "x"),
+    "agent_download_url": ("https://x/agent", "https://x/agent", "unix:///x"),
     "tls_cert": ("/c.pem", "/c.pem", None),
     "tls_key": ("/k.pem", "/k.pem", None),
     "require_auth": ("true", True, "maybe"),
@@ -30,6 +36,25 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "allowed_cidrs": ("10.0.0.0/8, 192.0.2.7", ("10.0.0.0/8", "192.0.2.7/32"), "10.0.0.0/99"),
     "allowed_hosts": ("a.example, b", ("a.example", "b"), None),
     "shutdown_timeout_seconds": ("2.5", 2.5, "-1"),
+    "database_pool": ("4", 4, "0"),
+    "token_encryption_key_previous": (f"{KEY.upper()}, {KEY}", (KEY, KEY), f"{KEY},abc"),
+    "agent_download_sha256": (KEY.upper(), KEY, "abc"),
+    "trusted_proxies": ("10.0.0.0/8,::1", ("10.0.0.0/8", "::1/128"), "proxy.example"),
+    "cors_origins": ("https://a.example, *", ("https://a.example", "*"), None),
+    "secure_cookies": ("yes", True, "maybe"),
+    "metrics_auth": ("true", True, "maybe"),
+    "placement": ("binpack", "binpack", "random"),
+    "cpu_overcommit": ("2.5", 2.5, "0"),
+    "ram_overcommit": ("1.1", 1.1, "-1"),
+    "storage_overcommit": ("8", 8.0, "much"),
+    "default_runtime_seconds": ("unlimited", -1, "0"),
+    "max_runtime_seconds": ("60", 60, "-2"),
+    "default_idle_timeout_seconds": ("60", 60, "59"),
+    "linger_seconds": ("60", 60, "0"),
+    "max_queue_seconds": ("0", 0, "-1"),
+    "startup_script_timeout_seconds": ("55", 55, "0"),
+    "max_startup_script_timeout_seconds": ("55", 55, "soon"),
+    "retention_seconds": ("86400", 86_400, "0"),
     "log_level": ("debug", "debug", "loud"),
     "log_json": ("yes", True, "2"),
     "data_root": ("/data", Path("/data"), None),
@@ -160,13 +185,159 @@ def test_a_public_address_needs_a_token() -> None:
 
 
 def test_settings_that_act_later_are_kept() -> None:
-    loaded = load("control", {}, {"AGENT_DOWNLOAD_URL": "https://x/a"})
-    assert loaded["agent_download_url"] == "https://x/a"
-    assert {s.name for table in SECTIONS.values() for s in table if s.is_later} == {
-        "agent_download_url",
-        "firecracker_binary",
-        "jailer_binary",
+    loaded = load("host", {}, {"JAILER_BINARY_PATH": "/jailer"})
+    assert loaded["jailer_binary"] == Path("/jailer")
+    later = {s.name for table in SECTIONS.values() for s in table if s.is_later}
+    assert later == {"firecracker_binary", "jailer_binary"}
+
+
+#: Setting to how the configuration shows it; `hosts` and `policy` are made of several.
+SHOWN: dict[str, Callable[[ControlConfig], Any]] = {
+    "firecracker_url": lambda config: config.hosts[0].url,
+    "firecracker_token": lambda config: config.hosts[0].token,
+    "placement": lambda config: config.policy.placement,
+    "cpu_overcommit": lambda config: config.policy.cpu_overcommit_percent / 100,
+    "ram_overcommit": lambda config: config.policy.ram_overcommit_percent / 100,
+    "storage_overcommit": lambda config: config.policy.storage_overcommit_percent / 100,
+    "default_runtime_seconds": lambda config: config.policy.default_max_runtime_seconds,
+    "max_runtime_seconds": lambda config: config.policy.longest_runtime_seconds,
+    "default_idle_timeout_seconds": lambda config: config.policy.default_idle_timeout_seconds,
+    "linger_seconds": lambda config: config.policy.linger_ms / 1000,
+    "max_queue_seconds": lambda config: config.policy.max_queue_seconds,
+    "startup_script_timeout_seconds": lambda config: config.policy.default_startup_timeout_s,
+    "max_startup_script_timeout_seconds": lambda config: config.policy.max_startup_timeout_s,
+}
+
+
+@pytest.mark.parametrize("setting", CONTROL, ids=lambda setting: setting.name)
+def test_every_setting_reaches_the_control_plane(setting: Setting) -> None:
+    text, value, _ = EXAMPLES[setting.name]
+    given = {setting.env: text} | ({"FIRECRACKER_BASE_URL": "https://h:8090"} if "token" in setting.name else {})
+    show = SHOWN.get(setting.name, lambda config: getattr(config, setting.field or setting.name))
+    if not setting.name.startswith("firecracker"):
+        assert show(control_config(load("control", {}, {}))) != value
+    assert show(control_config(load("control", {}, given))) == value
+
+
+def test_a_maximum_forbids_unlimited_runtimes() -> None:
+    assert configure({}).policy.allow_unlimited_runtime
+    assert not configure({"FUSE_MAX_RUNTIME_SECONDS": "7200"}).policy.allow_unlimited_runtime
+
+
+@pytest.mark.parametrize(
+    ("environ", "name", "problem"),
+    [
+        ({"FUSE_MAX_RUNTIME_SECONDS": "60"}, "FUSE_DEFAULT_RUNTIME_SECONDS", "longest allowed"),
+        (
+            {"FUSE_DEFAULT_RUNTIME_SECONDS": "unlimited", "FUSE_MAX_RUNTIME_SECONDS": "60"},
+            "FUSE_DEFAULT_RUNTIME_SECONDS",
+            "longest allowed",
+        ),
+        (
+            {"FUSE_MAX_STARTUP_SCRIPT_TIMEOUT_SECONDS": "5"},
+            "FUSE_STARTUP_SCRIPT_TIMEOUT_SECONDS",
+            "longest allowed",
+        ),
+        ({"FUSE_CORS_ORIGINS": "https://a,*", "ORCH_AUTH_TOKEN": "t"}, "FUSE_CORS_ORIGINS", "credentials"),
+        ({"FUSE_CORS_ORIGINS": "*"}, "FUSE_CORS_ORIGINS", "auth token"),
+        ({"FUSE_CORS_ORIGINS": "https://a.example/"}, "FUSE_CORS_ORIGINS", "no origin"),
+        ({"FUSE_CORS_ORIGINS": "https://A.example"}, "FUSE_CORS_ORIGINS", "no origin"),
+        ({"TOKEN_ENCRYPTION_KEY_PREVIOUS": KEY}, "TOKEN_ENCRYPTION_KEY_PREVIOUS", "TOKEN_ENCRYPTION_KEY"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_by_name(
+    environ: dict[str, str], name: str, problem: str
+) -> None:
+    with pytest.raises(BadSetting) as caught:
+        configure(environ)
+    assert caught.value.setting.startswith(name)
+    assert problem in caught.value.problem
+
+
+def test_every_variable_of_the_seed_acts_or_is_remarked_upon() -> None:
+    seed = {
+        *("ORCH_LISTEN", "ORCH_VM_PREFIX", "ORCH_ARTIFACT_PULL_TIMEOUT_SECONDS", "ORCH_ARTIFACT_IDLE_TTL_SECONDS"),
+        *("ORCH_ARTIFACT_MAX_PER_TENANT", "ORCH_SHUTDOWN_TIMEOUT_SECONDS", "FIRECRACKER_BASE_URL", "FIRECRACKER_TOKEN"),
+        *("DATABASE_URL", "ORCH_TLS_CERT", "ORCH_TLS_KEY", "ORCH_AUTH_TOKEN", "ORCH_ALLOWED_CIDRS"),
+        *("ORCH_SECURE_COOKIES", "TOKEN_ENCRYPTION_KEY", "ORCH_REQUIRE_AUTH", "AGENT_DOWNLOAD_URL"),
     }
+    acting = {setting.env for setting in CONTROL}
+    assert seed == (acting & seed) | set(UNHONOURED)
+    assert not acting & set(UNHONOURED)
+    for name, (same, why) in UNHONOURED.items():
+        assert unhonoured({name: "7"}) == [f"{name} has no effect: {why}"]
+        assert unhonoured({name: same}) == unhonoured({name: ""}) == []
+
+
+def test_serve_names_the_variables_that_have_no_effect(
+    environ: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    environ.setenv("ORCH_VM_PREFIX", "vm-")
+    environ.setenv("ORCH_TLS_CERT", "/nowhere.pem")
+    environ.setenv("ORCH_TLS_KEY", "/nowhere.pem")
+    assert main.run(("serve", "--config", os.devnull)) == USAGE
+    said = capfd.readouterr().err
+    assert "ORCH_VM_PREFIX has no effect: ids of environments always begin with fuse-" in said
+    assert "ORCH_TLS_CERT: cannot read /nowhere.pem" in said
+
+
+PROFILES = """
+[agents.worker]
+download_url = "https://example.com/worker"
+command = ["/fuse/agent", "-v"]
+restart = "on-failure"
+port = 7000
+env = { COLOUR = "blue" }
+files."/etc/worker.toml" = { content = "colour = 'blue'", mode = "0600" }
+files."/etc/key" = { content_b64 = "AAE=" }
+"""
+
+
+def test_profiles_of_agents_are_read_from_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "fuse.toml"
+    file.write_text(PROFILES)
+    config = control_config(load("control", {}, {}, file))
+    check(config)
+    worker = config.agents["worker"]
+    assert (worker.command, worker.port, worker.restart) == (("/fuse/agent", "-v"), 7000, Restart.ON_FAILURE)
+    assert worker.env == {"COLOUR": "blue"}
+    assert base64.b64decode(worker.files["/etc/worker.toml"].content_b64) == b"colour = 'blue'"
+    assert (worker.files["/etc/worker.toml"].mode, worker.files["/etc/key"].mode) == ("0600", "0644")
+    assert load("host", {}, {}, file).agents == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("agents = 1", r"\[agents.<name>\]"),
+        ("[agents]\nworker = 1", "write a table"),
+        ("[agents.'a b']\ncommand = ['x']", "a name is"),
+        ("[agents.a]\ncomand = ['x']", "did you mean command"),
+        ("[agents.a]\nnothing_like_it = 1", "known are"),
+        ("[agents.a]\ncommand = 'x'", "Expected `array`"),
+        ("[agents.a]\nrestart = 'sometimes'", "sometimes"),
+        ("[agents.a]\nfiles = {'/x' = {text = 'y'}}", "not text"),
+        ("[agents.a]\nfiles = 3", "files"),
+        ("[agents.a]\nfiles = {'/x' = 'y'}", "a file has"),
+        ("[agents.a]\nport = 1", "neither command nor download_url"),
+        ("[agents.a]\ncommand = ['x']\nport = 70000", "port"),
+        ("[agents.a]\ncommand = ['x']\nsha256 = 'x'", "sha256"),
+        ("[agents.a]\ndownload_url = 'ftp://x'", "http"),
+        ("[agents.a]\ncommand = ['x']\nfiles = {x = {content = ''}}", "absolute"),
+    ],
+)
+def test_a_profile_that_nobody_could_run_is_refused_by_name(text: str, problem: str, tmp_path: Path) -> None:
+    file = tmp_path / "fuse.toml"
+    file.write_text(text)
+    with pytest.raises(BadSetting, match=problem) as caught:
+        check(control_config(load("control", {}, {}, file)))
+    assert caught.value.setting.startswith("agents")
+
+
+def test_a_profile_may_leave_its_url_to_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "fuse.toml"
+    file.write_text("[agents.a]\nport = 1")
+    check(control_config(load("control", {}, {"AGENT_DOWNLOAD_URL": "https://x/a"}, file)))
 
 
 def test_the_host_daemon_lives_within_the_installation_unless_it_has_a_root_of_its_own() -> None:
@@ -185,13 +356,13 @@ def test_the_settings_file_is_found(tmp_path: Path) -> None:
 
 
 def test_every_setting_and_command_is_documented() -> None:
-    text = (Path(__file__).parents[3] / "docs" / "cli.md").read_text()
+    docs = Path(__file__).parents[3] / "docs"
+    text = (docs / "settings.md").read_text()
     for table in SECTIONS.values():
         for setting in table:
             assert f"| `{setting.name}` | `{setting.env}` | `{setting.flag}` |" in text
+    for name in UNHONOURED:
+        assert f"- `{name}`: " in text
+    commands = (docs / "cli.md").read_text()
     for name in COMMANDS:
-        assert f"`fuse {name}" in text
-    documented = {
-        line.split("`")[3] for line in text.splitlines() if line.startswith("| `") and line.count("` | `") == 2
-    }
-    assert documented == {setting.env for table in SECTIONS.values() for setting in table}
+        assert f"`fuse {name}" in commands
