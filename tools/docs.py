@@ -9,7 +9,13 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
 import fusevm
+from fusevm.cli.control_table import CONTROL, UNHONOURED
+from fusevm.cli.host_table import HOST
+from fusevm.cli.installation import to_text
+from fusevm.cli.setting import Setting
+from fusevm.control.fleet_gauges import FleetGauges
 from fusevm.control.metrics import Metrics as ControlMetrics
+from fusevm.control.store.protocol import Tally
 from fusevm.core.diagram import render_states
 from fusevm.host.metrics import Metrics as HostMetrics
 from fusevm.model import errors
@@ -19,7 +25,7 @@ from fusevm.model.fact import Kind
 from fusevm.wire.errors import FlatError
 from fusevm.wire.host_routes import HOST_ROUTES
 from fusevm.wire.openapi import render_openapi
-from fusevm.wire.routes import BODY_ERRORS, COMMON_ERRORS, ROUTES, Payload, Route, Scope, errors_of
+from fusevm.wire.routes import BODY_ERRORS, COMMON_ERRORS, GATE_ERRORS, ROUTES, Payload, Route, Scope, errors_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,10 +73,12 @@ def render_api() -> str:
         "",
         "Every route, from the one table in `fusevm.wire.routes`; with all types: [openapi.json](openapi.json).",
         "Reasons of errors: [errors.md](errors.md). What events say: [events.md](events.md). The token is sent as",
-        "`Authorization: Bearer <token>`; the master token has every right. In brackets: the right that a route needs.",
+        "`Authorization: Bearer <token>`; the master token has every right, a key has those it was made with, and sees",
+        "the environments of its tenant. In brackets: the right that a route needs. More: [access.md](access.md).",
         "",
         f"Every route may answer {_reasons(COMMON_ERRORS)};",
-        f"every route with a body also {_reasons(BODY_ERRORS)}. They are not repeated below.",
+        f"every route with a body also {_reasons(BODY_ERRORS)};",
+        f"every route that needs a right also {_reasons(GATE_ERRORS)}. They are not repeated below.",
         "",
     ]
     built = [route for route in ROUTES if not route.unimplemented]
@@ -97,7 +105,7 @@ def _route_lines(route: Route) -> list[str]:
         lines.append(f"- takes {_body(route.takes, route.request)}, {limit}")
     statuses = " or ".join(str(status) for status in route.statuses)
     lines.append(f"- answers {statuses}: {_body(route.gives, route.answer)}")
-    common = {*COMMON_ERRORS, *BODY_ERRORS}
+    common = {*COMMON_ERRORS, *BODY_ERRORS, *GATE_ERRORS}
     own = [cls for cls in errors_of(route) if cls not in common]
     if own:
         lines.append(f"- errors: {_reasons(own)}")
@@ -124,16 +132,41 @@ def _reasons(classes: Iterable[type]) -> str:
 #: What the kinds say; the others are kept for what is not built yet.
 KINDS = {
     Kind.STATE: "The environment has entered `state`; `reason` and `error` say why it ends.",
+    Kind.STARTUP_OUTPUT: "What the startup script wrote: `message` is the text; `data` has `stream` and `offset`. The "
+    "first 64 KiB; all of it is in the startup log.",
+    Kind.EXEC: "A command was run.",
+    Kind.AGENT: "News of the daemon: `reason` is its new state, or how a drain or a new token went; `data` has "
+    "`restarts` and `exit_code`.",
+    Kind.HEALTH: "The health check has come to another verdict: `reason` is `starting`, `passing` or `failing`.",
+    Kind.SNAPSHOT: "News of a snapshot of it: `reason` says which, `data` has `snapshot_id`.",
+    Kind.HOST: "News of its host: `placed` when it had to wait for a place and got one.",
     Kind.DEAD_LETTER: "The machine could not be destroyed for the fifth time. The attempts go on, but a person should "
     "look at the host; `message` is the last problem.",
 }
-#: Why environments end, beside the reasons of errors. A test compares them with what `core.lifecycle` says.
+#: Reasons of events that end nothing, beside the reasons of errors. A test compares them with what `core` says.
+NEWS = {
+    "drained": "the daemon has ended as it was asked to",
+    "drain_failed": "the drain command failed, or the daemon had to be killed; `message` says which",
+    "drain_timeout": "the drain was given up at its deadline",
+    "token_rotated": "the daemon runs with the new token; the old one is refused",
+    "rotate_timeout": "the new token was not delivered before the deadline",
+    "creating": "a snapshot is being taken",
+    "ready": "a snapshot is complete",
+    "snapshot_timeout": "a snapshot was given up at its deadline; it is in state `error`",
+    "restoring": "the machine is being put back to a snapshot",
+    "restored": "the machine runs from the snapshot",
+    "restore_timeout": "a restore was given up at its deadline; the snapshot stays usable",
+    "placed": "it waited, and got a place on a host",
+}
+#: Why environments end, beside the reasons of errors. A test compares them with what `core` says.
 ENDINGS = {
     "deleted": (State.DESTROYED, "somebody deleted it"),
     "max_runtime": (State.DESTROYED, "`max_runtime_seconds` have passed since its creation"),
     "idle": (State.DESTROYED, "nobody used it for `idle_timeout_seconds`"),
     "linger": (State.DESTROYED, "it was drained, and nobody deleted it in time"),
+    "no_capacity": (State.FAILED, "it waited for a place, and none was found within `queue_seconds`"),
     "boot_timeout": (State.FAILED, "the machine did not come up before the deadline"),
+    "setup_timeout": (State.FAILED, "files, startup script and daemon were not in place before the deadline"),
     "machine_exited": (State.FAILED, "the machine ended by itself: shut down inside, crashed, or killed on the host"),
     "machine_missing": (State.FAILED, "the host answers and no longer knows the machine"),
     "host_lost": (State.FAILED, "the host was silent for too long, or is no longer registered"),
@@ -159,8 +192,6 @@ def render_events() -> str:
         "|---|---|",
         *(f"| `{kind}` | {text} |" for kind, text in KINDS.items()),
         "",
-        "Kept for later and not sent yet: " + ", ".join(f"`{kind}`" for kind in Kind if kind not in KINDS) + ".",
-        "",
         "## Reasons of an end",
         "",
         "Stable, in `reason` of the events and of the environment, from the moment when the end begins.",
@@ -169,8 +200,18 @@ def render_events() -> str:
         "|---|---|---|",
         *(f"| `{reason}` | `{state}` | {text} |" for reason, (state, text) in ENDINGS.items()),
         "",
-        "When the host refuses to boot the machine, the environment ends as `failed` with the reason of the host's",
-        "error ([errors.md](errors.md)): " + ", ".join(f"`{reason}`" for reason in refusals) + ", or a rarer one.",
+        "When the host refuses to boot the machine, or the setup fails (`startup_failed`, `daemon_failed`), the",
+        "environment ends as `failed` with the reason of the error; from the host:",
+        ", ".join(f"`{reason}`" for reason in refusals) + ", or a rarer one ([errors.md](errors.md)).",
+        "",
+        "## Reasons of other events",
+        "",
+        "A drain, a new token, a snapshot or a restore that fails leaves the environment in its state; `reason` is",
+        "then that of the error, or a timeout.",
+        "",
+        "| reason | meaning |",
+        "|---|---|",
+        *(f"| `{reason}` | {text} |" for reason, text in NEWS.items()),
     ]
     return "\n".join(lines) + "\n"
 
@@ -182,11 +223,24 @@ def render_metrics() -> str:
     """Every metric of both programs."""
     control, host = ControlMetrics(), HostMetrics()
     host.watch_machines(list, lambda: 0)
+    control.registry.register(FleetGauges(tally=Tally(live={}, queued=0, queued_since_ms=None, snapshots={})))
     lines = [
         "# Metrics",
         "",
         "Prometheus text at `GET /metrics`. A counter also has `..._created`, the time of its first increment; a",
-        "histogram has `..._bucket`, `..._sum`, `..._count`. Generated from the programs.",
+        "histogram has `..._bucket`, `..._sum`, `..._count`. A configuration for Prometheus and rules for alerts:",
+        "`deploy/prometheus`. Generated from the programs.",
+        "",
+        "Gauges tell what is known now; what is not known is not there. Read from the database, and thus the same at",
+        "every replica (take the maximum, not the sum): `orchestrator_fleet_tracked_vms`, `orchestrator_hosts`,",
+        "`orchestrator_host_allocated`, `orchestrator_host_capacity`, `orchestrator_tenant_allocated`,",
+        "`orchestrator_queue_length`, `orchestrator_queue_oldest_wait_seconds`, `orchestrator_snapshots`,",
+        "`orchestrator_snapshots_bytes`. Told by the replica that watches a host: `orchestrator_host_up`,",
+        "`orchestrator_fleet_provider_vms`, `orchestrator_watcher_lag_seconds`. While a host is silent, its",
+        "`orchestrator_host_up` is 0, and its machines and its capacity are not there.",
+        "",
+        "Of the names of the system that Fuse replaces, those with `suspected` and `dead_lettered` do not exist:",
+        "limits are stored deadlines and nothing is suspected first, and an orphan is tried again for ever.",
     ]
     for title, metrics, registry in (
         ("Control plane", control, control.registry),
@@ -204,11 +258,74 @@ def _metric_rows(metrics: object, registry: CollectorRegistry) -> list[str]:
             labels.update({metric.name: wrapper._labelnames for metric in wrapper.describe()})
     rows = []
     for metric in registry.collect():
+        labels.setdefault(metric.name, getattr(metric, "_labelnames", ()))
         sampled = {name: None for sample in metric.samples for name in sample.labels if name != "le"}
         name = metric.name + ("_total" if metric.type == "counter" else "")
-        names = ", ".join(f"`{label}`" for label in labels.get(metric.name, sampled))
+        names = ", ".join(f"`{label}`" for label in labels[metric.name] or sampled)
         rows.append(f"| `{name}` | {metric.type} | {names} | {_cell(metric.documentation)} |")
     return sorted(rows)
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+
+def render_settings() -> str:
+    """Every setting of both programs."""
+    lines = [
+        "# Settings",
+        "",
+        "A value comes from the flag, else the variable, else the settings file, else the default; an empty variable",
+        "counts as unset. The file is TOML: `--config`, else `FUSE_CONFIG`, else `$XDG_CONFIG_HOME/fuse/fuse.toml`,",
+        "else `/etc/fuse/fuse.toml`. What nobody would read is refused, with the name that was probably meant.",
+        "`fuse up` takes both tables; what belongs together (who reaches whom, with which token) it settles itself.",
+        "What the settings of access mean: [access.md](access.md). Generated from `fusevm.cli.control_table` and",
+        "`fusevm.cli.host_table`.",
+        "",
+        *_EXAMPLE,
+        "",
+        "## Control plane: `fuse serve`, section `[control]`",
+        "",
+        *_setting_rows(CONTROL),
+        "",
+        "Variables of the system that Fuse replaces which have no effect here; `fuse serve` says so when they are set:",
+        "",
+        *(f"- `{name}`: {why}" for name, (_, why) in UNHONOURED.items()),
+        "",
+        "## Agent profiles: sections `[agents.<name>]`",
+        "",
+        'A daemon that a create may name (`agent: "name"`) instead of describing it. The fields are those of an',
+        "AgentSpec; a file has `content` (text) or `content_b64` (bytes), and `mode`. `download_url` may be left out",
+        "where `AGENT_DOWNLOAD_URL` is set.",
+        "",
+        "## Host daemon: `fuse host serve`, section `[host]`",
+        "",
+        *_setting_rows(HOST),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_EXAMPLE = """\
+    [control]
+    listen = ":8080"
+    allowed_hosts = ["fuse.example.com"]
+
+    [host]
+    driver = "qemu"
+
+    [agents.worker]
+    download_url = "https://example.com/worker"
+    sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+    port = 7000
+    files."/etc/worker.toml" = { content = "colour = 'blue'", mode = "0600" }""".splitlines()
+
+
+def _setting_rows(table: Iterable[Setting]) -> list[str]:
+    rows = ["| name in the file | variable | flag | default | what |", "|---|---|---|---|---|"]
+    for one in table:
+        default = f"`{to_text(one.default)}`" if one.default not in (None, "", ()) else ""
+        later = " Kept, not used yet." if one.is_later else ""
+        rows.append(f"| `{one.name}` | `{one.env}` | `{one.flag}` | {default} | {_cell(one.help)}{later} |")
+    return rows
 
 
 def _cell(text: str) -> str:
@@ -222,6 +339,7 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "docs/host-openapi.json": render_host_openapi,
     "docs/metrics.md": render_metrics,
     "docs/openapi.json": render_public_openapi,
+    "docs/settings.md": render_settings,
     "docs/states.md": render_states,
 }
 

@@ -113,6 +113,30 @@ Run this as root, then repeat:  apt-get update && $install"
     [ -z "$missing" ] || fail "still missing after the installation: $missing"
 }
 
+# fetch_prometheus: a test asks a real one. Unpacked beside other caches, since the package itself would start a service.
+fetch_prometheus() {
+    folder=${XDG_CACHE_HOME:-$HOME/.cache}/fuse/prometheus
+    [ -x "$folder/prometheus" ] && [ -x "$folder/promtool" ] && return
+    command -v prometheus >/dev/null && command -v promtool >/dev/null && return
+    if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
+        say "setup: there is no apt-get to fetch Prometheus with; its test will be skipped"
+        return
+    fi
+    if [ "$(id -u)" = 0 ] && ! apt-cache show prometheus >/dev/null 2>&1; then
+        step "reading the package lists" apt-get -q update
+    fi
+    fresh=$(mktemp -d)
+    say "setup: fetching Prometheus for its test ..."
+    mkdir -p "${log%/*}"
+    if (cd "$fresh" && apt-get -q download prometheus && dpkg-deb -x prometheus_*.deb .) >>"$log" 2>&1 </dev/null; then
+        mkdir -p "$folder"
+        mv -f "$fresh/usr/bin/prometheus" "$fresh/usr/bin/promtool" "$folder/"
+    else
+        say "setup: Prometheus cannot be fetched; its test will be skipped (output: $log)"
+    fi
+    rm -rf "$fresh"
+}
+
 make_venv() {
     # A venv of another interpreter, or of a folder that was moved, does not work.
     if [ -d "$venv" ] && ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -161,4 +185,5 @@ install_system_packages
 make_venv
 install_requirements
 install_project
+if [ "$mode" = dev ]; then fetch_prometheus; fi
 say "setup: ready ($mode)"

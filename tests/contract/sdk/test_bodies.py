@@ -18,7 +18,7 @@ from fusevm.model.environment import Desired, Ending, Environment, Spec, State, 
 from fusevm.model.errors import error_classes, field_names
 from fusevm.model.fact import Fact, Kind
 from fusevm.model.host import Host, HostHealth, HostState, Resources
-from fusevm.wire import rest
+from fusevm.wire import rest, rest_fleet, rest_keys
 from fusevm.wire.errors import render_envelope
 from fusevm.wire.sse import KEEPALIVE
 
@@ -27,7 +27,7 @@ TIME = "2026-11-21T21:16:37.730Z"
 #: Every character at which Python ends a line.
 BREAKS = "a\nb\rc\vd\fe\x1cf\x1dg\x1eh\x85i\u2028j\u2029k"
 #: Texts that must be more than a text.
-TEXTS = {"state": "running", "event": "state", "last_seen": TIME}
+TEXTS = {"state": "running", "event": "state"} | dict.fromkeys(("last_seen", "since", "retention_until"), TIME)
 BODIES: list[tuple[type[msgspec.Struct], type[Any]]] = [
     (rest.EnvironmentBody, types.EnvironmentInfo),
     (rest.EnvironmentPage, types.EnvironmentPage),
@@ -35,6 +35,10 @@ BODIES: list[tuple[type[msgspec.Struct], type[Any]]] = [
     (rest.HostPage, types.HostPage),
     (rest.EventBody, types.Event),
     (rest.ExecAnswer, types.ExecResult),
+    (rest_fleet.SnapshotBody, types.Snapshot),
+    (rest_fleet.SnapshotPage, types.SnapshotPage),
+    (rest_keys.KeyBody, types.APIKey),
+    (rest_keys.NewKey, types.CreatedAPIKey),
 ]
 
 
