@@ -85,7 +85,7 @@ class InlineEngine:
     async def apply(self, statement: Statement) -> Sequence[Sequence[Any]]:
         return execute(self._open(), statement)
 
-    async def read(self, begin: Begin[T]) -> T:
+    async def read(self, begin: Begin[T], *, is_row: bool = False) -> T:  # noqa: ARG002 - no thread anyway
         return drive(self._open(), begin())
 
     async def read_moment(self, begin: Begin[T]) -> T:

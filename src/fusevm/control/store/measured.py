@@ -45,8 +45,8 @@ class MeasuredEngine:
     async def apply(self, statement: Statement) -> Sequence[Sequence[Any]]:
         return await self._timed(WRITE, self._engine.apply(statement))
 
-    async def read(self, begin: Begin[T]) -> T:
-        return await self._timed(READ, self._engine.read(begin))
+    async def read(self, begin: Begin[T], *, is_row: bool = False) -> T:
+        return await self._timed(READ, self._engine.read(begin, is_row=is_row))
 
     async def read_moment(self, begin: Begin[T]) -> T:
         return await self._timed(READ, self._engine.read_moment(begin))

@@ -151,7 +151,7 @@ class PostgresEngine:
 
         return await self._run(self._repeat(work))
 
-    async def read(self, begin: Begin[T]) -> T:
+    async def read(self, begin: Begin[T], *, is_row: bool = False) -> T:  # noqa: ARG002 - it waits for the network anyway
         async def work(connection: Connection) -> T:
             return await drive(connection, begin())
 

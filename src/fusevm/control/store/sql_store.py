@@ -48,8 +48,8 @@ class Engine(Protocol):
         """A transaction of one statement."""
         ...
 
-    async def read(self, begin: Begin[T]) -> T:
-        """Queries, each of the moment it runs."""
+    async def read(self, begin: Begin[T], *, is_row: bool = False) -> T:
+        """Queries, each of the moment it runs. `is_row`: one row by its key, so little that no thread is worth it."""
         ...
 
     async def read_moment(self, begin: Begin[T]) -> T:
@@ -119,10 +119,10 @@ class SqlStore:
         return await self._engine.read(host_rows.usage_by_tenant)
 
     async def get(self, uid: str) -> Environment | None:
-        return await self._engine.read(lambda: tx.get(uid))
+        return await self._engine.read(lambda: tx.get(uid), is_row=True)
 
     async def live(self, task_id: str) -> Environment | None:
-        return await self._engine.read(lambda: tx.get_live(task_id))
+        return await self._engine.read(lambda: tx.get_live(task_id), is_row=True)
 
     async def last_ended(self, task_id: str) -> Environment | None:
         return await self._engine.read(lambda: tx.get_last_ended(task_id))
@@ -171,7 +171,7 @@ class SqlStore:
         return await self._engine.read(host_rows.list_all)
 
     async def host(self, id: str) -> Host | None:  # noqa: A002 - the record's field
-        return await self._engine.read(lambda: host_rows.get(id))
+        return await self._engine.read(lambda: host_rows.get(id), is_row=True)
 
     async def save_host(self, host: Host) -> Host:
         return await self._engine.write(lambda: host_rows.save(host))
@@ -191,7 +191,7 @@ class SqlStore:
     # -- snapshots ------------------------------------------------------------------------------------------------
 
     async def snapshot(self, id: str) -> Snapshot | None:  # noqa: A002
-        return await self._engine.read(lambda: snapshot_rows.get(id))
+        return await self._engine.read(lambda: snapshot_rows.get(id), is_row=True)
 
     async def snapshots(self, query: SnapshotQuery) -> list[Snapshot]:
         return await self._engine.read(lambda: snapshot_rows.list_page(query))
@@ -211,7 +211,7 @@ class SqlStore:
         await self._engine.write(lambda: key_rows.add(key))
 
     async def find_key(self, prefix: str) -> ApiKey | None:
-        return await self._engine.read(lambda: key_rows.find(prefix))
+        return await self._engine.read(lambda: key_rows.find(prefix), is_row=True)
 
     async def keys(self) -> list[ApiKey]:
         return await self._engine.read(key_rows.list_all)
@@ -237,7 +237,7 @@ class SqlStore:
         await self._engine.apply(Statement("put_secret", (owner, name, sealed)))
 
     async def get_secret(self, owner: str, name: str) -> str | None:
-        row = await self._engine.read(lambda: one("get_secret", owner, name))
+        row = await self._engine.read(lambda: one("get_secret", owner, name), is_row=True)
         return str(row[0]) if row is not None else None
 
     async def reseal_secret(self, owner: str, name: str, old: str, new: str) -> None:

@@ -96,9 +96,9 @@ class SimEngine(InlineEngine):
         await self._sim.wait()
         return await super().apply(statement)
 
-    async def read(self, begin: Begin[T]) -> T:
+    async def read(self, begin: Begin[T], *, is_row: bool = False) -> T:
         await self._sim.wait()
-        return await super().read(begin)
+        return await super().read(begin, is_row=is_row)
 
     def die(self) -> None:
         """The process is gone: nothing reaches the database any more."""
