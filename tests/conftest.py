@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 import uvloop
 from hypothesis import HealthCheck, settings
 
@@ -62,6 +63,14 @@ def _fail_if_left(watch: leaks.Watch, kinds: frozenset[str]) -> Iterator[None]:
     said = ", ".join(map(str, left))
     leaks.end(left)
     assert not left, f"left behind: {said}"
+
+
+@pytest.fixture(autouse=True)
+def logs_stay_as_they_are() -> Iterator[None]:
+    """A command that runs within a test sets the logs up for its own standard error, which is closed afterwards."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture(autouse=True)
