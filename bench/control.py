@@ -390,9 +390,10 @@ def databases(kind: str, folder: Path) -> Iterator[Iterator[str]]:
 async def bench_store(kind: str, asked: argparse.Namespace, folder: Path, report: Report) -> None:
     with databases(kind, folder) as fresh:
         if "create" in asked.only:
-            raw, pool = raw_sqlite(folder / "raw.db"), None
             if kind == "postgres":
                 raw, pool = await raw_postgres(next(fresh))
+            else:
+                raw, pool = raw_sqlite(folder / "raw.db"), None
             await bench_create(kind, next(fresh), raw, asked.sizes, folder, report)
             if pool is not None:
                 await pool.close()
