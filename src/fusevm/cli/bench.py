@@ -1,6 +1,6 @@
 """`fuse bench`: this machine against the budgets, beside the raw mechanism, in one run.
 
-Raw means: the same kernel, initramfs, disks and VMM line from a script of sixty lines (`raw_vmm.py`), and the same
+Raw means: the same kernel, initramfs, disks and VMM line from a script of some sixty lines (`raw_vmm.py`), and the same
 request spoken straight to the agent. Raw and Fuse take turns, so that a noisy neighbour hits both.
 """
 

@@ -1,5 +1,6 @@
 """The baseline, without the product: `raw_vmm.py KERNEL INITRAMFS IMAGE OVERLAY [SHELL-TEXT]` prints, as JSON, the
-seconds from process start to the agent's HELLO and to its first answer, and those of 20 more rounds."""
+seconds from process start to the agent's HELLO and to its first answer, those of 20 more rounds, and how many of these
+the command itself took in the guest."""
 
 import itertools
 import json
@@ -29,17 +30,18 @@ def frame(kind: int, stream: int, body: bytes = b"") -> bytes:
     return head + struct.pack(">I", zlib.crc32(body, zlib.crc32(head))) + body
 
 
-def receive(channel: socket.socket, pattern: bytes) -> None:
+def receive(channel: socket.socket, pattern: bytes) -> re.Match[bytes]:
     heard = b""
-    while not re.search(pattern, heard, re.DOTALL):
+    while not (found := re.search(pattern, heard, re.DOTALL)):
         heard += channel.recv(65536) or sys.exit("the VMM ended")
+    return found
 
 
 names, shell = ("kernel", "initramfs", "image", "overlay"), sys.argv[5:6]
 body = json.dumps({"shell": shell[0]}) if shell else ""
 request = f"{'POST /exec' if shell else 'GET /health'} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}"
 khz = round(float(re.findall(r"cpu MHz\s*: ([\d.]+)", Path("/proc/cpuinfo").read_text())[0]) * 1000)
-listener, channel = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+listener, channel = (socket.socket(socket.AF_UNIX) for _ in range(2))
 listener.bind(address := f"\0raw-vmm-{os.getpid()}")
 listener.listen()
 channel.connect(address)
@@ -47,14 +49,19 @@ channel.settimeout(60)
 words = QEMU.format(fd=listener.fileno(), **dict(zip(names, sys.argv[1:5], strict=True))).split()
 hello = frame(0, 0, os.urandom(16))
 channel.sendall(bytes(32784) + hello)
-marks = [time.perf_counter()]
+marks, inside = [time.perf_counter()], []
 with subprocess.Popen([*words, "-append", LINUX.format(khz=khz)], pass_fds=[listener.fileno()], stdin=-3) as vmm:
     receive(channel, re.escape(hello))
     marks.append(time.perf_counter())
     for number in range(21):
         channel.sendall((b"" if number else frame(1, 1)) + frame(2, 1, request.encode()))
-        receive(channel, rb"HTTP/1.1 200 .*}")  # both answers are short and end with a brace
+        answer = receive(channel, rb"HTTP/1.1 200 .*}")[0]  # both answers are short and end with a brace
         marks.append(time.perf_counter())
+        inside.append(sum(int(ms) / 1000 for ms in re.findall(rb'"duration_ms":(\d+)', answer)))
     vmm.kill()
 steps = [later - earlier for earlier, later in itertools.pairwise(marks)]
-print(json.dumps({"hello_s": steps[0], "first_answer_s": steps[0] + steps[1], "round_s": steps[2:]}))
+print(
+    json.dumps(
+        {"hello_s": steps[0], "first_answer_s": steps[0] + steps[1], "round_s": steps[2:], "inside_s": inside[1:]}
+    )
+)

@@ -27,7 +27,7 @@ import fusevm
 from fusevm.control.app import build_app
 from fusevm.control.clock import Clock, SystemClock
 from fusevm.control.collector import Collector
-from fusevm.control.config import ControlConfig, check, database_path, effective_listen, parse_listen
+from fusevm.control.config import ControlConfig, check, database_path, effective_listen, is_postgres, parse_listen
 from fusevm.control.dial import Endpoint
 from fusevm.control.directory import Directory
 from fusevm.control.entry import Entry
@@ -294,7 +294,7 @@ def drop_privileges(uid: int | None) -> None:
 
 
 def prepare_directory(path: str, uid: int | None) -> None:
-    """Make the database's directory if it is missing, owned by whom we shall be. Raises BadSetting."""
+    """Make the directory of an SQLite file if it is missing, owned by whom we shall be. Raises BadSetting."""
     directory = Path(path).absolute().parent
     if path == MEMORY or directory.exists():
         return
@@ -312,7 +312,8 @@ def serve(config: ControlConfig) -> int:
     configure_logs(config)
     sys.setswitchinterval(SWITCH_S)
     late = _LateApp()
-    prepare_directory(database_path(config), config.drop_to_uid)
+    if not is_postgres(config):
+        prepare_directory(database_path(config), config.drop_to_uid)
     if config.tls_cert:
         check_pair(config.tls_cert, config.tls_key, dt.datetime.now(dt.UTC))
     settings = server_config(config, late)
