@@ -19,6 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import leaks
 from own_world import DATA, INSIDE, enter_own_world, keep_temporary_files_in, run_prefix
+from raised import (  # noqa: F401 - hooks of pytest
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_deselected,
+    pytest_runtest_makereport,
+    pytest_runtest_setup,
+)
 
 # How long an example takes says more about the machine than about us.
 settings.register_profile("fuse", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)

@@ -132,14 +132,20 @@ def _reasons(classes: Iterable[type]) -> str:
 #: What the kinds say; the others are kept for what is not built yet.
 KINDS = {
     Kind.STATE: "The environment has entered `state`; `reason` and `error` say why it ends.",
-    Kind.STARTUP_OUTPUT: "What the startup script wrote: `message` is the text; `data` has `stream` and `offset`. The "
-    "first 64 KiB; all of it is in the startup log.",
-    Kind.EXEC: "A command was run.",
+    Kind.STARTUP_OUTPUT: "What the startup script wrote: `message` is the text; `data` has `stream` and `offset`. "
+    "About the first 64 KiB, every byte once, secrets masked; all of it is in the startup log.",
+    Kind.EXEC: "A command that was run over the API has ended, or a background process was started: `message` says "
+    "how, `cause` is the request; `data` has `how` (`exec`, `stream`, `shell`, `process`) and `exit_code`, `signal`, "
+    "`timed_out`, `duration_ms` or `pid`; never arguments or output. Collected for a second and told together: at most "
+    "100 in a round one by one, the others as a number (`omitted`). A control plane that is killed does not tell its "
+    "last second; one that lost its database may tell some twice, with the same `cause`.",
     Kind.AGENT: "News of the daemon: `reason` is its new state, or how a drain or a new token went; `data` has "
     "`restarts` and `exit_code`.",
     Kind.HEALTH: "The health check has come to another verdict: `reason` is `starting`, `passing` or `failing`.",
     Kind.SNAPSHOT: "News of a snapshot of it: `reason` says which, `data` has `snapshot_id`.",
-    Kind.HOST: "News of its host: `placed` when it had to wait for a place and got one.",
+    Kind.HOST: "News of its host: `placed` when it had to wait for a place and got one; else `reason` is the new "
+    "health of the host, `message` the cause, and `data` has `host_id`. Told twice if the control plane dies "
+    "while it tells.",
     Kind.DEAD_LETTER: "The machine could not be destroyed for the fifth time. The attempts go on, but a person should "
     "look at the host; `message` is the last problem.",
 }
@@ -156,12 +162,17 @@ NEWS = {
     "restoring": "the machine is being put back to a snapshot",
     "restored": "the machine runs from the snapshot",
     "restore_timeout": "a restore was given up at its deadline; the snapshot stays usable",
+    "cut_off": "the client or the host was gone before the end of a command, which is not known",
+    "omitted": "so many more commands ended in the same second: `data` has `count`",
     "placed": "it waited, and got a place on a host",
+    "unreachable": "the host has not answered for a while, or refuses the control plane; the machine is left alone",
+    "lost": "the host was silent for so long that the environment is given up",
+    "ok": "the host answers again",
 }
 #: Why environments end, beside the reasons of errors. A test compares them with what `core` says.
 ENDINGS = {
     "deleted": (State.DESTROYED, "somebody deleted it"),
-    "max_runtime": (State.DESTROYED, "`max_runtime_seconds` have passed since its creation"),
+    "max_runtime": (State.DESTROYED, "`max_runtime_seconds` have passed since it got its place"),
     "idle": (State.DESTROYED, "nobody used it for `idle_timeout_seconds`"),
     "linger": (State.DESTROYED, "it was drained, and nobody deleted it in time"),
     "no_capacity": (State.FAILED, "it waited for a place, and none was found within `queue_seconds`"),
@@ -231,16 +242,18 @@ def render_metrics() -> str:
         "histogram has `..._bucket`, `..._sum`, `..._count`. A configuration for Prometheus and rules for alerts:",
         "`deploy/prometheus`. Generated from the programs.",
         "",
-        "Gauges tell what is known now; what is not known is not there. Read from the database, and thus the same at",
-        "every replica (take the maximum, not the sum): `orchestrator_fleet_tracked_vms`, `orchestrator_hosts`,",
+        "Gauges tell what is known now; what is not known is not there. Read from the database, at most every two",
+        "seconds, and thus the same at every replica (take the maximum, not the sum):",
+        "`orchestrator_fleet_tracked_vms`, `orchestrator_hosts`,",
         "`orchestrator_host_allocated`, `orchestrator_host_capacity`, `orchestrator_tenant_allocated`,",
         "`orchestrator_queue_length`, `orchestrator_queue_oldest_wait_seconds`, `orchestrator_snapshots`,",
         "`orchestrator_snapshots_bytes`. Told by the replica that watches a host: `orchestrator_host_up`,",
         "`orchestrator_fleet_provider_vms`, `orchestrator_watcher_lag_seconds`. While a host is silent, its",
         "`orchestrator_host_up` is 0, and its machines and its capacity are not there.",
         "",
-        "Of the names of the system that Fuse replaces, those with `suspected` and `dead_lettered` do not exist:",
-        "limits are stored deadlines and nothing is suspected first, and an orphan is tried again for ever.",
+        "Every name of the system that Fuse replaces is there. Limits are stored deadlines, which are not looked at",
+        "twice: `..._suspected_total` counts ends that have begun, `..._failed_total` the same ones when over.",
+        "An orphan that is dead-lettered is tried again all the same.",
     ]
     for title, metrics, registry in (
         ("Control plane", control, control.registry),

@@ -1,4 +1,6 @@
-"""Every class of the error tree is produced by a test that `tests/errors.toml` names, and is in docs/errors.md."""
+"""Every class of the error tree has a test that `tests/errors.toml` names, and is in docs/errors.md. That the test
+really makes the product raise it is looked at whenever it runs (`tests/raised.py`).
+"""
 
 import ast
 import re

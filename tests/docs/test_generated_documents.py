@@ -9,10 +9,12 @@ from types import ModuleType
 
 import pytest
 
+from fusevm.control.command_log import CUT_OFF, OMITTED
 from fusevm.core import endings, lifecycle
 from fusevm.core import operations as core_operations
 from fusevm.model.environment import TERMINAL, BootMachine, SetUpMachine
 from fusevm.model.fact import Kind
+from fusevm.model.host import HostHealth
 from fusevm.wire.host_routes import HOST_ROUTES
 from fusevm.wire.routes import ROUTES, Route, errors_of
 
@@ -85,7 +87,7 @@ def test_every_reason_of_other_news_is_told(docs: ModuleType):
     about = re.findall(r'_told\([^"]*"(\w+)"', source)
     (drained,) = re.findall(r'reason = "(\w+)" if event.message else "(\w+)"', source)
     late = [reason for reason, _ in endings.TIMEOUTS.values()]
-    assert {*told, *about, *drained, *late} - set(docs.ENDINGS) == set(docs.NEWS)
+    assert {*told, *about, *drained, *late, *HostHealth, CUT_OFF, OMITTED} - set(docs.ENDINGS) == set(docs.NEWS)
 
 
 def test_every_metric_of_both_programs_is_told(docs: ModuleType):

@@ -15,7 +15,8 @@ from fusevm.cli import settings
 from fusevm.cli.main import cli
 from fusevm.cli.options import State
 from fusevm.cli.serve import control_config
-from fusevm.control.config import check, database_path
+from fusevm.control.config import check
+from fusevm.control.store.location import sqlite_path
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 UNITS = {path.stem: path for path in sorted((DEPLOY / "systemd").glob("*.service"))}
@@ -94,7 +95,7 @@ def test_the_control_plane_starts_with_the_secrets_of_the_page_and_not_without()
     check(config)
     assert config.require_auth
     folder = read_unit("fuse-control")["StateDirectory"][0]
-    assert Path(database_path(config)).parent == Path("/var/lib") / folder
+    assert Path(sqlite_path(config.database)).parent == Path("/var/lib") / folder
     for name in ("ORCH_AUTH_TOKEN", "TOKEN_ENCRYPTION_KEY"):
         left = {key: value for key, value in SECRETS.items() if key != name}
         with pytest.raises(Exception, match="also set"):

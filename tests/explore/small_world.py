@@ -15,6 +15,7 @@ environment, so that numbers stay finite.
 The small methods of `Cluster` without an underscore are what `test_seeded_bugs.py` replaces to plant mistakes.
 """
 
+import functools
 from collections.abc import Iterator
 from itertools import permutations
 from typing import Literal, NamedTuple, get_args
@@ -28,7 +29,7 @@ from fusevm.core.placement import can_reserve, place
 from fusevm.core.policy import Policy
 from fusevm.core.queue import plan_placements
 from fusevm.core.reconcile import ObservedMachine, Plan, Strikes, expectations, plan
-from fusevm.core.snapshots import begin_snapshot
+from fusevm.core.snapshots import begin_delete, begin_snapshot
 from fusevm.core.spec import complete, resources_of
 from fusevm.model import snapshot as snapshot_model
 from fusevm.model.environment import (
@@ -44,6 +45,7 @@ from fusevm.model.environment import (
     SnapshotMachine,
     State,
 )
+from fusevm.model.errors import Conflict
 from fusevm.model.event import (
     ActionRefused,
     AgentDrained,
@@ -86,7 +88,7 @@ _encode = msgspec.json.Encoder().encode
 
 Fault = Literal["boot", "unknown", "time", "drain", "exit", "delete", "host", "reconcile", "glitch", "queue", "refuse"]
 EVERYTHING: frozenset[Fault] = frozenset(get_args(Fault))
-Wish = Literal["rotate", "snapshot", "restore"]
+Wish = Literal["rotate", "snapshot", "restore", "drop"]
 
 
 class Slot(msgspec.Struct, frozen=True):
@@ -99,6 +101,8 @@ class Slot(msgspec.Struct, frozen=True):
     #: The host itself has said that the machine is gone for good.
     is_confirmed: bool = False
     snapshots: tuple[Snapshot, ...] = ()
+    #: The snapshot, as it was read, that somebody is about to order back; only where snapshots are dropped.
+    read: Snapshot | None = None
     #: How often something was asked of the machine.
     asked: int = 0
     #: Ended, cleaned up and without a message that could still do anything: forgotten, so that worlds stay few.
@@ -115,7 +119,7 @@ class Server(msgspec.Struct, frozen=True):
     machines: tuple[ObservedMachine, ...] = ()
     #: (uid, incarnation) below and including which nothing is made any more.
     tombstones: tuple[tuple[str, int], ...] = ()
-    #: A list on its way to the watcher, and the records that have changed since it was asked for.
+    #: A list on its way to the watcher, and the records of this host that have changed since it was asked for.
     listed: tuple[ObservedMachine, ...] | None = None
     changed: tuple[str, ...] = ()
     strikes: tuple[tuple[str, int], ...] = ()
@@ -163,6 +167,7 @@ class Cluster:
         duties: Duties = NONE,
         wishes: frozenset[Wish] = frozenset(),
         most_wishes: int = 1,
+        most_lost: int = 2,
         is_symmetric: bool = False,
     ) -> None:
         self.tasks = tasks
@@ -173,10 +178,14 @@ class Cluster:
         self.duties = duties
         self.wishes = wishes
         self.most_wishes = most_wishes
+        #: How many hosts may fall silent, each once.
+        self.most_lost = most_lost
         #: Tasks differ and hosts are alike: worlds that differ only by their names are one (`key`).
         self.is_symmetric = is_symmetric
-        if is_symmetric and ("reconcile" in faults or len(set(tasks)) < len(tasks)):
-            raise ValueError("hosts and tasks that differ cannot be exchanged")
+        #: What was found out about environments (`_about`).
+        self._known: dict[bytes, bytes] = {}
+        if is_symmetric and len(set(tasks)) < len(tasks):
+            raise ValueError("tasks that are the same cannot be exchanged")
         self.spec = PATIENT if "queue" in faults else SPEC
 
     def start(self) -> World:
@@ -203,6 +212,7 @@ class Cluster:
 
     def _moves(self, world: World) -> Iterator[Move]:
         for index, slot in enumerate(world.slots):
+            yield from self._kept(world, index, slot)
             if slot.env is not None and not slot.env.is_terminal:
                 yield from self._environment(world, index, slot.env)
             elif slot.env is None and not slot.is_forgotten:
@@ -293,7 +303,7 @@ class Cluster:
                 yield tuple((uid, back[host_id]) for uid, host_id in self.plan_queue(aged, others))
 
     def plan_queue(self, envs: list[Environment], hosts: list[Host]) -> tuple[tuple[str, str], ...]:
-        return plan_placements(envs, hosts, {}, POLICY, now_ms=NOW)
+        return plan_placements(envs, hosts, {}, POLICY, now_ms=NOW).placed
 
     def _environment(self, world: World, index: int, env: Environment) -> Iterator[Move]:
         yield Move("user", f"delete {index}", self.apply(world, env.uid, DestroyRequested(cause="x")))
@@ -319,10 +329,44 @@ class Cluster:
             yield RotateRequested(cause="x")
         if "snapshot" in self.wishes:
             yield SnapshotRequested(cause="x", snapshot=begin_snapshot(env, f"{env.uid}-{slot.asked}", now_ms=NOW))
-        if "restore" in self.wishes:
+        if "restore" in self.wishes and "drop" not in self.wishes:
             for snapshot in slot.snapshots:
                 if snapshot.state is SnapshotState.READY:
                     yield RestoreRequested(cause="x", snapshot=snapshot)
+
+    def _kept(self, world: World, index: int, slot: Slot) -> Iterator[Move]:
+        """Snapshots are read to be restored, dropped by the user, and freed by the system."""
+        if slot.read is not None:
+            yield Move("progress", f"{slot.read.id} is ordered back", self._order_back(world, index, slot, slot.read))
+        for snapshot in slot.snapshots if "drop" in self.wishes else ():
+            others = tuple(other for other in slot.snapshots if other is not snapshot)
+            if snapshot.state is SnapshotState.DELETING:
+                freed = _with_slot(world, index, replace(slot, snapshots=others))
+                yield Move("progress", f"{snapshot.id} is freed", freed)
+            elif snapshot.state in (SnapshotState.READY, SnapshotState.ERROR):
+                dropped = replace(slot, snapshots=(*others, begin_delete(snapshot, NOW)))
+                yield Move("user", f"drop {snapshot.id}", _with_slot(world, index, dropped))
+                if snapshot.state is SnapshotState.READY and slot.read is None and slot.asked < self.most_wishes:
+                    read = replace(slot, read=snapshot, asked=slot.asked + 1)
+                    yield Move("user", f"read {snapshot.id}", _with_slot(world, index, read))
+
+    def _order_back(self, world: World, index: int, slot: Slot, read: Snapshot) -> World:
+        """The order is given if the snapshot is still as it was read; else it is read again. Or it is refused."""
+        answered = _with_slot(world, index, replace(slot, read=None))
+        if slot.env is None or slot.env.is_terminal:
+            return answered
+        if read not in slot.snapshots:
+            again = self.read_again(slot, read)
+            return answered if again is None else _with_slot(world, index, replace(slot, read=again))
+        try:
+            return self.apply(answered, slot.env.uid, RestoreRequested(cause="x", snapshot=read))
+        except Conflict:
+            return answered
+
+    def read_again(self, slot: Slot, read: Snapshot) -> Snapshot | None:
+        """The snapshot as it is now; None: it is refused."""
+        now = next((snapshot for snapshot in slot.snapshots if snapshot.id == read.id), None)
+        return now if now is not None and now.state is SnapshotState.READY else None
 
     def _server(self, world: World, index: int, server: Server) -> Iterator[Move]:
         id_ = server.record.id
@@ -340,7 +384,7 @@ class Cluster:
                 yield Move("fault", f"{machine.id} is deleted by hand", _with_server(world, index, gone))
         if "host" in self.faults and (index == 0 or self.is_symmetric):
             yield from self._reachability(world, index, server)
-        if "reconcile" in self.faults and server.is_reachable:
+        if "reconcile" in self.faults and server.is_reachable and self._may_list(world, server):
             if server.listed is None:
                 asked = replace(server, listed=server.machines, changed=())
                 yield Move("progress", f"{id_} is listed", _with_server(world, index, asked))
@@ -350,9 +394,15 @@ class Cluster:
             else:
                 yield Move("progress", f"{id_} is judged", self._judge(world, index, server))
 
+    def _may_list(self, world: World, server: Server) -> bool:
+        """In a crowd one host is judged at a time: what a list leads to concerns its own host only."""
+        others = (other for other in world.servers if other is not server)
+        return not self.is_symmetric or all(other.listed is None for other in others)
+
     def _reachability(self, world: World, index: int, server: Server) -> Iterator[Move]:
         id_, record = server.record.id, server.record
-        if server.is_reachable and not server.was_lost:
+        may_fall = not self.is_symmetric or self.most_lost > sum(other.was_lost for other in world.servers)
+        if server.is_reachable and not server.was_lost and may_fall:
             gone = replace(server, is_reachable=False, was_lost=True, listed=None, changed=(), strikes=())
             yield Move("fault", f"{id_} falls silent", _with_server(world, index, gone))
         if not server.is_reachable:
@@ -410,7 +460,9 @@ class Cluster:
             ),
         )
         servers = tuple(
-            replace(server, changed=tuple(sorted({*server.changed, uid}))) if server.listed is not None else server
+            replace(server, changed=tuple(sorted({*server.changed, uid})))
+            if server.listed is not None and server.record.id == env.host_id
+            else server
             for server in saved.servers
         )
         return self.total(self._give(replace(saved, servers=servers), uid, found.actions))
@@ -584,20 +636,38 @@ class Cluster:
         if not self.is_symmetric:
             return _encode(world)
         parts = [self._about(world, index) for index in range(len(world.slots))]
-        states = [(server.is_reachable, server.was_lost, server.record.health) for server in world.servers]
+        states = [
+            (server.is_reachable, server.was_lost, server.was_confused, server.listed is None, server.record.health)
+            for server in world.servers
+        ]
         ways = []
         for order in permutations(range(len(world.servers))):
             servers = [states[number] for number in order]
-            names = [(f"h{number}".encode(), f"H{place}".encode()) for place, number in enumerate(order)]
-            ways.append((servers, sorted(_renamed(part, names) for part in parts)))
+            ways.append((servers, sorted(_with_hosts_in(part, order) for part in parts)))
         return _encode(min(ways))
 
     def _about(self, world: World, index: int) -> bytes:
-        """Everything that concerns one environment, in which it is called `*`. Of the numbers of its actions only the
-        order counts, and no move looks at the pause before a repetition, which differs from name to name."""
+        """Everything that concerns one environment, in which it is called `*`. It is the same in many worlds."""
         uid, slot = f"u{index}", world.slots[index]
         orders = [(order.seq, order.action) for order in world.orders if order.uid == uid]
         replies = [(getattr(event, "seq", 0), event) for owner, event in world.replies if owner == uid]
+        on_hosts = [found for server in world.servers if (found := _about_host(server, uid, f" m-{index}"))]
+        raw = _encode((slot, orders, replies, on_hosts))
+        about = self._known.get(raw)
+        if about is None:
+            about = self._known[raw] = self._without_names(index, slot, orders, replies, on_hosts)
+        return about
+
+    def _without_names(
+        self,
+        index: int,
+        slot: Slot,
+        orders: list[tuple[int, Action]],
+        replies: list[tuple[int, Event]],
+        on_hosts: list[tuple[object, ...]],
+    ) -> bytes:
+        """Of the numbers of its actions only the order counts. No move looks at the pause before a repetition, which
+        differs from name to name."""
         pending = slot.env.pending if slot.env is not None else None
         numbers = {0, slot.env.action_seq if slot.env else 0, pending.seq if pending else 0}
         rank = {seq: place for place, seq in enumerate(sorted(numbers | {seq for seq, _ in orders + replies}))}
@@ -605,21 +675,15 @@ class Cluster:
         if env is not None:
             under_way = None if pending is None else replace(pending, seq=rank[pending.seq], not_before_ms=0)
             env = replace(env, action_seq=rank[env.action_seq], pending=under_way)
-        machines = [
-            (server.record.id, machine) for server in world.servers for machine in server.machines if machine.uid == uid
-        ]
-        tombstones = [
-            (server.record.id, upto) for server in world.servers for owner, upto in server.tombstones if owner == uid
-        ]
         about = _encode(
             (
                 replace(slot, env=env),
                 [replace(action, seq=rank[seq], attempt=0, not_before_ms=0) for seq, action in orders],
                 [replace(event, seq=rank[seq]) if seq else event for seq, event in replies],
-                machines,
-                tombstones,
+                on_hosts,
             )
         )
+        uid = f"u{index}"
         names = [uid, f"m-{index}", self.tasks[index]]
         snapshots = [(f"snap-{uid}-{number}".encode(), f"snap-{number}".encode()) for number in range(self.most_wishes)]
         return _renamed(about, [(name.encode(), b"*") for name in names] + snapshots)
@@ -656,7 +720,7 @@ class Cluster:
         """Nothing is left to do: every environment is up or over, and no machine is there for nothing."""
         wanted = set()
         for slot in world.slots:
-            if slot.planned or (slot.env is not None and slot.env.pending is not None):
+            if slot.planned or slot.read is not None or (slot.env is not None and slot.env.pending is not None):
                 return False
             if slot.env is not None and slot.env.is_queued:
                 if any(can_reserve(server.record, self.spec, POLICY) for server in world.servers):
@@ -679,6 +743,24 @@ class Cluster:
             for machine in server.machines
             if machine.cluster == CLUSTER
         }
+
+
+@functools.cache
+def _with_hosts_in(about: bytes, order: tuple[int, ...]) -> bytes:
+    """What is about an environment, with the hosts numbered in this order. Few differ, and each is in many worlds."""
+    return _renamed(about, [(f"h{number}".encode(), f"H{place}".encode()) for place, number in enumerate(order)])
+
+
+def _about_host(server: Server, uid: str, machine_name: str) -> tuple[object, ...]:
+    """What a host and its watcher have of one environment; nothing: empty."""
+    found = (
+        [machine for machine in server.machines if machine.uid == uid],
+        [upto for owner, upto in server.tombstones if owner == uid],
+        [machine for machine in server.listed or () if machine.uid == uid],
+        uid in server.changed,
+        [(what.split()[0], count) for what, count in server.strikes if what.endswith(machine_name)],
+    )
+    return (server.record.id, *found) if any(found) else ()
 
 
 def _renamed(text: bytes, names: list[tuple[bytes, bytes]]) -> bytes:

@@ -260,6 +260,13 @@ class LateSnapshotsCount(Cluster):
         return not isinstance(event, SnapshotTaken) and super()._is_spent(world, uid, event)
 
 
+class SnapshotsAreReadOnce(Cluster):
+    """Who orders a restore tries again and again with the snapshot as it was."""
+
+    def read_again(self, slot, read):
+        return read
+
+
 class TwoAtATime(Cluster):
     """A new token is given while a snapshot is being taken."""
 
@@ -359,6 +366,12 @@ class MissingMachinesAreLeftAlone(Cluster):
 # -- the tests -----------------------------------------------------------------------------------------------------
 
 WORLDS: dict[str, dict[str, Any]] = {
+    "a machine whose snapshots are dropped": {
+        "tasks": ("a",),
+        "hosts": 1,
+        "wishes": frozenset({"snapshot", "restore", "drop"}),
+        "most_wishes": 2,
+    },
     "one environment": {"tasks": ("a",)},
     "two environments": {},
     "two of the same task": {"tasks": ("a", "a"), "hosts": 1, "room": 2},
@@ -431,6 +444,7 @@ STUCK = [
     (OrphansAreLeftAlone, "a host is lost"),
     (TheQueueIsForgotten, "one place for two"),
     (DrainsHaveNoEnd, "a machine with everything"),
+    (SnapshotsAreReadOnce, "a machine whose snapshots are dropped"),
     (ActionsDieWithTheirWorker, "one environment"),
     (MissingMachinesAreLeftAlone, "machines end by themselves"),
 ]

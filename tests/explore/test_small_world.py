@@ -55,6 +55,20 @@ CLUSTERS = {
         wishes=frozenset({"snapshot", "restore"}),
         most_wishes=2,
     ),
+    "a machine whose snapshots are restored and dropped at the same time": Cluster(
+        tasks=("a",),
+        hosts=1,
+        faults=frozenset({"refuse", "drain"}),
+        wishes=frozenset({"snapshot", "restore", "drop"}),
+        most_wishes=3,
+    ),
+    "three on two hosts: lists, machines deleted by hand": Cluster(**CROWD, faults=frozenset({"reconcile", "delete"})),
+    "three on two hosts, of which one is lost and comes back: lists": Cluster(
+        **CROWD, faults=frozenset({"host", "reconcile"}), most_lost=1
+    ),
+    "three on a host that is lost and comes back: lists, machines deleted by hand": Cluster(
+        **CROWD, hosts=1, faults=frozenset({"host", "reconcile", "delete"})
+    ),
     "lost, repeated and late answers": Cluster(faults=frozenset({"boot", "unknown", "time", "drain"})),
     "a task that is created anew": Cluster(tasks=("a", "b", "a"), hosts=1, room=2, faults=frozenset({"unknown"})),
     "one host for the same task": Cluster(
@@ -122,7 +136,7 @@ def test_the_searches_see_every_state_every_action_and_every_way_to_end():
         "destroy_machine",
     }
     states = {snapshot.state for world in worlds for slot in world.slots for snapshot in slot.snapshots}
-    assert states == set(SnapshotState) - {SnapshotState.DELETING}
+    assert states == set(SnapshotState)
 
 
 class WithNames(Cluster):
@@ -139,6 +153,8 @@ class WithNames(Cluster):
         {"tasks": ("a", "b"), "room": 2, "faults": frozenset({"exit"})},
         {"tasks": ("a", "b"), "duties": DAEMON, "wishes": frozenset({"snapshot"})},
         {"tasks": ("a", "b", "c"), "faults": frozenset({"queue"})},
+        {"tasks": ("a", "b"), "hosts": 1, "room": 2, "faults": frozenset({"reconcile", "delete"})},
+        {"tasks": ("a", "b"), "faults": frozenset({"reconcile", "host"}), "most_lost": 1},
     ],
 )
 def test_worlds_that_differ_by_names_only_have_the_same_future(settings: dict[str, object]):

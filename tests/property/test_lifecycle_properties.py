@@ -22,6 +22,8 @@ from fusevm.model.event import (
     AgentSeen,
     BootRefused,
     BootSucceeded,
+    CommandEnd,
+    CommandsEnded,
     DestroyConfirmed,
     DestroyRequested,
     DrainRequested,
@@ -31,6 +33,7 @@ from fusevm.model.event import (
     MachineExited,
     MachineMissing,
     OutcomeUnknown,
+    OutputSeen,
     Placed,
     Reported,
     RestoreRequested,
@@ -101,7 +104,14 @@ verdicts = st.builds(HealthStatus, state=st.sampled_from(Verdict), message=texts
 reported: st.SearchStrategy[Event] = st.builds(
     Reported, cause=st.just("exec"), kind=st.sampled_from([kind for kind in Kind if kind is not Kind.STATE])
 )
+written = st.builds(
+    lambda stream, offset: OutputSeen(cause="setup", stream=stream, offset=offset, end=offset + 2, text="hi"),
+    st.sampled_from(["stdout", "stderr"]),
+    st.integers(0, 5),
+)
+ended = CommandsEnded(cause="commands", commands=(CommandEnd(cause="a", message="it ended"),) * 2)
 idempotent: st.SearchStrategy[Event] = st.one_of(
+    written,
     outcomes,
     outcomes,
     requests,
@@ -114,7 +124,9 @@ idempotent: st.SearchStrategy[Event] = st.one_of(
     st.builds(HealthSeen, cause=st.just("guest"), status=verdicts),
     st.just(ActivitySeen(cause="exec")),
 )
-events: st.SearchStrategy[Event] = st.one_of(idempotent, idempotent, idempotent, reported, st.just(Tick(cause="tick")))
+events: st.SearchStrategy[Event] = st.one_of(
+    idempotent, idempotent, idempotent, reported, st.just(ended), st.just(Tick(cause="tick"))
+)
 #: Clocks of replicas differ: time may also go back.
 moments = st.integers(min_value=NOW - 10_000, max_value=NOW + 8_000_000)
 soon = st.integers(min_value=NOW, max_value=NOW + 20_000)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 from real_host import Guest, Host, make_fence, reason_of, until
 
 from fusevm.host.process import command_line_of
 from fusevm.model.errors import BootFailed
+from fusevm.model.machine import Moment
 from fusevm.wire.frames import FrameType
 from fusevm.wire.guest import ExecRequest, Process
 from fusevm.wire.host_api import HostFacts, MachineEvent
@@ -222,6 +224,21 @@ async def test_a_boot_that_takes_too_long_is_undone(host: Host):
     await host.start()
     with pytest.raises(BootFailed, match=r"did not answer within 1 s|did not start in time"):
         await host.create("m-1", FENCE, boot_timeout_ms=300)
+    assert await host.machines() == []
+    assert await host.stop() == 0
+
+
+async def test_an_order_that_a_standstill_made_late_is_not_carried_out(host: Host):
+    await host.start()
+    now = msgspec.json.decode(await host.ask("GET", "/info"), type=HostFacts).clock
+    late = replace(FENCE, valid_until=Moment(clock=now.clock, ms=now.ms + 500))
+    os.kill(host.daemon_pid, signal.SIGSTOP)
+    creating = asyncio.create_task(reason_of(host.create("m-1", late)))
+    await asyncio.sleep(0.6)
+    for pid in (host.daemon_pid, host._daemon.pid):  # nsenter stops with its child
+        os.kill(pid, signal.SIGCONT)
+    assert await creating == "order_expired"
+    assert await reason_of(host.delete("m-1", late)) == "order_expired"
     assert await host.machines() == []
     assert await host.stop() == 0
 

@@ -146,14 +146,26 @@ async def test_what_a_create_brings_is_there_and_a_daemon_is_kept_alive(host: Ho
         assert await ask(server, "whole", token) == "401"
         assert await ask(server, "whole", fresh) == "200"
 
+        mark = f"written in the machine {made['uid']}"
+        assert await sh(server, "whole", f"echo '{mark}' > /root/mark; sync") == ""
+        overlays = [path for path in disks(host) if "overlay" in path.name]
+        assert any(holds(path, mark) for path in overlays), "a secret on the disk would be found, too"
+        assert [path.name for path in disks(host) if holds(path, SECRET) or holds(path, fresh)] == []
+
         drained = (await server.act("whole", "drain")).json()
         assert (drained["state"], drained["agent"]["state"], drained.get("error", "")) == ("draining", "drained", "")
         answer = await server.http.get("/v1/environments/fuse-whole/files?path=/root/drained")
         assert answer.content == b"drained\n"
+        assert [path.name for path in disks(host) if holds(path, SECRET) or holds(path, fresh)] == []
 
-        disks = [path for path in host.data.rglob("*") if path.is_file() and path.stat().st_size]
-        assert any("overlay" in path.name for path in disks), disks
-        assert [path.name for path in disks if SECRET.encode() in path.read_bytes()] == []
+
+def disks(host: Host) -> list[Path]:
+    """Everything that the host keeps on its disk."""
+    return [path for path in host.data.rglob("*") if path.is_file() and path.stat().st_size]
+
+
+def holds(path: Path, text: str) -> bool:
+    return text.encode() in path.read_bytes()
 
 
 async def test_the_credentials_of_two_environments_are_mutually_refused(host: Host) -> None:
@@ -167,7 +179,7 @@ async def test_the_credentials_of_two_environments_are_mutually_refused(host: Ho
 
 async def test_a_startup_script_that_fails_is_told_with_its_last_words(host: Host) -> None:
     async with serving(host) as server:
-        made = await server.create("bad", startup_script="echo no such thing >&2; exit 7")
+        made = await server.create_ends("bad", startup_script="echo no such thing >&2; exit 7")
 
         async def has_ended() -> bool:
             return bool((await server.get("bad", uid=made["uid"])).json().get("ended_at"))
@@ -181,7 +193,7 @@ async def test_a_startup_script_that_fails_is_told_with_its_last_words(host: Hos
 
 async def test_a_startup_script_that_hangs_ends_at_its_own_limit(host: Host) -> None:
     async with serving(host) as server:
-        made = await server.create("slow", startup_script="sleep 600", startup_script_timeout_seconds=2)
+        made = await server.create_ends("slow", startup_script="sleep 600", startup_script_timeout_seconds=2)
         shown = (await server.get("slow", uid=made["uid"])).json()
         assert shown["reason"] == "startup_failed"
         assert "within 2 s" in shown["error"]

@@ -33,6 +33,14 @@ OFF = [
     ),
     Off("tombstones", (1, 2), "after its end was confirmed", Luck(late=0.1, duplicate=0.2)),
     Off("leases", (1, 2), "is leased to two workers at once", Luck()),
+    Off(
+        "deadlines",
+        (6, 7, 10),
+        "which was over",
+        Luck(stuck_ways=4.0, refused_boot=0.0),
+        Scale(hosts=8, environments=120, room=12),
+    ),
+    Off("refusals", (1, 2), "which r", Luck(refusals=1.0)),
     Off("strikes", (1, 2), "given up (machine_missing), but", Luck(short_lists=3.0)),
 ]
 

@@ -44,6 +44,7 @@ def private_network(test: Callable[..., Any]) -> Callable[..., Any]:
 
     functools.update_wrapper(outside, test, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=())
     del outside.__wrapped__  # type: ignore[attr-defined]
+    outside.runs_in_another_pytest = True  # type: ignore[attr-defined]
     return pytest.mark.root(outside)
 
 

@@ -47,13 +47,12 @@ def check(*, state: State, data: str | None, config_file: Path | None, **flags: 
     Exit code 0: sound; 1: damaged; 2: it cannot be used or reached.
     """
     from fusevm.control.store import offline  # noqa: PLC0415 - the control plane's weight is only for this command
-    from fusevm.core.policy import Policy  # noqa: PLC0415 - as above
 
     loaded = settings.load("control", flags, os.environ, config_file)
     with loaded.naming_sources():
         database = _database(loaded, data, state)
         sealer = _sealer(loaded, database)
-        findings = asyncio.run(offline.check(database, Policy(), sealer))
+        findings = asyncio.run(offline.check(database, sealer))
     status = UNUSABLE if any(found.is_fatal for found in findings) else DAMAGED if findings else SOUND
     if state.is_json:
         print_json({"verdict": _VERDICTS[status], "secrets_tried": sealer is not None, "findings": findings})
@@ -76,7 +75,7 @@ def _database(loaded: settings.Loaded, data: str | None, state: State) -> str:
 def _sealer(loaded: settings.Loaded, database: str) -> Any:
     """Opens the secrets, if there is a key: the given one, or the one beside the SQLite file."""
     from fusevm.control.secrets import Sealer, load_key  # noqa: PLC0415 - as above
-    from fusevm.control.store.opening import is_postgres, sqlite_path  # noqa: PLC0415 - as above
+    from fusevm.control.store.location import is_postgres, sqlite_path  # noqa: PLC0415 - as above
 
     key, previous = loaded["token_encryption_key"], loaded["token_encryption_key_previous"]
     old = [bytes.fromhex(text) for text in previous]
@@ -98,11 +97,10 @@ def migrate(*, state: State, data: str | None, config_file: Path | None, **flags
     Replicas of a control plane over PostgreSQL may run meanwhile; a SQLite file must not be in use.
     """
     from fusevm.control.store import offline  # noqa: PLC0415 - as above
-    from fusevm.core.policy import Policy  # noqa: PLC0415 - as above
 
     loaded = settings.load("control", flags, os.environ, config_file)
     with loaded.naming_sources():
-        applied = asyncio.run(offline.migrate(_database(loaded, data, state), Policy()))
+        applied = asyncio.run(offline.migrate(_database(loaded, data, state)))
     if state.is_json:
         print_json({"applied": applied})
         return
@@ -128,8 +126,8 @@ def backup(
     database while the control plane is stopped. For PostgreSQL `pg_dump` makes the file, which `pg_restore` takes. The
     encryption key is not part of it: keep it elsewhere.
     """
+    from fusevm.control.store.location import is_postgres  # noqa: PLC0415 - as above
     from fusevm.control.store.offline import backup_sqlite, file_of  # noqa: PLC0415 - as above
-    from fusevm.control.store.opening import is_postgres  # noqa: PLC0415 - as above
 
     loaded = settings.load("control", flags, os.environ, config_file)
     with loaded.naming_sources():

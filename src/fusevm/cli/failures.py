@@ -54,6 +54,8 @@ def hint(error: Error) -> str:
         return "start one with `fuse up`, or name another with --url or FUSE_BASE_URL"
     if isinstance(error, Unauthorized):
         return "`fuse up` prints the token; give it with --token or FUSE_TOKEN"
+    if "record" in error.details:
+        return "`fuse env events {id} --uid {uid}` tells what happened".format_map(error.details)
     return ""
 
 

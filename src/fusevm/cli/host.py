@@ -81,6 +81,7 @@ def get(*, state: State, host_id: str) -> None:
             ("url", one.url),
             ("state", one.state),
             ("health", one.health),
+            ("problem", one.problem),
             ("driver", one.driver),
             ("version", one.version),
             ("VMM", one.vmm_version),
@@ -175,7 +176,9 @@ def _change(state: State, host_id: str, action: str) -> None:
 
 @click.command()
 @click.argument("host_ids", metavar="HOST...", nargs=-1, required=True, shell_complete=complete_host)
-@click.option("--force", is_flag=True, help="Also with environments, when the host is lost: they end as failed.")
+@click.option(
+    "--force", is_flag=True, help="Also with environments, when it is lost or refuses us: they end as failed."
+)
 @api_options
 def rm(*, state: State, host_ids: tuple[str, ...], force: bool) -> int:
     """Forget hosts without environments. Goes on after a failure, and ends with its code."""

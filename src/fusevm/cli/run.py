@@ -17,7 +17,7 @@ from fusevm.cli.failures import report
 from fusevm.cli.options import State, api_options, variables
 from fusevm.cli.output import is_terminal, say
 from fusevm.cli.shell import open_shell
-from fusevm.model.errors import BootFailed, Error, NotFound, Timeout
+from fusevm.model.errors import Error, NotFound, Timeout
 from fusevm.sdk.choices import make_task_id
 from fusevm.sdk.client import Fuse
 from fusevm.sdk.failures import ConnectionLost
@@ -101,7 +101,7 @@ class Ephemeral:
             if self._is_kept and self.is_certain:
                 say(f"{self._env_id} goes on; `fuse env rm {self._env_id}` ends it")
             elif self.is_certain or (self._is_ours and _may_exist(error)):
-                self._destroy(1 if self.is_certain or isinstance(error, BootFailed) else _CLEANUP_TRIES)
+                self._destroy(1 if self.is_certain else _CLEANUP_TRIES)
             elif _may_exist(error):
                 report(f"{self._env_id} may exist now", f"`fuse env rm {self._env_id}` ends it")
         finally:
@@ -120,8 +120,8 @@ class Ephemeral:
 
 
 def _may_exist(error: BaseException | None) -> bool:
-    """After a create that ended like this: can there be an environment?"""
-    return not isinstance(error, Error) or isinstance(error, ConnectionLost | Timeout | BootFailed)
+    """After a create that ended like this: can there be an environment? What did not come up ends by itself."""
+    return not isinstance(error, Error) or isinstance(error, ConnectionLost | Timeout)
 
 
 def _end(number: int, stack: StackFrame | None) -> NoReturn:

@@ -43,7 +43,8 @@ def serve(*, config_file: Path | None, user: str, ready_file: str, **flags: Any)
 
 def control_config(loaded: settings.Loaded, *, drop_to_uid: int | None = None, ready_file: str = "") -> "ControlConfig":
     """The control plane's configuration from settings. Raises BadSetting."""
-    from fusevm.control.config import MEMORY, ControlConfig, HostSetting  # noqa: PLC0415 - as above
+    from fusevm.control.config import ControlConfig, HostSetting  # noqa: PLC0415 - as above
+    from fusevm.control.store.location import MEMORY  # noqa: PLC0415 - as above
 
     url, token = loaded["firecracker_url"], loaded["firecracker_token"]
     return ControlConfig(
@@ -70,6 +71,7 @@ def control_config(loaded: settings.Loaded, *, drop_to_uid: int | None = None, r
         drop_to_uid=drop_to_uid,
         ready_file=ready_file,
         retention_s=loaded["retention_seconds"],
+        lease_s=loaded["lease_seconds"],
         shutdown_s=loaded["shutdown_timeout_seconds"],
         log_level=loaded["log_level"],
         log_json=loaded["log_json"],

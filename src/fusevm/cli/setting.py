@@ -185,6 +185,14 @@ def parse_idle(text: str) -> int:
     return value
 
 
+def parse_lease(text: str) -> int:
+    """Seconds, 3 to 600: a lease outlives a short stall of the database, and a dead holder's work waits that long."""
+    value = parse_count(text)
+    if not 3 <= value <= 600:
+        raise ValueError(f"{text} is out of range; give 3 to 600")
+    return value
+
+
 def parse_ratio(text: str) -> float:
     """A factor of at least 0.01."""
     value = parse_number(text)

@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 
 from fusevm.control.caller import Caller
-from fusevm.control.etag import etag_of, matches
+from fusevm.control.etag import etag_of, names_revision
 from fusevm.control.race import first_of
 from fusevm.control.store.protocol import RequestKey
 from fusevm.model.errors import BadField, PayloadTooLarge, PreconditionFailed, Timeout
@@ -19,6 +19,8 @@ from fusevm.wire.routes import Route
 T = TypeVar("T")
 #: Seconds within which a body that is read whole must have arrived.
 BODY_TIMEOUT_S = 15
+#: Longer numbers are not even read: Python refuses those of some thousand digits.
+MAX_DIGITS = 18
 _encode = msgspec.json.Encoder().encode
 _TRUE, _FALSE = frozenset({"true", "1", "yes"}), frozenset({"", "false", "0", "no"})
 
@@ -40,8 +42,9 @@ class Call:
         self.etag = ""
         #: The Idempotency-Key, if one was sent: the request then goes on without its client, and its answer is kept.
         self.request_key: RequestKey | None = None
-        #: What an earlier request with this key made: wait for that instead of making another.
-        self.bound_uid = ""
+        #: The environment that the request has made or changed: from then on its failure is its answer, too. When a
+        #: create is called, set by an earlier request with this key: wait for that one instead of making another.
+        self.acted_on = ""
         self._body: bytes | None = None
 
     @property
@@ -92,7 +95,7 @@ class Call:
 
     async def _read_body(self, limit: int) -> bytes:
         declared = self.header("content-length")
-        if declared.isdecimal() and int(declared) > limit:
+        if declared.isdecimal() and (len(declared) > MAX_DIGITS or int(declared) > limit):
             raise PayloadTooLarge(limit=limit)
         body = bytearray()
         try:
@@ -125,18 +128,20 @@ class Call:
             pass
         raise ClientDisconnect
 
-    def mark(self, key: str, revision: int) -> None:
-        """The answer shows this revision of a record: it gets an ETag, and a GET that knows it a 304."""
-        self.etag = etag_of(key, revision)
+    def mark(self, key: str, revision: int, body: bytes = b"") -> None:
+        """The answer shows this revision of a record: it gets an ETag, and a GET that knows it a 304.
+
+        `body`: what a GET shows, where a revision has more than one rendering.
+        """
+        self.etag = etag_of(key, revision, body)
 
     def expected(self, id: str, key: str, revision: int) -> int | None:  # noqa: A002 - as in the path
         """The revision that `If-Match` allows to be changed; None: any. Raises PreconditionFailed for another one."""
         header = self.header("if-match")
         if not header:
             return None
-        etag = etag_of(key, revision)
-        if not matches(header, etag):
-            raise PreconditionFailed(id=id, etag=etag)
+        if not names_revision(header, key, revision):
+            raise PreconditionFailed(id=id, etag=etag_of(key, revision))
         return revision if header.strip() != "*" else None
 
     def stream(self) -> AsyncIterator[bytes]:

@@ -15,6 +15,10 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     scopes: tuple[str, ...] = ()
     #: `ak_...`; empty for the master token, and where no token is asked for.
     key_id: str = ""
+    #: The public part of its key, by which the key is found again.
+    key_prefix: str = ""
+    #: When its session ends; None: there is none, or nothing is known of an end.
+    ends_at_ms: int | None = None
     #: The master token was sent, or none is needed.
     is_master: bool = False
 

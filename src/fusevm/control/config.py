@@ -8,15 +8,18 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from fusevm.control.store.location import MEMORY, POSTGRES_SCHEMES, SQLITE_SCHEME, is_postgres, sqlite_path
 from fusevm.core.policy import Policy
 from fusevm.model.errors import BadSetting
 from fusevm.model.setup import AgentSpec
 from fusevm.wire.pin import parse_host_token
 
-MEMORY = ":memory:"
 DEFAULT_PORT = 8080
 _KEY = re.compile(r"[0-9a-fA-F]{64}")
-_POSTGRES = ("postgres://", "postgresql://")
+#: Hosts keep their tombstones for a day: many times this.
+MAX_LEASE_S = 600.0
+#: What is kept for latecomers is kept for at least so many leases.
+KEPT_LEASES = 10
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -114,7 +117,7 @@ def check(config: ControlConfig) -> None:
             raise BadSetting(setting=name, problem="give 64 hex digits (32 bytes)")
     if config.previous_keys and not config.encryption_key:
         raise BadSetting(setting="previous_keys", problem="there is no present key; also set: encryption_key")
-    if "://" in config.database and not config.database.startswith(("sqlite://", *_POSTGRES)):
+    if "://" in config.database and not config.database.startswith((SQLITE_SCHEME, *POSTGRES_SCHEMES)):
         problem = "use postgresql://..., a path, sqlite:///path or :memory:"
         raise BadSetting(setting="database", problem=problem)
     for name in ("allowed_cidrs", "trusted_proxies"):
@@ -142,16 +145,6 @@ def parse_listen(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def database_path(config: ControlConfig) -> str:
-    """The SQLite file, or `:memory:`."""
-    return config.database.removeprefix("sqlite://") or MEMORY
-
-
-def is_postgres(config: ControlConfig) -> bool:
-    """Is the store a PostgreSQL database?"""
-    return config.database.startswith(_POSTGRES)
-
-
 def has_secure_cookies(config: ControlConfig) -> bool:
     """Is the session cookie only for HTTPS?"""
     return bool(config.tls_cert) if config.secure_cookies is None else config.secure_cookies
@@ -173,7 +166,7 @@ def _check_required(config: ControlConfig) -> None:
     needed = {
         "auth_token": bool(config.auth_token),
         "encryption_key": bool(config.encryption_key),
-        "database": is_postgres(config) or database_path(config) != MEMORY,
+        "database": is_postgres(config.database) or sqlite_path(config.database) != MEMORY,
     }
     missing = ", ".join(name for name, is_set in needed.items() if not is_set)
     if missing:
@@ -209,6 +202,11 @@ def _check_numbers(config: ControlConfig) -> None:
     for name in _POSITIVE:
         if getattr(config, name) <= 0:
             raise BadSetting(setting=name, problem="must be greater than 0")
+    if config.lease_s > MAX_LEASE_S:
+        raise BadSetting(setting="lease_s", problem=f"must not be longer than {MAX_LEASE_S:.0f} s")
+    for name in ("retention_s", "idempotency_s"):
+        if getattr(config, name) < KEPT_LEASES * config.lease_s:
+            raise BadSetting(setting=name, problem=f"must be at least {KEPT_LEASES} times lease_s")
     policy = config.policy
     for name in ("cpu_overcommit_percent", "ram_overcommit_percent", "storage_overcommit_percent"):
         if getattr(policy, name) < 1:
@@ -246,7 +244,7 @@ def check_agent(config: ControlConfig, setting: str, agent: AgentSpec) -> None:
 def _check_hosts(config: ControlConfig) -> None:
     seen: set[str] = set()
     for host in config.hosts:
-        if host.token and is_postgres(config) and not config.encryption_key:
+        if host.token and is_postgres(config.database) and not config.encryption_key:
             problem = "PostgreSQL stores the token of a host only with a key; `openssl rand -hex 32` makes one"
             raise BadSetting(setting="encryption_key", problem=problem)
         if host.id in seen:

@@ -12,7 +12,7 @@ from fusevm.core.setup import Prepared, complete_healthcheck, prepare
 from fusevm.core.spec import complete
 from fusevm.model.environment import Spec
 from fusevm.model.errors import BadField, SnapshotNotFound, Unimplemented
-from fusevm.model.setup import AgentSpec, Healthcheck, HttpCheck, Restart, SetupFile
+from fusevm.model.setup import AGENT_PATH, AgentSpec, Healthcheck, HttpCheck, Restart, SetupFile
 from fusevm.model.snapshot import Snapshot
 from fusevm.wire import rest
 
@@ -32,8 +32,8 @@ _LATER_IN_SPEC = {
 async def read_order(plane: Plane, tenant: str, uid: str, body: rest.CreateRequest) -> Asked:
     """Check and complete a create for the environment `uid` of a tenant.
 
-    Raises BadField, PayloadTooLarge, SnapshotNotFound, SnapshotNotReady, NoEncryptionKey, and Unimplemented naming the
-    field.
+    Raises BadField, PayloadTooLarge, SnapshotNotFound, SnapshotNotReady, WrongState, NoEncryptionKey, and Unimplemented
+    naming the field.
     """
     _refuse_later(body)
     seed = await _seed(plane, tenant, body.seed_snapshot_id or "")
@@ -58,8 +58,17 @@ def _refuse_later(body: rest.CreateRequest) -> None:
             raise Unimplemented(feature=f"the field spec.{name}", why=why)
     if body.network is not None and body.network.rules:
         raise Unimplemented(feature="the field network.rules", why="only network.internet is honoured yet")
+    _check_on_host_loss(body.on_host_loss or "fail")
     if body.egress is not None and body.egress.mode not in ("", "direct"):
         raise Unimplemented(feature=f"egress mode {body.egress.mode!r}", why="only direct egress is available")
+
+
+def _check_on_host_loss(asked: str) -> None:
+    if asked == "restore":
+        why = "snapshots cannot leave their host yet; leave it out, and create anew when the host is lost"
+        raise Unimplemented(feature='on_host_loss "restore"', why=why)
+    if asked != "fail":
+        raise BadField(field="on_host_loss", problem=f"{asked[:40]!r} is neither fail nor restore")
 
 
 async def _seed(plane: Plane, tenant: str, id: str) -> Snapshot | None:  # noqa: A002 - the record's field
@@ -134,11 +143,9 @@ def _agent(config: ControlConfig, asked: str | rest.AgentInput) -> AgentSpec:
     """The daemon: what is given, else what its profile says, else the default download."""
     if isinstance(asked, str):
         asked = rest.AgentInput(profile=asked)
-    spec = _profile(config, asked.profile or "")
+    spec = _with_download(_profile(config, asked.profile or ""), asked.download_url or "", asked.sha256 or "")
     given = {
-        name: value
-        for name in ("download_url", "sha256", "auth_token", "gateway", "gateway_token", "port")
-        if (value := getattr(asked, name))
+        name: value for name in ("auth_token", "gateway", "gateway_token", "port") if (value := getattr(asked, name))
     }
     if asked.command:
         given["command"] = tuple(asked.command)
@@ -147,9 +154,16 @@ def _agent(config: ControlConfig, asked: str | rest.AgentInput) -> AgentSpec:
     if asked.restart:
         given["restart"] = Restart(asked.restart)
     spec = replace(spec, files=spec.files | _files(asked.files or {}), env=spec.env | (asked.env or {}), **given)
-    if not spec.download_url and not spec.command:
-        spec = replace(spec, download_url=config.agent_download_url, sha256=config.agent_download_sha256)
-    return spec
+    if spec.download_url or not config.agent_download_url or spec.command[:1] not in ((), (AGENT_PATH,)):
+        return spec
+    return _with_download(spec, config.agent_download_url, spec.sha256 or config.agent_download_sha256)
+
+
+def _with_download(spec: AgentSpec, url: str, sha256: str) -> AgentSpec:
+    """With this URL and its digest. A digest alone is about the URL that is there or will be; a URL alone has none."""
+    if url:
+        return replace(spec, download_url=url, sha256=sha256)
+    return replace(spec, sha256=sha256 or spec.sha256)
 
 
 def _profile(config: ControlConfig, name: str) -> AgentSpec:

@@ -6,11 +6,12 @@ replaced as a whole, the startup script runs once per machine, the daemon is res
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 
 import msgspec
 
 from fusevm.control.guest_calls import GuestCalls
+from fusevm.core.redaction import Redactor
 from fusevm.model.environment import Environment
 from fusevm.model.errors import DaemonFailed, StartupFailed
 from fusevm.model.setup import AGENT_PATH, AgentSpec, AgentState, Setup
@@ -36,18 +37,19 @@ AGENT_START_S = 45.0
 _LOOK_S = 0.25
 _LAST_WORDS = 300
 
-#: Told of the script's output: stream, offset of the first byte, text.
-Tell = Callable[[str, int, str], Awaitable[None]]
+#: Tells some of the script's output: stream, offset of its first byte and of the one after it, text without secrets.
+#: The answer is up to where that stream has been told, by whomever.
+Tell = Callable[[str, int, int, str], Awaitable[int]]
 
 
-async def deliver(guest: GuestCalls, env: Environment, setup: Setup, tell: Tell) -> None:
+async def deliver(guest: GuestCalls, env: Environment, setup: Setup, redactor: Redactor, tell: Tell) -> None:
     """Write the files, run the startup script, start the daemon and the health check.
 
     Raises StartupFailed, DaemonFailed, and what the guest agent answers.
     """
     await _write(guest, env, setup)
     if setup.startup_script:
-        await _run_script(guest, setup, tell)
+        await _run_script(guest, setup, _Told(env.startup_told, redactor, tell))
     await _start(guest, setup)
 
 
@@ -125,11 +127,10 @@ async def _start_agent(guest: GuestCalls, spec: AgentSpec) -> None:
 # -- the startup script --------------------------------------------------------------------------------------------
 
 
-async def _run_script(guest: GuestCalls, setup: Setup, tell: Tell) -> None:
+async def _run_script(guest: GuestCalls, setup: Setup, told: "_Told") -> None:
     limit_ms = setup.startup_timeout_s * 1000
     request = ExecRequest(shell=setup.startup_script, user="root", timeout_ms=limit_ms, key=STARTUP_KEY)
     await guest.ask("POST", "processes", Process, request)
-    told = _Told(tell)
     limit_s = setup.startup_timeout_s + GRACE_S
     try:
         async with asyncio.timeout(limit_s):
@@ -155,12 +156,20 @@ async def _follow_both(guest: GuestCalls, told: "_Told") -> None:
 
 
 async def _follow(guest: GuestCalls, stream: str, told: "_Told") -> None:
+    """From the beginning, whatever was told before: values are masked and last words found in the whole only."""
+    while not await _read(guest, stream, told):
+        pass
+
+
+async def _read(guest: GuestCalls, stream: str, told: "_Told") -> bool:
+    """Tell the stream to its end. False: somebody else tells it too; begin again behind that."""
     upstream = await guest.open("GET", f"{_SCRIPT}/output?stream={stream}&offset=0&follow=true")
     try:
-        offset = int(upstream.headers.get("x-fuse-offset", "0"))
+        reading = _Reading(told, stream, int(upstream.headers.get("x-fuse-offset", "0")))
         async for chunk in upstream.chunks():
-            await told.add(stream, offset, chunk)
-            offset += len(chunk)
+            if not await reading.add(chunk):
+                return False
+        return await reading.end()
     finally:
         await upstream.close()
 
@@ -168,20 +177,66 @@ async def _follow(guest: GuestCalls, stream: str, told: "_Told") -> None:
 class _Told:
     """What was told of a script's output."""
 
-    def __init__(self, tell: Tell) -> None:
+    def __init__(self, upto: Mapping[str, int], redactor: Redactor, tell: Tell) -> None:
+        self.redactor = redactor
+        self._upto = dict(upto)
         self._tell = tell
-        self._left = TOLD_BYTES
         self._tail = b""
 
-    async def add(self, stream: str, offset: int, chunk: bytes) -> None:
-        """Tell as much of the chunk as may be told."""
-        self._tail = (self._tail + chunk)[-_LAST_WORDS:]
-        shown, self._left = chunk[: self._left], max(0, self._left - len(chunk))
-        for start in range(0, len(shown), CHUNK_BYTES):
-            part = shown[start : start + CHUNK_BYTES]
-            await self._tell(stream, offset + start, part.decode("utf-8", "replace"))
+    def upto(self, stream: str) -> int:
+        """Offset of the first byte that was not told."""
+        return self._upto.get(stream, 0)
+
+    async def tell(self, stream: str, offset: int, end: int, content: bytes) -> bool:
+        """Tell a piece, unless that was done or enough was told. False: somebody else has told another one."""
+        self._tail = (self._tail + content)[-_LAST_WORDS:]
+        before = self.upto(stream)
+        if end <= before or sum(self._upto.values()) >= TOLD_BYTES:
+            return True
+        self._upto[stream] = end
+        now = await self._tell(stream, offset, end, content.decode("utf-8", "replace"))
+        if now <= before:
+            return True  # the environment has ended: nobody is told any more
+        self._upto[stream] = now
+        return now == end
 
     def last_words(self) -> str:
         """The end of the output, for a message."""
         text = self._tail.decode("utf-8", "replace").strip()
         return f": {text}" if text else ""
+
+
+class _Reading:
+    """One reading of one stream, from its oldest retained byte on."""
+
+    def __init__(self, told: _Told, stream: str, offset: int) -> None:
+        self._told = told
+        self._stream = stream
+        self._redacted = told.redactor.stream(offset)
+
+    async def add(self, chunk: bytes) -> bool:
+        """As `_Told.tell`."""
+        for part in self._parts(chunk):
+            if not await self._pass_on(part):
+                return False
+            # What was told ends here: so does what is held back of it.
+            if self._redacted.fed == self._told.upto(self._stream) and not await self.end():
+                return False
+        return True
+
+    async def end(self) -> bool:
+        """As `_Told.tell`."""
+        return await self._pass_on(None)
+
+    async def _pass_on(self, part: bytes | None) -> bool:
+        offset = self._redacted.passed
+        content = self._redacted.feed(part) if part is not None else self._redacted.end()
+        return not content or await self._told.tell(self._stream, offset, self._redacted.passed, content)
+
+    def _parts(self, chunk: bytes) -> Iterator[bytes]:
+        """Small enough to be told, and cut where the next one was not told yet."""
+        while chunk:
+            left = self._told.upto(self._stream) - self._redacted.fed
+            size = min(CHUNK_BYTES, left) if left > 0 else CHUNK_BYTES
+            yield chunk[:size]
+            chunk = chunk[size:]

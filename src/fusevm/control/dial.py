@@ -14,7 +14,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from fusevm.control.config import check_host_url
-from fusevm.model.errors import HostUnreachable
+from fusevm.model.errors import HostUnproven, HostUnreachable
 from fusevm.wire.http1 import Connection
 from fusevm.wire.pin import parse_host_token, spki_sha256
 from fusevm.wire.streams import SocketStream
@@ -51,7 +51,7 @@ class Endpoint:
         self._tls = _tls_context() if self.is_tls else None
 
     async def open(self) -> Lane:
-        """Connect and compare the pin. Raises HostUnreachable."""
+        """Connect and compare the pin. Raises HostUnreachable, HostUnproven."""
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 reader, writer = await self._connect()
@@ -63,7 +63,7 @@ class Endpoint:
         stream = SocketStream(reader, writer)
         if self._tls is not None and not self._is_pinned(stream):
             await stream.close()
-            raise HostUnreachable(id=self.host_id, problem="its certificate's key is not the one that the token names")
+            raise HostUnproven(id=self.host_id)
         return Lane(Connection(stream, self.authority), stream, reader)
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -87,7 +87,7 @@ class Pool:
         self._is_closed = False
 
     async def take(self) -> Lane:
-        """A connection that is ready for a request. Raises HostUnreachable."""
+        """A connection that is ready for a request. Raises HostUnreachable, HostUnproven."""
         while self._idle:
             since, lane = self._idle.pop()
             if time.monotonic() - since < IDLE_S and not lane.reader.at_eof():

@@ -13,9 +13,10 @@ from fusevm.control.dial import Endpoint
 from fusevm.control.host_api import HostApi
 from fusevm.control.host_client import HttpHost
 from fusevm.control.secrets import Sealer, load_secret, row_of
-from fusevm.control.store.protocol import Secrets
+from fusevm.control.store.host_rows import sealed_owner
+from fusevm.control.store.protocol import SealedRow, Secrets
 from fusevm.control.stub_host import CAPACITY, STUB_ID, STUB_URL, StubHost
-from fusevm.model.errors import HostNotFound, RevisionConflict, WrongCluster
+from fusevm.model.errors import BadSetting, HostNotFound, RevisionConflict, WrongCluster
 from fusevm.model.host import Host, HostState, Resources, effective
 from fusevm.wire.host_api import HostFacts
 
@@ -48,8 +49,8 @@ class HostStore(Secrets, Protocol):
         """All hosts by id."""
         ...
 
-    async def save_host(self, host: Host) -> Host:
-        """Insert or replace."""
+    async def save_host(self, host: Host, sealed: SealedRow | None = None) -> Host:
+        """Insert or replace, with its token. Raises RevisionConflict."""
         ...
 
 
@@ -92,6 +93,10 @@ class Directory:
             await self._drop_client(host_id)
             raise HostNotFound(id=host_id)
         token = await self.token_of(host_id)
+        again = await self._store.host(host_id)
+        if again is None or again.url != host.url:
+            # It was registered again between the readings: URL and token must belong together.
+            return await self._read(host_id, before)
         if before is not None and (before.url, before.token) == (host.url, token):
             client = before.client
         else:
@@ -108,7 +113,7 @@ class Directory:
     async def probe(self, id: str, url: str, token: str) -> HostFacts:  # noqa: A002 - the record's field
         """Ask a host that may not be registered who it is.
 
-        Raises HostUnreachable, HostRejected, Timeout, WrongCluster.
+        Raises HostUnreachable, HostRejected, HostUnproven, Timeout, WrongCluster.
         """
         client = HttpHost(Endpoint(id, url, token))
         try:
@@ -120,20 +125,17 @@ class Directory:
         return facts
 
     async def register(self, settings: tuple[HostSetting, ...]) -> None:
-        """Make the configured hosts exist; without any, the stub host. Idempotent: capacity and bookings are kept."""
+        """Make the configured hosts exist; without any, the stub host. Idempotent: settings say how a known host is
+        reached; the rest is as it was declared over the API."""
         for setting in settings:
-            old = await self._store.host(setting.id)
-            host = _new_host(setting.id, setting.url, Resources())
-            # Settings cannot say a capacity: what was declared over the API holds on.
-            declared = old.declared if old is not None else Resources()
-            host = replace(host, region=setting.region, labels=setting.labels, declared=declared)
-            await self.save(host, setting.token)
+            new = replace(_new_host(setting.id, setting.url, Resources()), region=setting.region, labels=setting.labels)
+            await self._save(new, setting.token, _reached)
         if not await self._store.hosts():
             await self.save(_new_host(STUB_ID, STUB_URL, CAPACITY), "")
 
     async def token_of(self, host_id: str) -> str:
         """The token that is kept for a host; empty: none."""
-        return await load_secret(self._store, self._sealer, _owner(host_id), _TOKEN) or ""
+        return await load_secret(self._store, self._sealer, sealed_owner(host_id), _TOKEN) or ""
 
     async def _retire_stub(self) -> None:
         """A real host has come: nothing new is pretended any more."""
@@ -148,41 +150,42 @@ class Directory:
 
         Raises NoEncryptionKey when there is a token and nothing to seal it with.
         """
-        if token:
-            sealed = self._sealer.seal(token, row=row_of(_owner(new.id), _TOKEN))
-            await self._store.put_secret(_owner(new.id), _TOKEN, sealed)
-        await self._drop_client(new.id)
+        return await self._save(new, token, _declared)
+
+    async def _save(self, new: Host, token: str, update: Callable[[Host, Host], Host]) -> Host:
+        """Record and token are saved together: a token that belongs to another URL would be refused."""
         if new.url != STUB_URL:
             await self._retire_stub()
         while True:
-            old = await self._store.host(new.id)
-            try:
-                if old is None:
-                    now_ms = self._clock.now_ms()
-                    saved = await self._store.save_host(replace(new, created_at_ms=now_ms, updated_at_ms=now_ms))
-                    log.info("host_registered", host=new.id, url=new.url)
-                    return saved
-                return await self._update(old, new)
-            except RevisionConflict:
-                continue
+            with contextlib.suppress(RevisionConflict):
+                saved = await self._try_save(new, token, update)
+                await self._drop_client(new.id)
+                return saved
 
-    async def _update(self, old: Host, new: Host) -> Host:
-        changed = replace(
-            old,
-            url=new.url,
-            region=new.region,
-            labels=new.labels,
-            arch=new.arch if new.capacity != Resources() else old.arch,
-            declared=new.declared,
-            capacity=effective(new.declared, new.capacity if new.capacity != Resources() else old.capacity),
-        )
-        if changed == old:
+    async def _try_save(self, new: Host, token: str, update: Callable[[Host, Host], Host]) -> Host:
+        old, now_ms = await self._store.host(new.id), self._clock.now_ms()
+        sealed = await self._sealed(new.id, token)  # after the record: a newer token than its own is a conflict
+        if old is None:
+            saved = await self._store.save_host(replace(new, created_at_ms=now_ms, updated_at_ms=now_ms), sealed)
+            log.info("host_registered", host=new.id, url=new.url)
+            return saved
+        changed = update(old, new)
+        if changed == old and sealed is None:
             return old
-        return await self._store.save_host(replace(changed, updated_at_ms=self._clock.now_ms()))
+        return await self._store.save_host(replace(changed, updated_at_ms=now_ms), sealed)
+
+    async def _sealed(self, host_id: str, token: str) -> SealedRow | None:
+        """What is to be kept; None: what is kept already."""
+        if not token:
+            return None
+        with contextlib.suppress(BadSetting):  # it was sealed with a key that is no more: it is replaced
+            if await self.token_of(host_id) == token:
+                return None
+        owner = sealed_owner(host_id)
+        return SealedRow(owner, _TOKEN, self._sealer.seal(token, row=row_of(owner, _TOKEN)))
 
     async def forget(self, host_id: str) -> None:
-        """The host was deleted: its token and its client go."""
-        await self._store.drop_secrets(_owner(host_id))
+        """The host was deleted: its client goes."""
         await self._drop_client(host_id)
 
     async def _drop_client(self, host_id: str) -> None:
@@ -200,5 +203,19 @@ def _new_host(host_id: str, url: str, capacity: Resources) -> Host:
     return Host(id=host_id, url=url, capacity=capacity, created_at_ms=0, updated_at_ms=0)
 
 
-def _owner(host_id: str) -> str:
-    return f"host:{host_id}"
+def _reached(old: Host, new: Host) -> Host:
+    """A known host, as it is reached now."""
+    return replace(old, url=new.url)
+
+
+def _declared(old: Host, new: Host) -> Host:
+    """A known host, as it is declared now."""
+    return replace(
+        old,
+        url=new.url,
+        region=new.region,
+        labels=new.labels,
+        arch=new.arch if new.capacity != Resources() else old.arch,
+        declared=new.declared,
+        capacity=effective(new.declared, new.capacity if new.capacity != Resources() else old.capacity),
+    )

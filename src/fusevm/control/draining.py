@@ -8,7 +8,8 @@ from typing import Protocol
 import structlog
 
 from fusevm.control.entry import Entry
-from fusevm.model.environment import Environment, State
+from fusevm.control.store.protocol import Reading
+from fusevm.model.environment import State
 from fusevm.model.errors import Error
 from fusevm.model.event import DrainRequested
 
@@ -18,14 +19,14 @@ log = structlog.get_logger()
 class Placements(Protocol):
     """Who is where."""
 
-    async def on_host(self, host_id: str) -> list[Environment]:
+    async def on_host(self, host_id: str) -> Reading:
         """All live environments of a host."""
         ...
 
 
 async def drain_environments(store: Placements, entry: Entry, host_id: str, cause: str) -> None:
     """Drain what runs on a host. What is busy with another action, or still being made, is left for the next time."""
-    for env in await store.on_host(host_id):
+    for env in (await store.on_host(host_id)).records:
         if env.state is not State.RUNNING:
             continue
         try:

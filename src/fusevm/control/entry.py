@@ -24,10 +24,10 @@ from fusevm.control.store.protocol import (
     SealedRow,
 )
 from fusevm.core import lifecycle
+from fusevm.core.backoff import backoff_ms
 from fusevm.core.lifecycle import Identity, Step
 from fusevm.core.placement import can_reserve, place
 from fusevm.core.policy import Policy
-from fusevm.core.queue import open_to_newcomers
 from fusevm.core.spec import resources_of
 from fusevm.model import ids
 from fusevm.model.environment import Environment, Spec
@@ -38,8 +38,8 @@ from fusevm.model.setup import Duties
 
 #: How often a create plans anew when hosts fill up under it.
 MAX_PLANS = 20
-#: How many of those who wait are looked at by a create that goes past them.
-LINE = 500
+#: First and longest pause before an event is decided again because another writer was faster.
+CONFLICT_PAUSE_MS, MAX_CONFLICT_PAUSE_MS = 1, 250
 #: Longest time without looking at the store while waiting for a record: other replicas send no signals.
 LOOK_AGAIN_S = 1.0
 
@@ -82,6 +82,8 @@ class Entry:
         self._entropy = entropy
         #: Does anybody wait for a place, as far as the queue of this process knows?
         self.has_line = False
+        #: Id of the host that is kept free for somebody who waits, as that queue planned it last; empty: none.
+        self.kept_free = ""
 
     def new_identity(self, task_id: str, tenant: str = "") -> Identity:
         """Fresh ids for an environment of a task. Subscribe to the uid before `begin`, and no change is missed."""
@@ -102,13 +104,10 @@ class Entry:
     ) -> Environment:
         """Place and create an environment; its boot is claimed. Where nothing fits, it waits if it may.
 
-        Raises TaskExists, NoHosts, NoCapacity, HostNotFound, ImageNotFound, StoreFull.
+        Raises TaskExists, NoHosts, NoCapacity, HostNotFound, ImageNotFound, BadField, SnapshotNotReady, StoreFull.
         """
         began = time.perf_counter()
         spec, sealed = asked.spec, asked.sealed
-        if spec.queue_seconds and self.has_line:
-            step = self._first_step(identity, asked, "", cause, began)
-            return await self._store.create(step, None, self._claim, key, sealed)
         for _ in range(MAX_PLANS):
             host_id = await self._place(asked)
             step = self._first_step(identity, asked, host_id, cause, began)
@@ -120,22 +119,15 @@ class Entry:
         raise NoCapacity(rejections=f"hosts filled up {MAX_PLANS} times while this environment was being placed")
 
     async def _place(self, asked: Asked) -> str:
-        """A host, or nothing for an environment that is to wait."""
-        hosts = await self._store.hosts()
-        if self.has_line:
-            hosts = await self._left_by_line(hosts)
+        """A host, or nothing for an environment that is to wait. What can never be placed is refused in any case."""
+        hosts, may_wait = await self._store.hosts(), bool(asked.spec.queue_seconds)
         try:
-            return place(hosts, asked.spec, self._policy, pinned_to=asked.pinned_to)
+            host_id = place(hosts, asked.spec, self._policy, pinned_to=asked.pinned_to, kept_free=self.kept_free)
         except (NoCapacity, NoHosts):
-            if not asked.spec.queue_seconds:
+            if not may_wait:
                 raise
             return ""
-
-    async def _left_by_line(self, hosts: list[Host]) -> list[Host]:
-        """The hosts that nobody who waits has first claim to."""
-        waiting = await self._store.queued(LINE)
-        usage = await self._store.usage_by_tenant()
-        return open_to_newcomers(waiting, hosts, usage, self._policy, now_ms=self._clock.now_ms())
+        return "" if may_wait and self.has_line else host_id
 
     def _reservation(self, spec: Spec, host_id: str) -> Reservation:
         return Reservation(host_id, resources_of(spec), lambda host: can_reserve(host, spec, self._policy))
@@ -174,10 +166,12 @@ class Entry:
 
         `known` is the caller's reading, tried first. `commit_always` saves an unchanged live record too, which
         moves its stored deadline. `only` allows this revision and no other. `sealed` is saved with it.
-        Raises WrongState, ActionUnderWay, EnvironmentNotFound, PreconditionFailed, StoreFull. Cancel: it may have been
-        saved.
+        Raises WrongState, ActionUnderWay, SnapshotNotReady, EnvironmentNotFound, PreconditionFailed, StoreFull, and
+        RevisionConflict when a snapshot that the event brings has changed: who read it reads it again. A change of the
+        environment leads to another attempt; each is another writer's success, and the pauses keep the load small.
+        Cancel: it may have been saved.
         """
-        record = known
+        record, conflicts = known, 0
         while True:
             record = record or await self._store.get(uid)
             if record is None:
@@ -189,8 +183,13 @@ class Entry:
                 return record
             try:
                 return await self._store.commit(uid, record.revision, step, self._claim, sealed=sealed)
-            except RevisionConflict:
+            except RevisionConflict as conflict:
+                if conflict.uid != uid:
+                    raise
                 record = None
+            conflicts += 1
+            pause_ms = backoff_ms(conflicts, first_ms=CONFLICT_PAUSE_MS, max_ms=MAX_CONFLICT_PAUSE_MS, key=event.cause)
+            await asyncio.sleep(pause_ms / 1000)
 
     async def wait_for(
         self,

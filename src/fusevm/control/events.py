@@ -7,7 +7,7 @@ says when to look. A slow reader is read for at its own pace, so nothing is buff
   event, which therefore always arrives.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from functools import partial
 
 import msgspec
@@ -29,7 +29,7 @@ _encode = msgspec.json.Encoder().encode
 _LINE_BREAKS = tuple((char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029")
 
 
-async def stream_environment(plane: Plane, uid: str, after_seq: int | None) -> AsyncIterator[bytes]:
+async def stream_environment(plane: Plane, uid: str, after_seq: int | None) -> AsyncGenerator[bytes, None]:
     """Messages of one environment until its end. `after_seq`: replay what came after; None: begin with the present."""
     with plane.signals.subscribe(uid) as news, plane.metrics.event_streams.track_inprogress():
         record = await plane.store.get(uid)
@@ -59,7 +59,7 @@ async def stream_environment(plane: Plane, uid: str, after_seq: int | None) -> A
             is_replay = is_replay and bool(facts)
 
 
-async def stream_all(plane: Plane, position: Position, tenant: str | None = None) -> AsyncIterator[bytes]:
+async def stream_all(plane: Plane, position: Position, tenant: str | None = None) -> AsyncGenerator[bytes, None]:
     """Messages of all environments after a place in the global order, without end."""
     with plane.signals.subscribe() as news, plane.metrics.event_streams.track_inprogress():
         yield KEEPALIVE  # the reader sees that the stream is open

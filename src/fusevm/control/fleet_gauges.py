@@ -1,4 +1,5 @@
-"""Gauges of what the store knows, read when somebody asks: they are never older than their scrape.
+"""Gauges of what the store knows, read when somebody asks, but not more often than every `FRESH_S` seconds: anybody may
+ask, and as often as they like.
 
 Every replica shows the same values: take the maximum over replicas, not the sum. A store that does not answer in time
 is said to be down, and its gauges are not shown.
@@ -13,6 +14,7 @@ import structlog
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from fusevm.control.clock import Clock
 from fusevm.control.metrics import MOST_VALUES, NO_TENANT, OTHER
 from fusevm.control.store.protocol import Tally
 from fusevm.model.host import Host, HostHealth, Resources
@@ -20,6 +22,8 @@ from fusevm.model.host import Host, HostHealth, Resources
 log = structlog.get_logger()
 #: Prometheus gives up after 10 s, and the rest of the metrics must not wait that long.
 READ_TIMEOUT_S = 3.0
+#: A reading is shown again for so long, also one that says that the store is down.
+FRESH_S = 2.0
 _AMOUNTS = Resources.__struct_fields__
 
 
@@ -142,3 +146,24 @@ async def read_fleet(store: Counted, now_ms: int, timeout_s: float = READ_TIMEOU
         log.exception("store_not_measured")
         return FleetGauges()
     return FleetGauges(now_ms=now_ms, tally=tally, hosts=hosts, usage=usage)
+
+
+class Fleet:
+    """The newest reading, for all who ask."""
+
+    def __init__(self, store: Counted, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._lock = asyncio.Lock()
+        self._gauges = FleetGauges()
+        #: Loop time until which it is shown.
+        self._fresh_until_s = float("-inf")
+
+    async def gauges(self) -> FleetGauges:
+        """A reading that is fresh enough; of those who ask at once one reads."""
+        loop = asyncio.get_running_loop()
+        async with self._lock:
+            if loop.time() >= self._fresh_until_s:
+                self._gauges = await read_fleet(self._store, self._clock.now_ms())
+                self._fresh_until_s = loop.time() + FRESH_S
+            return self._gauges

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 import structlog
+from msgspec.structs import replace
 from starlette.requests import HTTPConnection
 
 from fusevm.control.addresses import Address, Networks, client_address, group_of
@@ -129,12 +130,12 @@ class Gate:
             raise Unauthorized(problem="This server asks for a token")
         session = self.sessions.open(value)
         caller = await self._of_session(session) if session is not None else None
-        if caller is None:
+        if session is None or caller is None:
             self._count("session")
             raise Unauthorized(problem="The session has ended; log in again")
         if connection.scope["type"] != "http" or connection.scope["method"] not in _SAFE:
             self.check_page(connection)
-        return caller
+        return replace(caller, ends_at_ms=session.expires_at_ms)
 
     async def _of_session(self, session: Session) -> Caller | None:
         return await self._keys.by_id(session.prefix, session.key_id) if session.key_id else MASTER

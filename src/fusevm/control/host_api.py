@@ -1,12 +1,13 @@
 """What the control plane asks of a host daemon. Implemented by the HTTP client, the stub host and the fake host."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Protocol
 
 import msgspec
 
 from fusevm.model.errors import HostUnreachable
-from fusevm.model.machine import Fence
+from fusevm.model.machine import Fence, Moment
 from fusevm.wire.host_api import (
     CreateMachine,
     HostFacts,
@@ -22,6 +23,23 @@ Body = bytes | AsyncIterator[bytes] | None
 
 class ReplyLost(HostUnreachable):
     """The order was sent and no answer came: it may or may not have been carried out."""
+
+
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
+    """A reading of a host's clock. It was taken before it was heard, so the host's clock is never behind `at`."""
+
+    moment: Moment
+    #: By the event loop's clock.
+    heard_s: float
+
+    def at(self, loop_s: float) -> Moment:
+        """What the host's clock shows at least when the event loop's shows `loop_s`."""
+        return Moment(clock=self.moment.clock, ms=self.moment.ms + int((loop_s - self.heard_s) * 1000))
+
+
+def read_now(moment: Moment) -> Reading:
+    """A reading that is heard in this moment."""
+    return Reading(moment=moment, heard_s=asyncio.get_running_loop().time())
 
 
 class GuestRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,10 +90,15 @@ class Duplex(Protocol):
 
 class HostApi(Protocol):
     """One host daemon. Every call has a deadline and is made once; failures of the connection are HostUnreachable
-    (never sent) or ReplyLost, failures of the daemon are the errors it answers with."""
+    (never sent) or ReplyLost, failures of the daemon are the errors it answers with. An order that arrives after its
+    fence's `valid_until` is OrderExpired."""
 
     async def info(self) -> HostFacts:
         """What the host is; also the heartbeat."""
+        ...
+
+    async def read_clock(self) -> Reading:
+        """A reading of the clock that limits of orders go by; it may be an earlier one."""
         ...
 
     async def machines(self) -> MachineList:

@@ -1,7 +1,7 @@
 """The host daemon over HTTP (`wire.host_api`): every call once, with a deadline, its failures told apart.
 
-Not connected: HostUnreachable. Sent, and no answer came: ReplyLost. Took too long: Timeout. Answered with an error:
-that error, as the class it was raised as.
+Not connected: HostUnreachable; connected to somebody else: HostUnproven. Sent, and no answer came: ReplyLost. Took too
+long: Timeout. Answered with an error: that error, as the class it was raised as.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from fusevm.control.dial import Endpoint, Lane, Pool
-from fusevm.control.host_api import Body, GuestRequest, ReplyLost
+from fusevm.control.host_api import Body, GuestRequest, Reading, ReplyLost, read_now
 from fusevm.control.websocket_client import HandshakeRefused, WebSocketClient
 from fusevm.model.errors import (
     Error,
@@ -19,6 +19,7 @@ from fusevm.model.errors import (
     HostRejected,
     Internal,
     NotSupported,
+    OrderExpired,
     RouteNotFound,
     Timeout,
     Unauthorized,
@@ -43,6 +44,10 @@ from fusevm.wire.http1 import Response
 
 T = TypeVar("T")
 READ_TIMEOUT_S = 10
+#: Longest that a host may destroy a machine.
+DESTROY_TIMEOUT_S = 60
+#: How long a reading of a host's clock is used: clocks drift by less than a millisecond within it.
+READING_S = 60.0
 #: Longest that a host may copy a disk.
 DISK_TIMEOUT_S = 3_600
 MAX_ERROR = 1 << 20
@@ -55,9 +60,21 @@ class HttpHost:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._pool = Pool(endpoint)
+        self._reading: Reading | None = None
 
     async def info(self) -> HostFacts:
-        return self._decode(await self._call("GET", "/info", timeout_s=READ_TIMEOUT_S), HostFacts)
+        return (await self._ask())[0]
+
+    async def _ask(self) -> tuple[HostFacts, Reading]:
+        facts = self._decode(await self._call("GET", "/info", timeout_s=READ_TIMEOUT_S), HostFacts)
+        self._reading = reading = read_now(facts.clock)
+        return facts, reading
+
+    async def read_clock(self) -> Reading:
+        reading = self._reading
+        if reading is not None and asyncio.get_running_loop().time() - reading.heard_s < READING_S:
+            return reading
+        return (await self._ask())[1]
 
     async def machines(self) -> MachineList:
         return self._decode(await self._call("GET", "/machines", timeout_s=READ_TIMEOUT_S), MachineList)
@@ -70,7 +87,7 @@ class HttpHost:
         return self._decode(answer, MachineAnswer).machine
 
     async def destroy(self, fence: Fence, machine_id: str) -> None:
-        await self._call("DELETE", f"/machines/{machine_id}", headers=fence_headers(fence), timeout_s=60)
+        await self._call("DELETE", f"/machines/{machine_id}", headers=fence_headers(fence), timeout_s=DESTROY_TIMEOUT_S)
 
     async def take_snapshot(self, fence: Fence, machine_id: str, body: TakeSnapshot) -> SnapshotBody:
         answer = await self._order(f"/machines/{machine_id}/snapshots", fence, body)
@@ -198,6 +215,9 @@ class HttpHost:
 
     def _error(self, status: int, body: bytes) -> Error:
         error = parse_error(status, body)
+        if isinstance(error, OrderExpired):
+            # Perhaps by a clock that is no more: the host was restarted.
+            self._reading = None
         if isinstance(error, Unauthorized | Forbidden):
             return HostRejected(id=self._endpoint.host_id)
         return error

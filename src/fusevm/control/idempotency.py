@@ -1,14 +1,17 @@
 """Idempotency-Key: the same key and request within a day get the answer of the first, and act once. For every POST.
 
-A row that binds its key (create) ties it to what it makes in the same transaction: a repetition after a crash finds it.
-Others have no such tie: a key whose request got no answer stays refused, since the request may have had its effect.
+A row that binds its key (create) ties it to what it makes in the same transaction: whether it acted is known whatever
+was lost on the way, and a repetition waits for what the first has made. Others have no such tie: a key whose request
+got no answer stays refused, since the request may have had its effect. Answers are kept sealed wherever they can be.
 """
 
 import asyncio
 import hashlib
+import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
+import structlog
 from starlette.responses import Response
 from starlette.types import Message
 
@@ -20,16 +23,20 @@ from fusevm.control.store.protocol import RequestKey, StoredRequest
 from fusevm.model.errors import (
     AgentFailure,
     BadField,
+    BadSetting,
     Error,
     IdempotencyInProgress,
     IdempotencyKeyReused,
     Internal,
     NoEncryptionKey,
+    ShuttingDown,
+    StoreFull,
+    StoreUnreachable,
     Timeout,
 )
 from fusevm.wire.errors import render_envelope
-from fusevm.wire.routes import Route
 
+log = structlog.get_logger()
 HEADER = "idempotency-key"
 MAX_KEY = 255
 #: Larger answers are not kept; a repetition is then refused as one whose answer is unknown.
@@ -38,8 +45,11 @@ MAX_KEPT = 4 << 20
 MAX_COLLECTED = 64 << 20
 #: A request that binds what it makes, and has bound nothing for this long, is dead and had no effect.
 STALE_MS = 30_000
-#: After these the request may have had its effect. After every other error it had none, and may be sent again.
+#: After these the request may have had its effect: they are its answer, as is every error after its first change.
+#: After every other one it had none, and may be sent again.
 _UNKNOWN = (ReplyLost, Timeout, Internal, AgentFailure)
+#: These say nothing about the request, neither what became of it nor that it had no effect.
+_NO_ANSWER = (StoreUnreachable, ShuttingDown)
 Handler = Callable[[Plane, Call], Awaitable[Response]]
 
 
@@ -58,17 +68,27 @@ async def once(plane: Plane, call: Call, handler: Handler) -> Response:
     key = request_key(call, await call.body())
     if call.route.tells_secret and not plane.sealer.has_key:
         raise NoEncryptionKey(what="the answer under an Idempotency-Key")
-    before = await plane.store.claim_request(key, round(plane.config.idempotency_s * 1000))
+    before = await _claim(plane, call, key)
     if before is not None and before.fingerprint != key.fingerprint:
         raise IdempotencyKeyReused(key=key.key)
     call.request_key = key
-    if before is not None and call.route.binds_key and not before.status:
-        call.bound_uid = before.uid
-        if not before.uid and plane.clock.now_ms() - before.claimed_at_ms <= STALE_MS:
+    if before is not None:
+        if before.status:
+            return _replayed(plane, key, before)
+        if not before.uid:
             raise IdempotencyInProgress(key=key.key)
-    elif before is not None:
-        return _replayed(plane, call.route, key, before)
+        call.acted_on = before.uid
     return await _kept(plane, call, key, handler)
+
+
+async def _claim(plane: Plane, call: Call, key: RequestKey) -> StoredRequest | None:
+    keep_ms = round(plane.config.idempotency_s * 1000)
+    dead_after_ms = STALE_MS if call.route.binds_key else None
+    try:
+        return await plane.store.claim_request(key, keep_ms, dead_after_ms)
+    except StoreUnreachable:
+        # It may be claimed all the same, and nobody else would ever free it. A claim of one's own is found.
+        return await plane.store.claim_request(key, keep_ms, dead_after_ms)
 
 
 def request_key(call: Call, body: bytes) -> RequestKey:
@@ -77,7 +97,7 @@ def request_key(call: Call, body: bytes) -> RequestKey:
     if len(key) > MAX_KEY or not key.isprintable():
         raise BadField(field="Idempotency-Key", problem=f"use 1 to {MAX_KEY} printable characters")
     seen = fingerprint_of(call.params, call.connection.query_params.multi_items(), body)
-    return RequestKey(scope_of(call.caller), call.route.name, key, seen)
+    return RequestKey(scope_of(call.caller), call.route.name, key, seen, secrets.token_hex(8))
 
 
 def fingerprint_of(params: Mapping[str, str], query: Iterable[tuple[str, str]], body: bytes) -> str:
@@ -98,34 +118,52 @@ async def _kept(plane: Plane, call: Call, key: RequestKey, handler: Handler) -> 
         response = await _collected(call, await handler(plane, call))
     except Exception as error:  # a bug may have had an effect, too; the edge turns it into the same answer
         failure = error if isinstance(error, Error) else Internal(problem=type(error).__name__)
-        if isinstance(failure, _UNKNOWN):
-            await _store(plane, call.route, key, failure.status, render_envelope(failure))
-        elif not call.bound_uid:
-            await plane.store.forget_request(key)
-        raise
-    await _store(plane, call.route, key, response.status_code, bytes(response.body))
+        if call.acted_on or isinstance(failure, _UNKNOWN):
+            if not isinstance(failure, (*_NO_ANSWER, StoreFull)):
+                await _keep(plane, call, key, failure.status, render_envelope(failure))
+            raise
+        call.acted_on = await _freed(plane, call, key, failure)
+        if not call.acted_on:
+            raise
+        call.warnings.clear()
+        return await _kept(plane, call, key, handler)
+    await _keep(plane, call, key, response.status_code, bytes(response.body))
     return response
 
 
-async def _store(plane: Plane, route: Route, key: RequestKey, status: int, body: bytes) -> None:
+async def _freed(plane: Plane, call: Call, key: RequestKey, failure: Error) -> str:
+    """Free the key of a request that had no effect. Not empty: what it, or an equal one, has made after all."""
+    if isinstance(failure, _NO_ANSWER) and not call.route.binds_key:
+        return ""
+    try:
+        return await plane.store.forget_request(key)
+    except Error as error:
+        log.warning("key_not_freed", problem=error.message)
+        return ""
+
+
+async def _keep(plane: Plane, call: Call, key: RequestKey, status: int, body: bytes) -> None:
+    """Keep an answer. It is given also where it cannot be kept; a repetition is then refused."""
     if len(body) > MAX_KEPT:
         return
-    text = body.decode()
-    kept = plane.sealer.seal(text, row=_row(key)) if route.tells_secret else text
-    await plane.store.finish_request(key, status, kept)
+    text, is_sealed = body.decode(), plane.sealer.has_key
+    kept = plane.sealer.seal(text, row=key.row) if is_sealed else text
+    try:
+        await plane.store.finish_request(key, status, kept, is_sealed=is_sealed, uid=call.acted_on)
+    except Error as error:
+        log.warning("answer_not_kept", problem=error.message)
 
 
-def _replayed(plane: Plane, route: Route, key: RequestKey, before: StoredRequest) -> Response:
-    """The stored answer. Raises IdempotencyInProgress while there is none."""
-    if not before.status:
-        raise IdempotencyInProgress(key=key.key)
-    text = plane.sealer.open(before.body, row=_row(key)) if route.tells_secret else before.body
+def _replayed(plane: Plane, key: RequestKey, before: StoredRequest) -> Response:
+    """The stored answer. Raises IdempotencyInProgress where its key has been dropped: nobody knows it any more."""
+    text = before.body
+    if before.is_sealed:
+        try:
+            text = plane.sealer.open(text, row=key.row)
+        except BadSetting as error:
+            raise IdempotencyInProgress(key=key.key) from error
     media_type = "application/json" if text else None
     return Response(text.encode() or None, before.status, {"idempotency-replayed": "true"}, media_type)
-
-
-def _row(key: RequestKey) -> str:
-    return f"request:{key.tenant}:{key.route}/{key.key}"
 
 
 async def _collected(call: Call, response: Response) -> Response:

@@ -71,7 +71,7 @@ class KeyRing:
         if key is None or not is_good(key, now_ms):
             return None
         await self._touch(key, now_ms)
-        return Caller(tenant=key.tenant, scopes=key.scopes, key_id=key.id)
+        return Caller(tenant=key.tenant, scopes=key.scopes, key_id=key.id, key_prefix=key.prefix)
 
     async def _touch(self, key: ApiKey, now_ms: int) -> None:
         """Note the use; a store that cannot write does not keep anybody out."""

@@ -25,12 +25,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import fusevm
 from fusevm.control.app import build_app
-from fusevm.control.clock import Clock, SystemClock
+from fusevm.control.clock import Clock, DatabaseClock, SystemClock
 from fusevm.control.collector import Collector
-from fusevm.control.config import ControlConfig, check, database_path, effective_listen, is_postgres, parse_listen
+from fusevm.control.command_log import CommandLog
+from fusevm.control.config import ControlConfig, check, effective_listen, parse_listen
 from fusevm.control.dial import Endpoint
 from fusevm.control.directory import Directory
 from fusevm.control.entry import Entry
+from fusevm.control.fleet_gauges import Fleet
 from fusevm.control.host_api import HostApi
 from fusevm.control.host_client import HttpHost
 from fusevm.control.http_protocol import LimitedHttp
@@ -38,11 +40,11 @@ from fusevm.control.metrics import Metrics
 from fusevm.control.performer import Performer
 from fusevm.control.plane import Plane
 from fusevm.control.queue import Queue
-from fusevm.control.secrets import open_sealer
+from fusevm.control.secrets import open_sealer, reseal_all
 from fusevm.control.signals import Signals
+from fusevm.control.store.location import MEMORY, is_postgres, sqlite_path
 from fusevm.control.store.opening import open_store
 from fusevm.control.store.protocol import Claim, Committed, Store
-from fusevm.control.store.sqlite import MEMORY
 from fusevm.control.tls import check_pair, reload_pair
 from fusevm.control.vault import Vault
 from fusevm.control.watcher import Around, Watchers
@@ -79,15 +81,17 @@ async def open_plane(
     `store`, `dial` and `entropy` replace the database, the way to all hosts and the source of ids: for simulations. The
     store is closed at the end.
     """
-    clock = clock or SystemClock()
+    own_clock = clock or SystemClock()
     metrics, signals = Metrics(), Signals()
     async with contextlib.AsyncExitStack() as stack:
         sealer = open_sealer(config)
         if store is None:
             store = await open_store(
-                config.database, config.policy, clock.now_ms, pool_size=config.database_pool, meter=metrics
+                config.database, config.policy, own_clock.now_ms, pool_size=config.database_pool, meter=metrics
             )
         stack.push_async_callback(store.close)
+        clock = DatabaseClock(own_clock)
+        await clock.follow(store.now_ms)
         directory = Directory(store, sealer, clock, fusevm.__version__, dial)
         stack.push_async_callback(directory.close)
         for host_id, client in (clients or {}).items():
@@ -96,7 +100,7 @@ async def open_plane(
         claim = Claim(f"w-{os.getpid()}-{secrets.token_hex(8)}", round(config.lease_s * 1000))
         entry = Entry(store, signals, config.policy, clock, claim, entropy)
         vault = Vault(store, sealer)
-        performer = Performer(directory.client, vault, entry, cluster=store.cluster, clock=clock)
+        performer = Performer(directory.client, vault, entry, cluster=store.cluster, database_ms=store.now_ms)
         collector = Collector(store, directory.client, cluster=store.cluster, claim=claim, metrics=metrics)
         queue = Queue(store, entry, config.policy, clock=clock, metrics=metrics, poll_s=config.poll_s)
         worker = Worker(
@@ -118,10 +122,12 @@ async def open_plane(
             clock=clock,
             metrics=metrics,
             pace=config,
+            vault=vault,
         )
         watchers = Watchers(directory.client, around)
         store.listener = _spread(signals, worker, queue, metrics)
         store.waker = signals.wake
+        store.doubter = _doubting(metrics)
         plane = Plane(
             config=config,
             version=fusevm.__version__,
@@ -132,8 +138,10 @@ async def open_plane(
             directory=directory,
             vault=vault,
             collector=collector,
+            commands=CommandLog(entry, metrics),
             sealer=sealer,
             metrics=metrics,
+            fleet=Fleet(store, clock),
         )
         async with _at_work(plane, worker, watchers, queue):
             yield plane
@@ -149,12 +157,22 @@ def _spread(signals: Signals, worker: Worker, queue: Queue, metrics: Metrics) ->
     return listener
 
 
+def _doubting(metrics: Metrics) -> Callable[[frozenset[str]], None]:
+    def doubter(uids: frozenset[str]) -> None:
+        metrics.loop_failures.labels("list").inc()
+        log.error("records_unreadable", uids=sorted(uids), hint="see `fuse db check`")
+
+    return doubter
+
+
 @contextlib.asynccontextmanager
 async def _at_work(plane: Plane, worker: Worker, watchers: Watchers, queue: Queue) -> AsyncIterator[None]:
     """Worker, watchers, queue and upkeep run within the block."""
     async with asyncio.TaskGroup() as group:
         working = group.create_task(worker.run())
-        others = [group.create_task(work) for work in (watchers.run(), queue.run(), _upkeep(plane))]
+        others = [
+            group.create_task(work) for work in (watchers.run(), queue.run(), plane.commands.run(), _upkeep(plane))
+        ]
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_LOOK_S):
@@ -166,15 +184,17 @@ async def _at_work(plane: Plane, worker: Worker, watchers: Watchers, queue: Queu
                 task.cancel()
             worker.stop()
             await asyncio.wait([working, *others])
+            await plane.commands.close()
 
 
 async def _upkeep(plane: Plane) -> None:
-    """Delete what is kept long enough."""
+    """Delete what is kept long enough; seal with the present key what is sealed with another one."""
     keep_ms = round(plane.config.retention_s * 1000)
     while True:
         try:
             while await plane.store.purge(keep_ms, PURGE_BATCH) == PURGE_BATCH:
                 pass
+            await reseal_all(plane.store, plane.sealer)
         except Exception:  # loop boundary: it is tried again
             plane.metrics.loop_failures.labels("upkeep").inc()
             log.exception("upkeep_failed")
@@ -260,14 +280,22 @@ def bind(config: ControlConfig) -> socket.socket:
     address = effective_listen(config)
     host, port = parse_listen(address)
     try:
-        if not host and socket.has_dualstack_ipv6():
-            return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listener = _listen(host, port)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(address=address, setting="--listen") from error
         raise BadSetting(setting="listen", problem=f"cannot listen on {address}: {error.strerror}") from error
+    # Accepted connections inherit it. asyncio sets it only where a socket names its protocol; without it, the body of
+    # an answer waits up to 40 ms until the client has acknowledged the headers.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if not host and socket.has_dualstack_ipv6():
+        return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=BACKLOG)
 
 
 def base_url(config: ControlConfig, listener: socket.socket) -> str:
@@ -312,8 +340,8 @@ def serve(config: ControlConfig) -> int:
     configure_logs(config)
     sys.setswitchinterval(SWITCH_S)
     late = _LateApp()
-    if not is_postgres(config):
-        prepare_directory(database_path(config), config.drop_to_uid)
+    if not is_postgres(config.database):
+        prepare_directory(sqlite_path(config.database), config.drop_to_uid)
     if config.tls_cert:
         check_pair(config.tls_cert, config.tls_key, dt.datetime.now(dt.UTC))
     settings = server_config(config, late)

@@ -6,14 +6,14 @@ the host answers.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from fusevm.core.lifecycle import DEAD_LETTER_ATTEMPTS
-from fusevm.model.environment import Action, DestroyMachine, Environment, State
+from fusevm.model.environment import Action, DestroyMachine, Ending, Environment, State
 from fusevm.model.errors import Error
 from fusevm.model.event import (
     ActionRefused,
@@ -66,7 +66,7 @@ class HostView:
         #: Environments with a health check, and those of them that fail.
         self.checked = self.failing = 0
 
-    def listed(self, machines: int, environments: list[Environment]) -> None:
+    def listed(self, machines: int, environments: Sequence[Environment]) -> None:
         """The host's machines were compared with its environments."""
         self._looked_at = self._now()
         self.machines = machines
@@ -191,6 +191,13 @@ class Metrics:
         self.stuck_ended = self._counter(
             "orchestrator_reconcile_stuck_tasks_failed", "Environments ended at the limit of their runtime"
         )
+        self.idle_suspected = self._counter(
+            "orchestrator_reconcile_idle_vms_suspected", "Environments that nobody uses, and whose end has begun"
+        )
+        self.stuck_suspected = self._counter(
+            "orchestrator_reconcile_stuck_tasks_suspected",
+            "Environments at the limit of their runtime, whose end has begun",
+        )
         self.dead_letters = self._counter(
             "orchestrator_dead_letters", "Destroys that a person should look at; they go on"
         )
@@ -228,7 +235,10 @@ class Metrics:
 
     def committed(self, env: Environment) -> None:
         """A record was saved by this replica."""
-        if not env.is_terminal or env.ending is None:
+        if env.ending is None:
+            return
+        if not env.is_terminal:
+            self._ends(env.ending, env.pending)
             return
         self.ended.labels(env.state, self._reason(env.ending.reason)).inc()
         if env.ending.reason == "idle":
@@ -238,6 +248,15 @@ class Metrics:
         if env.queued_until_ms is not None and env.ended_at_ms is not None:
             result = "expired" if env.ending.state is State.FAILED else "gone"
             self.queue_wait_seconds.labels(result).observe((env.ended_at_ms - env.created_at_ms) / 1000)
+
+    def _ends(self, ending: Ending, action: Action | None) -> None:
+        """An end is under way; what has been tried before was counted then."""
+        if not isinstance(action, DestroyMachine) or action.attempt:
+            return
+        if ending.reason == "idle":
+            self.idle_suspected.inc()
+        elif ending.reason == "max_runtime":
+            self.stuck_suspected.inc()
 
     def placed(self, env: Environment) -> None:
         """An environment that waited has got its place."""
@@ -260,6 +279,10 @@ class Metrics:
         )
         self.orphans_failed = self._counter(
             "orchestrator_reconcile_orphans_failed", "Tries to destroy one that did not succeed; it is tried again"
+        )
+        self.orphans_dead_lettered = self._counter(
+            "orchestrator_reconcile_orphans_dead_lettered",
+            "Orphans among the dead letters: a person should look at them; they are tried again all the same",
         )
         self.machines_missing = self._counter(
             "orchestrator_reconcile_vms_missing_provider", "Machines their host no longer knew"

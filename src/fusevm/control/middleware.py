@@ -25,6 +25,7 @@ from fusevm.control.router import Found, Router
 from fusevm.model.errors import BadField, Error, Internal, MethodNotAllowed, RateLimited, Unimplemented
 from fusevm.wire.decode import render_warning
 from fusevm.wire.errors import render_envelope
+from fusevm.wire.rest import SERVICE
 from fusevm.wire.routes import Route
 
 log = structlog.get_logger()
@@ -61,7 +62,7 @@ class Edge:
         self._cors = cors
         self._handlers = handlers
         self._sockets = sockets
-        self._server = f"fuse/{plane.version}".encode()
+        self._server = f"{SERVICE}/{plane.version}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):

@@ -3,21 +3,27 @@
 from msgspec.structs import replace
 
 from fusevm.model.environment import Action, BootMachine, DestroyMachine, Environment
-from fusevm.model.errors import Error, MachineNotFound, StaleIncarnation
+from fusevm.model.errors import BadSetting, Error, MachineNotFound, StaleIncarnation
 from fusevm.model.event import ActionRefused, BootRefused, BootSucceeded, DestroyConfirmed, Event, OutcomeUnknown
-from fusevm.model.machine import Fence, MachineSpec, Phase
+from fusevm.model.machine import Fence, MachineSpec, Moment, Phase
 from fusevm.wire.host_api import CreateMachine, MachineBody
 
 GIB = 1 << 30
 
 
-def fence_of(cluster: str, env: Environment) -> Fence:
-    """Who gives orders about the environment's present machine."""
-    return Fence(cluster=cluster, uid=env.uid, incarnation=env.incarnation, action_seq=env.action_seq)
+def fence_of(cluster: str, env: Environment, valid_until: Moment | None = None) -> Fence:
+    """Who gives orders about the environment's present machine, and until when."""
+    return Fence(
+        cluster=cluster,
+        uid=env.uid,
+        incarnation=env.incarnation,
+        action_seq=env.action_seq,
+        valid_until=valid_until,
+    )
 
 
-def machine_order(env: Environment, action: BootMachine, now_ms: int) -> CreateMachine:
-    """The body of a create."""
+def machine_order(env: Environment, action: BootMachine, left_s: float) -> CreateMachine:
+    """The body of a create that has so many seconds."""
     spec = MachineSpec(
         image=env.spec.image,
         cpus=env.spec.cpus,
@@ -26,9 +32,11 @@ def machine_order(env: Environment, action: BootMachine, now_ms: int) -> CreateM
         hostname=host_name(env.task_id),
         network=env.spec.network,
     )
-    left_ms = max(1_000, action.deadline_ms - now_ms)
     return CreateMachine(
-        machine_id=action.machine_id, spec=spec, boot_timeout_ms=left_ms, snapshot_id=env.spec.seed_snapshot_id
+        machine_id=action.machine_id,
+        spec=spec,
+        boot_timeout_ms=round(left_s * 1000),
+        snapshot_id=env.spec.seed_snapshot_id,
     )
 
 
@@ -60,7 +68,8 @@ def error_outcome(action: Action, error: Error) -> Event:
         if isinstance(error, MachineNotFound | StaleIncarnation):
             return DestroyConfirmed(cause=cause, seq=action.seq)
         return OutcomeUnknown(cause=cause, seq=action.seq, message=error.message)
-    if error.retryable:
+    # A key or a certificate that this replica lacks: another one may have it, and nothing is wrong with the machine.
+    if error.retryable or isinstance(error, BadSetting):
         return OutcomeUnknown(cause=cause, seq=action.seq, message=error.message)
     if isinstance(action, BootMachine):
         return BootRefused(cause=cause, seq=action.seq, reason=error.reason, message=error.message)

@@ -21,7 +21,7 @@ from fusevm.model.host import Host, Resources
 from fusevm.model.snapshot import Snapshot
 
 log = structlog.get_logger()
-#: Environments planned for at once.
+#: Of the first in turn, and of the rest: how many are planned for at once.
 LIMIT = 500
 
 
@@ -29,7 +29,11 @@ class QueueStore(Protocol):
     """What the queue needs of the store."""
 
     async def queued(self, limit: int) -> list[Environment]:
-        """Environments that wait for a place, oldest first."""
+        """Environments that wait for a place: the oldest of every tenant, then the second oldest ..."""
+        ...
+
+    async def queued_after(self, uid: str, limit: int) -> list[Environment]:
+        """Environments that wait for a place, by uid."""
         ...
 
     async def usage_by_tenant(self) -> dict[str, Resources]:
@@ -58,6 +62,8 @@ class Queue:
         self._metrics = metrics
         self._poll_s = poll_s
         self._wake = asyncio.Event()
+        #: Uid of the last of the rest that the last round planned for.
+        self._looked_at = ""
 
     def notice(self, record: Environment) -> None:
         """A record was committed: one that waits, or one that has freed its place."""
@@ -81,16 +87,17 @@ class Queue:
 
     async def serve(self) -> None:
         """Place whoever can be placed now."""
-        waiting = await self._store.queued(LIMIT)
+        waiting = await self._line()
         self._entry.has_line = bool(waiting)
         if not waiting:
+            self._entry.kept_free = ""
             return
         records = {env.uid: env for env in waiting}
         hosts, usage = await self._store.hosts(), await self._store.usage_by_tenant()
         seeds = await self._seeds(waiting)
-        for uid, host_id in plan_placements(
-            waiting, hosts, usage, self._policy, now_ms=self._clock.now_ms(), seeds=seeds
-        ):
+        plan = plan_placements(waiting, hosts, usage, self._policy, now_ms=self._clock.now_ms(), seeds=seeds)
+        self._entry.kept_free = plan.kept_free
+        for uid, host_id in plan.placed:
             try:
                 placed = await self._entry.place(records[uid], host_id)
             except Error as error:
@@ -98,6 +105,14 @@ class Queue:
             else:
                 if placed is not records[uid]:
                     self._metrics.placed(placed)
+
+    async def _line(self) -> list[Environment]:
+        """Those who come first in turn, and of a line that is longer each round another part: what fits nowhere does
+        not hide what would."""
+        first = await self._store.queued(LIMIT)
+        rest = await self._store.queued_after(self._looked_at, LIMIT) if first else []
+        self._looked_at = rest[-1].uid if rest else ""
+        return list({env.uid: env for env in (*first, *rest)}.values())
 
     async def _seeds(self, waiting: Sequence[Environment]) -> dict[str, str]:
         """Id of every seed snapshot to the host where its bytes are."""

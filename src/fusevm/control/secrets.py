@@ -8,8 +8,9 @@
 | 17 | n | ciphertext and tag |
 
 The row (`owner/name`) is associated data: a blob moved to another row does not open. Rotation: what was sealed with a
-previous key opens, and is sealed again with the present one when it is used. With several replicas, a new key is first
-given to all of them as a previous one, and becomes the present one in a second round.
+previous key opens, and is sealed again with the present one when it is used, and in any case by the upkeep of the
+server (`reseal_all`). With several replicas, a new key is first given to all of them as a previous one, and becomes the
+present one in a second round.
 """
 
 import base64
@@ -21,15 +22,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import structlog
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from fusevm.control.config import MEMORY, ControlConfig, database_path, is_postgres
+from fusevm.control.config import ControlConfig
+from fusevm.control.store.location import MEMORY, is_postgres, sqlite_path
+from fusevm.control.store.protocol import SealedRow
 from fusevm.model.errors import BadSetting, NoEncryptionKey
 
+log = structlog.get_logger()
 _VERSION = b"\x01"
 _KEY_BYTES = 32
 _SETTING = "TOKEN_ENCRYPTION_KEY"
+#: Rows that are sealed anew between two looks at the store.
+BATCH = 100
+#: Characters of base64 that version and key id fill.
+_MARK = 6
 
 
 class Sealer:
@@ -63,6 +72,11 @@ class Sealer:
         """Can it seal?"""
         return bool(self._key_id)
 
+    @property
+    def mark(self) -> str:
+        """How everything begins that was sealed with the present key, and (but for 4 bits of its id) nothing else."""
+        return base64.b64encode(_VERSION + self._key_id).decode()[:_MARK]
+
     def is_current(self, sealed: str) -> bool:
         """Was it sealed with the present key?"""
         return not self._key_id or _decode(sealed, "")[1:5] == self._key_id
@@ -77,6 +91,14 @@ class Secrets(Protocol):
 
     async def reseal_secret(self, owner: str, name: str, old: str, new: str) -> None:
         """Replace a sealed value that is still the old one."""
+        ...
+
+
+class AllSecrets(Secrets, Protocol):
+    """What `reseal_all` needs of the store."""
+
+    async def secrets_sealed_otherwise(self, mark: str, after: tuple[str, str], limit: int) -> list[SealedRow]:
+        """Values that do not begin with `mark`, in the order of (owner, name), behind `after`."""
         ...
 
 
@@ -97,12 +119,30 @@ async def load_secret(store: Secrets, sealer: Sealer, owner: str, name: str) -> 
     return text
 
 
+async def reseal_all(store: AllSecrets, sealer: Sealer) -> int:
+    """Seal everything with the present key, used or not; how many values it was. What does not open stays as it is."""
+    count, after = 0, ("", "")
+    while sealer.has_key and (found := await store.secrets_sealed_otherwise(sealer.mark, after, BATCH)):
+        for owner, name, sealed in ((row.owner, row.name, row.sealed) for row in found):
+            after, row = (owner, name), row_of(owner, name)
+            try:
+                text = sealer.open(sealed, row=row)
+            except BadSetting as error:
+                log.warning("secret_not_resealed", row=row, problem=error.message, hint="see `fuse db check`")
+                continue
+            await store.reseal_secret(owner, name, sealed, sealer.seal(text, row=row))
+            count += 1
+    if count:
+        log.info("secrets_resealed", count=count)
+    return count
+
+
 def open_sealer(config: ControlConfig) -> Sealer:
     """The sealer of a configuration. Raises BadSetting."""
     previous = [bytes.fromhex(key) for key in config.previous_keys]
-    if is_postgres(config) and not config.encryption_key:
+    if is_postgres(config.database) and not config.encryption_key:
         return Sealer(None)
-    return Sealer(load_key(config.encryption_key, database_path(config)), previous)
+    return Sealer(load_key(config.encryption_key, sqlite_path(config.database)), previous)
 
 
 def load_key(setting: str, database: str) -> bytes:

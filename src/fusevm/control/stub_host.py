@@ -13,11 +13,12 @@ from collections.abc import AsyncIterator, Mapping
 
 import msgspec
 
-from fusevm.control.host_api import Duplex, GuestRequest
+from fusevm.control.host_api import Duplex, GuestRequest, Reading, read_now
 from fusevm.control.pretended_guest import PretendedGuest
-from fusevm.model.errors import MachineNotFound, NotSupported, SnapshotNotFound, StaleIncarnation, WrongCluster
+from fusevm.model.errors import MachineNotFound, NotSupported, SnapshotNotFound, WrongCluster
+from fusevm.model.fencing import Seen, check_new, check_number, check_valid
 from fusevm.model.host import Resources
-from fusevm.model.machine import Fence, Phase
+from fusevm.model.machine import Fence, Moment, Phase
 from fusevm.model.snapshot import SnapshotKind
 from fusevm.wire.guest import ExecRequest, ExecResult, StreamTotals
 from fusevm.wire.host_api import (
@@ -44,8 +45,8 @@ class StubHost:
         self._created_at = created_at
         self._cluster = ""
         self._machines: dict[str, MachineBody] = {}
-        #: Highest incarnation per environment, deleted ones included.
-        self._seen: dict[str, tuple[int, bool]] = {}
+        #: Per environment, ended ones included.
+        self._seen: dict[str, Seen] = {}
         self._guests: dict[str, PretendedGuest] = {}
         self._snapshots: dict[str, SnapshotBody] = {}
 
@@ -53,19 +54,25 @@ class StubHost:
         return HostFacts(
             version=self._version,
             epoch="stub",
+            clock=_now(),
             cluster=self._cluster,
             driver="stub",
             driver_reason="no host is configured: machines are only pretended",
             capacity=CAPACITY,
         )
 
+    async def read_clock(self) -> Reading:
+        return read_now(_now())
+
     async def machines(self) -> MachineList:
         return MachineList(machines=list(self._machines.values()))
 
     async def create(self, fence: Fence, body: CreateMachine) -> MachineBody:
-        self._admit(fence)
+        self._check_cluster(fence)
         found = self._machines.get(body.machine_id)
         if found is None:
+            check_new(self._seen.get(fence.uid, Seen()), fence)
+            check_valid(fence, _now())
             if body.snapshot_id and body.snapshot_id not in self._snapshots:
                 raise SnapshotNotFound(id=body.snapshot_id)
             self._guests[body.machine_id] = PretendedGuest("stub host")
@@ -80,21 +87,18 @@ class StubHost:
                 created_at=self._created_at,
             )
             self._machines[body.machine_id] = found
-        self._seen[fence.uid] = (fence.incarnation, False)
+        self._note(fence)
         return found
 
     async def destroy(self, fence: Fence, machine_id: str) -> None:
-        if self._cluster and fence.cluster != self._cluster:
-            raise WrongCluster(cluster=self._cluster, asked=fence.cluster)
+        self._check_cluster(fence)
+        check_valid(fence, _now())
         self._machines.pop(machine_id, None)
         self._guests.pop(machine_id, None)
-        seen, _ = self._seen.get(fence.uid, (0, False))
-        if fence.incarnation >= seen:
-            self._seen[fence.uid] = (fence.incarnation, True)
+        self._seen[fence.uid] = self._seen.get(fence.uid, Seen()).with_deletion(fence)
 
     async def take_snapshot(self, fence: Fence, machine_id: str, body: TakeSnapshot) -> SnapshotBody:
-        self._admit(fence)
-        self._find(machine_id)
+        self._order(fence, machine_id)
         kind = SnapshotKind.LIVE if body.live else SnapshotKind.DISK
         digest = "sha256:" + hashlib.sha256(body.snapshot_id.encode()).hexdigest()
         made = SnapshotBody(
@@ -103,8 +107,7 @@ class StubHost:
         return self._snapshots.setdefault(made.id, made)
 
     async def restore_snapshot(self, fence: Fence, machine_id: str, snapshot_id: str) -> None:
-        self._admit(fence)
-        self._find(machine_id)
+        self._order(fence, machine_id)
         if snapshot_id not in self._snapshots:
             raise SnapshotNotFound(id=snapshot_id)
         self._guests[machine_id] = PretendedGuest("stub host")
@@ -120,6 +123,8 @@ class StubHost:
         await asyncio.Event().wait()  # nothing ever happens to a pretended machine
 
     async def relay(self, request: GuestRequest) -> "StubAnswer":
+        if request.fence.valid_until is not None:
+            self._order(request.fence, request.machine_id)
         self._find(request.machine_id)
         said = self._guests[request.machine_id].hear(request) if request.target.startswith("guest/") else None
         if said is not None:
@@ -143,13 +148,26 @@ class StubHost:
             raise MachineNotFound(id=machine_id)
         return found
 
-    def _admit(self, fence: Fence) -> None:
+    def _check_cluster(self, fence: Fence) -> None:
         self._cluster = self._cluster or fence.cluster
         if fence.cluster != self._cluster:
             raise WrongCluster(cluster=self._cluster, asked=fence.cluster)
-        seen, is_deleted = self._seen.get(fence.uid, (0, False))
-        if fence.incarnation < seen or (is_deleted and fence.incarnation == seen):
-            raise StaleIncarnation(uid=fence.uid, incarnation=fence.incarnation, seen=seen)
+
+    def _order(self, fence: Fence, machine_id: str) -> None:
+        """Accept an order about a machine."""
+        self._check_cluster(fence)
+        self._find(machine_id)
+        check_number(self._seen.get(fence.uid, Seen()), fence)
+        check_valid(fence, _now())
+        self._note(fence)
+
+    def _note(self, fence: Fence) -> None:
+        self._seen[fence.uid] = self._seen.get(fence.uid, Seen()).with_order(fence)
+
+
+def _now() -> Moment:
+    """This process is the host: its clock is the event loop's."""
+    return Moment(clock="stub", ms=int(asyncio.get_running_loop().time() * 1000))
 
 
 class StubAnswer:

@@ -1,4 +1,4 @@
-"""Asks guests how the user's daemon and the health check are, and feeds what changed to the lifecycle."""
+"""Asks the guests of a host how the user's daemon and the health check are, and feeds what changed to the lifecycle."""
 
 import asyncio
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from fusevm.control.entry import Entry
 from fusevm.control.guest_calls import GuestCalls
 from fusevm.control.host_api import HostApi
 from fusevm.control.outcome import fence_of
+from fusevm.control.vault import Vault
 from fusevm.model.environment import Environment, State
 from fusevm.model.errors import Error
 from fusevm.model.event import AgentSeen, HealthSeen
@@ -22,31 +23,52 @@ LOOK_TIMEOUT_S = 5.0
 _TRACKED = frozenset({State.RUNNING, State.DRAINING})
 
 
-async def track(host: HostApi, entry: Entry, cluster: str, environments: Sequence[Environment]) -> None:
-    """Look at every environment that has something to track. A guest that does not answer is asked the next time."""
-    slots = asyncio.Semaphore(AT_ONCE)
-    async with asyncio.TaskGroup() as group:
-        for env in environments:
-            if env.state in _TRACKED and (env.duties.agent or env.duties.healthcheck):
-                group.create_task(_track(host, entry, cluster, env, slots))
+class Tracker:
+    """Looks at the guests of one host."""
 
+    def __init__(self, entry: Entry, cluster: str, vault: Vault) -> None:
+        self._entry = entry
+        self._cluster = cluster
+        self._vault = vault
+        #: Environments whose guests did not answer last time.
+        self._silent: set[str] = set()
 
-async def _track(host: HostApi, entry: Entry, cluster: str, env: Environment, slots: asyncio.Semaphore) -> None:
-    guest = GuestCalls(host, fence_of(cluster, env), env.machine_id)
-    async with slots:
-        try:
-            async with asyncio.timeout(LOOK_TIMEOUT_S):
-                state = await delivery.look(guest)
-            await _tell(entry, env, state)
-        except TimeoutError:
-            log.info("guest_silent", uid=env.uid, problem=f"no answer within {LOOK_TIMEOUT_S:.0f} s")
-        except Error as error:
-            log.info("guest_silent", uid=env.uid, reason=error.reason, problem=error.message)
+    async def look(self, host: HostApi, environments: Sequence[Environment]) -> None:
+        """Look once at every environment that has something to track, those that were silent last: the others are not
+        to wait for them. A guest that does not answer is asked again the next time."""
+        tracked = [
+            env for env in environments if env.state in _TRACKED and (env.duties.agent or env.duties.healthcheck)
+        ]
+        self._silent &= {env.uid for env in tracked}
+        slots = asyncio.Semaphore(AT_ONCE)
+        async with asyncio.TaskGroup() as group:
+            for env in sorted(tracked, key=lambda env: env.uid in self._silent):
+                group.create_task(self._look(host, env, slots))
 
+    async def _look(self, host: HostApi, env: Environment, slots: asyncio.Semaphore) -> None:
+        guest = GuestCalls(host, fence_of(self._cluster, env), env.machine_id)
+        async with slots:
+            try:
+                async with asyncio.timeout(LOOK_TIMEOUT_S):
+                    state = await delivery.look(guest)
+                self._silent.discard(env.uid)
+                await self._tell(env, state)
+            except TimeoutError:
+                self._silent.add(env.uid)
+                log.info("guest_silent", uid=env.uid, problem=f"no answer within {LOOK_TIMEOUT_S:.0f} s")
+            except Error as error:
+                self._silent.add(env.uid)
+                log.info("guest_silent", uid=env.uid, reason=error.reason, problem=error.message)
 
-async def _tell(entry: Entry, env: Environment, state: GuestState) -> None:
-    cause = f"guest {env.machine_id}"
-    if state.agent is not None and state.agent != env.agent:
-        await entry.feed(env.uid, AgentSeen(cause=cause, status=state.agent))
-    if state.health is not None and state.health != env.health:
-        await entry.feed(env.uid, HealthSeen(cause=cause, status=state.health))
+    async def _tell(self, env: Environment, state: GuestState) -> None:
+        cause = f"guest {env.machine_id}"
+        agent = state.agent if state.agent != env.agent else None
+        health = state.health if state.health != env.health else None
+        if (agent is not None and agent.message) or (health is not None and health.message):
+            redactor = await self._vault.redactor(env)
+            agent = redactor.agent(agent) if agent is not None else None
+            health = redactor.health(health) if health is not None else None
+        if agent is not None and agent != env.agent:
+            await self._entry.feed(env.uid, AgentSeen(cause=cause, status=agent))
+        if health is not None and health != env.health:
+            await self._entry.feed(env.uid, HealthSeen(cause=cause, status=health))

@@ -4,7 +4,11 @@ import msgspec
 
 from fusevm.control.secrets import Sealer, load_secret, row_of
 from fusevm.control.store.protocol import SealedRow, Secrets
-from fusevm.model.errors import Internal
+from fusevm.control.store.transactions import sealed_owner
+from fusevm.core.redaction import Redactor
+from fusevm.core.setup import secret_values
+from fusevm.model.environment import Environment
+from fusevm.model.errors import EnvironmentNotFound, Internal
 from fusevm.model.setup import Setup
 
 _NAME = "setup"
@@ -21,16 +25,28 @@ class Vault:
 
     def seal(self, uid: str, setup: Setup) -> SealedRow:
         """The row to save with the environment. Raises NoEncryptionKey."""
-        sealed = self._sealer.seal(_encode(setup).decode(), row=row_of(_owner(uid), _NAME))
-        return SealedRow(_owner(uid), _NAME, sealed)
+        sealed = self._sealer.seal(_encode(setup).decode(), row=row_of(sealed_owner(uid), _NAME))
+        return SealedRow(sealed_owner(uid), _NAME, sealed)
 
     async def load(self, uid: str) -> Setup:
         """The setup of a live environment. Raises Internal when there is none, BadSetting for another key."""
-        text = await load_secret(self._store, self._sealer, _owner(uid), _NAME)
-        if text is None:
+        setup = await self._find(uid)
+        if setup is None:
             raise Internal(problem=f"the setup of {uid} is not in the store")
-        return _decode(text)
+        return setup
 
+    async def redactor(self, env: Environment) -> Redactor:
+        """Masks what people must not read of what comes out of a live environment's guest.
 
-def _owner(uid: str) -> str:
-    return f"env:{uid}"
+        Raises EnvironmentNotFound when it has ended meanwhile, BadSetting for another key.
+        """
+        if not env.duties.setup:
+            return Redactor()
+        setup = await self._find(env.uid)
+        if setup is None:
+            raise EnvironmentNotFound(id=env.id)
+        return Redactor(secret_values(setup))
+
+    async def _find(self, uid: str) -> Setup | None:
+        text = await load_secret(self._store, self._sealer, sealed_owner(uid), _NAME)
+        return _decode(text) if text is not None else None

@@ -1,8 +1,10 @@
 """Watches hosts: heartbeat, machine list, event stream; feeds what they mean to the lifecycle.
 
 Each host is watched by the one replica that holds the host's lease, in a task of its own: a dead host never stops
-another's. Silence makes a host unreachable, then lost; only an answer makes it well again. What the lists mean is
-decided by `core.reconcile`; this module only carries it out.
+another's. Silence makes a host unreachable, then lost; a refusal makes it unreachable and never lost; only a good
+answer makes it well again. A failure on our side, of the store or of the key that its token is sealed with, says
+nothing about a host: silence is then counted from zero. What heartbeats and lists mean is decided by `core.reconcile`;
+this module only carries it out.
 """
 
 import asyncio
@@ -11,7 +13,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import structlog
 from msgspec.structs import replace
@@ -23,19 +25,34 @@ from fusevm.control.host_api import HostApi
 from fusevm.control.metrics import Metrics
 from fusevm.control.race import first_of
 from fusevm.control.store.protocol import Claim, Hosts
-from fusevm.control.tracker import track
+from fusevm.control.tracker import Tracker
+from fusevm.control.vault import Vault
 from fusevm.core.policy import Policy
-from fusevm.core.reconcile import ObservedMachine, Plan, Strikes, expectations, host_health, plan
+from fusevm.core.reconcile import (
+    Heartbeat,
+    ObservedMachine,
+    Plan,
+    Silence,
+    Strikes,
+    expectations,
+    heard,
+    observe_host,
+    plan,
+)
+from fusevm.model.environment import Environment
 from fusevm.model.errors import (
+    BadSetting,
     Error,
     HostNotFound,
     HostUnreachable,
     MachineNotFound,
     RevisionConflict,
     StaleIncarnation,
+    Timeout,
     WrongCluster,
 )
-from fusevm.model.event import Event, HostLost, MachineMissing
+from fusevm.model.event import Event, HostLost, MachineMissing, Reported
+from fusevm.model.fact import Kind
 from fusevm.model.host import Host, HostHealth, HostState, effective
 from fusevm.model.machine import Fence
 from fusevm.wire.host_api import HostFacts, MachineBody
@@ -52,7 +69,14 @@ ORPHANS_AT_ONCE = 8
 ORPHANS_TIMEOUT_S = 30.0
 #: Orders about machines that no record stands for come from no action.
 NO_ACTION = 0
-_SEVERITY = {HostHealth.OK: 0, HostHealth.UNREACHABLE: 1, HostHealth.LOST: 2}
+
+
+class _Answer(NamedTuple):
+    """What came of one heartbeat."""
+
+    beat: Heartbeat
+    facts: HostFacts | None = None
+    problem: str = ""
 
 
 class Pace(Protocol):
@@ -81,6 +105,7 @@ class Around:
     clock: Clock
     metrics: Metrics
     pace: Pace
+    vault: Vault
 
 
 class Watch:
@@ -103,22 +128,22 @@ class Watch:
         self._metrics = around.metrics
         self._pace = around.pace
         self._view = around.metrics.watching(host_id)
-        #: Steady time of the first heartbeat that got no answer since the last that got one. Silence without heartbeats
-        #: is ours, not the host's.
-        self._silent_since_ms: int | None = None
+        self._silence = Silence()
+        self._gap_ms = round(2000 * (CALL_TIMEOUT_S + self._pace.heartbeat_s))
+        self._tracker = Tracker(self._entry, self._cluster, around.vault)
         self._strikes = Strikes()
         #: What was expected of the host when the last list was judged.
         self._known: dict[str, int] = {}
         self._look = asyncio.Event()
-        #: The host is no longer registered.
-        self._removed = asyncio.Event()
+        #: Nothing is left to do here: the host is no longer registered, or we cannot read how it is spoken to.
+        self._over = asyncio.Event()
         #: Set after the first heartbeat, whatever came of it.
         self.first = asyncio.Event()
 
     async def run(self) -> None:
         """Watch until the lease is lost, the host is removed, or we are cancelled."""
         async with asyncio.TaskGroup() as group:
-            loops = (self._pulse_loop(), self._reconcile_loop(), self._event_loop())
+            loops = (self._pulse_loop(), self._reconcile_loop(), self._track_loop(), self._event_loop())
             tasks = [group.create_task(loop) for loop in loops]
             try:
                 await self._hold()
@@ -135,11 +160,11 @@ class Watch:
         while await self._guarded("lease", self._prolong):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
-                    await self._removed.wait()
+                    await self._over.wait()
 
     async def _prolong(self) -> bool:
-        if self._removed.is_set() or await self._store.acquire_host(self._id, self._claim):
-            return not self._removed.is_set()
+        if self._over.is_set() or await self._store.acquire_host(self._id, self._claim):
+            return not self._over.is_set()
         if await self._store.host(self._id) is not None:
             self._metrics.leases_lost.labels("host").inc()
             log.info("host_lease_lost", host=self._id)
@@ -149,7 +174,7 @@ class Watch:
         while await self._guarded("pulse", self._pulse):
             self.first.set()
             await asyncio.sleep(_jittered(self._pace.heartbeat_s))
-        self._removed.set()
+        self._over.set()
 
     async def _guarded(self, what: str, work: Callable[[], Awaitable[bool]]) -> bool:
         """Loop boundary: a failure concerns this host and this round only."""
@@ -165,78 +190,85 @@ class Watch:
     # -- heartbeat ------------------------------------------------------------------------------------------------
 
     async def _pulse(self) -> bool:
-        """Ask the host who it is and note its health. False: the host is no longer registered."""
+        """Ask the host who it is and note its health. False: there is nothing to watch here any more."""
+        # Where this round is not carried through, what was counted is forgotten: the trouble is ours.
+        silence, self._silence = self._silence, Silence()
+        if not await self._find_client():
+            return False
         asked_ms = self._clock.steady_ms()
-        heard = await self._ask()
-        if heard is not None:
-            self._silent_since_ms = None
-        elif self._silent_since_ms is None:
-            self._silent_since_ms = asked_ms
-        self._view.is_up = heard is not None
+        answer = await self._ask()
+        silence = heard(silence, answer.beat, asked_ms, self._gap_ms)
+        self._view.is_up = answer.facts is not None
         host = await self._store.host(self._id)
         if host is None:
             return False
-        now_ms = self._clock.now_ms()
-        if heard is not None:
-            await self._store.touch_host(self._id, now_ms)
-        host = await self._save(host, heard, now_ms)
+        host = await self._save(host, answer, silence)
+        self._silence = silence
         if host.health is HostHealth.LOST:
-            for env in await self._store.on_host(self._id):
+            for env in (await self._store.on_host(self._id)).records:
                 await self._feed(env.uid, HostLost(cause=f"host {self._id}", host_id=self._id))
         elif host.state is HostState.DRAINING:
             await drain_environments(self._store, self._entry, self._id, f"drain of host {self._id}")
         return True
 
-    async def _ask(self) -> HostFacts | None:
+    async def _find_client(self) -> bool:
+        """Speak to the host as its record says now. False: it has none, or a token that only others can read."""
         try:
             client = await self._client_of(self._id)
-            if client is not self._client:
-                self._client = client
-                self._turned.set()
+        except HostNotFound:
+            return False
+        except BadSetting as error:
+            # The watch ends, and with it the lease: a replica that has the key can take it.
+            log.warning("host_token_unreadable", host=self._id, problem=error.message)
+            return False
+        if client is not self._client:
+            self._client = client
+            self._turned.set()
+        return True
+
+    async def _ask(self) -> _Answer:
+        try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
-                facts = await client.info()
+                facts = await self._client.info()
             if facts.cluster not in ("", self._cluster):
                 raise WrongCluster(cluster=facts.cluster, asked=self._cluster)
-        except TimeoutError:
-            log.warning("host_silent", host=self._id, problem=f"no answer within {CALL_TIMEOUT_S:.0f} s")
+        except (TimeoutError, Timeout, HostUnreachable) as error:
+            problem = error.message if isinstance(error, Error) else f"no answer within {CALL_TIMEOUT_S:.0f} s"
+            log.warning("host_silent", host=self._id, problem=problem)
+            return _Answer(Heartbeat.SILENT, problem=problem)
         except Error as error:
-            log.warning("host_silent", host=self._id, reason=error.reason, problem=error.message)
+            log.warning("host_refuses", host=self._id, reason=error.reason, problem=error.message)
+            return _Answer(Heartbeat.REFUSED, problem=error.message)
+        return _Answer(Heartbeat.ANSWERED, facts)
+
+    async def _save(self, host: Host, answer: _Answer, silence: Silence) -> Host:
+        now_ms = self._clock.now_ms()
+        if answer.facts is not None:
+            await self._store.touch_host(self._id, now_ms)
+            new = _well(host, answer.facts, now_ms)
         else:
-            return facts
-        return None
-
-    def _silent_ms(self) -> int:
-        return 0 if self._silent_since_ms is None else self._clock.steady_ms() - self._silent_since_ms
-
-    async def _save(self, host: Host, facts: HostFacts | None, now_ms: int) -> Host:
-        new = self._judge(host, facts, now_ms)
+            new = observe_host(host, silence, answer.problem, self._policy)
         if new == replace(host, last_seen_ms=new.last_seen_ms):
             return host
         if new.health is not host.health:
-            log.info("host_health", host=self._id, before=host.health, now=new.health)
+            await self._tell(host, new)
         try:
             return await self._store.save_host(replace(new, updated_at_ms=now_ms))
         except RevisionConflict:
             return host  # somebody else changed it; the next heartbeat sees that
 
-    def _judge(self, host: Host, facts: HostFacts | None, now_ms: int) -> Host:
-        """The record as this heartbeat leaves it."""
-        if facts is None:
-            found = host_health(self._silent_ms(), self._policy)
-            return replace(host, health=max(found, host.health, key=_SEVERITY.__getitem__))
-        return replace(
-            host,
-            health=HostHealth.OK,
-            last_seen_ms=now_ms,
-            capacity=effective(host.declared, facts.capacity),
-            arch=facts.arch,
-            driver=facts.driver,
-            version=facts.version,
-            vmm_version=facts.vmm_version,
-            agent_version=facts.agent_version,
-            kernel=facts.kernel,
-            images=tuple(facts.images),
+    async def _tell(self, before: Host, now: Host) -> None:
+        """Tell those that are on the host. Before it is saved: told twice is better than never."""
+        log.info("host_health", host=self._id, before=before.health, now=now.health, problem=now.problem)
+        event = Reported(
+            cause=f"host {self._id}",
+            kind=Kind.HOST,
+            reason=now.health,
+            message=now.problem,
+            data={"host_id": self._id},
         )
+        for env in (await self._store.on_host(self._id)).records:
+            await self._feed(env.uid, event, known=env)
 
     # -- machines -------------------------------------------------------------------------------------------------
 
@@ -263,7 +295,8 @@ class Watch:
             if isinstance(error, Error):
                 raise
             raise HostUnreachable(id=self._id, problem=f"no list within {CALL_TIMEOUT_S:.0f} s") from error
-        expected = await self._store.on_host(self._id)
+        reading = await self._store.on_host(self._id)
+        expected = reading.records
         cause = f"reconcile {self._id}"
         decided = plan(
             self._id,
@@ -272,13 +305,13 @@ class Watch:
             [_observed(machine) for machine in listed.machines],
             self._strikes,
             known=self._known,
+            unreadable=reading.unreadable,
             cause=cause,
         )
         self._strikes, self._known = decided.strikes, expectations(expected)
         if decided.is_unsure:
             self._look.set()
         await self._carry_out(decided)
-        await track(self._client, self._entry, self._cluster, expected)
         self._view.listed(len(listed.machines), expected)
         self._metrics.reconcile_cycles.labels("done").inc()
         self._metrics.reconcile_seconds.observe(time.perf_counter() - began)
@@ -292,6 +325,7 @@ class Watch:
             await self._feed(uid, event)
         for machine in decided.stuck:
             self._metrics.dead_letters.inc()
+            self._metrics.orphans_dead_lettered.inc()
             log.error("orphan_needs_a_person", host=self._id, machine=machine.id, uid=machine.uid)
         slots = asyncio.Semaphore(ORPHANS_AT_ONCE)
         try:
@@ -315,11 +349,23 @@ class Watch:
         self._metrics.orphans_destroyed.inc()
         log.info("orphan_destroyed", host=self._id, machine=machine.id, uid=machine.uid)
 
-    async def _feed(self, uid: str, event: Event) -> None:
+    async def _feed(self, uid: str, event: Event, *, known: Environment | None = None) -> None:
         try:
-            await self._entry.feed(uid, event)
+            await self._entry.feed(uid, event, known=known)
         except Error as error:
             log.warning("event_refused", host=self._id, uid=uid, problem=error.message)
+
+    # -- guests ---------------------------------------------------------------------------------------------------
+
+    async def _track_loop(self) -> None:
+        """Apart from the lists: guests that hang must not delay what is found out about their host."""
+        while True:
+            await self._guarded("track", self._track)
+            await asyncio.sleep(_jittered(self._pace.reconcile_s))
+
+    async def _track(self) -> bool:
+        await self._tracker.look(self._client, (await self._store.on_host(self._id)).records)
+        return True
 
     # -- events ---------------------------------------------------------------------------------------------------
 
@@ -378,6 +424,9 @@ class Watchers:
                 return None
         except HostNotFound:
             return None  # removed since the hosts were read
+        except Error as error:
+            log.warning("host_cannot_be_watched", host=host_id, reason=error.reason, problem=error.message)
+            return None
         except Exception:  # loop boundary: one host must not stop the others
             self._metrics.loop_failures.labels("watchers").inc()
             log.exception("host_cannot_be_watched", host=host_id)
@@ -399,6 +448,25 @@ class Watchers:
         for watch in begun:
             await watch.first.wait()
         self.ready.set()
+
+
+def _well(host: Host, facts: HostFacts, now_ms: int) -> Host:
+    """The record after a good answer."""
+    return replace(
+        host,
+        health=HostHealth.OK,
+        problem="",
+        is_refusing=False,
+        last_seen_ms=now_ms,
+        capacity=effective(host.declared, facts.capacity),
+        arch=facts.arch,
+        driver=facts.driver,
+        version=facts.version,
+        vmm_version=facts.vmm_version,
+        agent_version=facts.agent_version,
+        kernel=facts.kernel,
+        images=tuple(facts.images),
+    )
 
 
 def _observed(machine: MachineBody) -> ObservedMachine:

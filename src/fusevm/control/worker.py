@@ -3,30 +3,34 @@
 An action is performed by whoever holds its lease. The replica that commits a new action holds it from the start
 (`notice`); everything else is found by looking: actions never taken, leases run out, deadlines passed. A record whose
 pending action is another one cancels what was under way for it: at once in this process, with the next renewal in
-others. Nothing is lost when this process dies: the lease runs out and another performs the action again.
+others. Nothing is lost when this process dies: the lease runs out and another performs the action again. What is due is
+judged by the database's time. A record that cannot be worked on is left alone for a while, and holds up no other.
 """
 
 import asyncio
 import random
 import time
+from collections.abc import Awaitable
 
 import structlog
 
-from fusevm.control.clock import Clock
+from fusevm.control.clock import DatabaseClock
 from fusevm.control.collector import Collector
 from fusevm.control.entry import Entry
 from fusevm.control.metrics import Metrics
 from fusevm.control.outcome import error_outcome
-from fusevm.control.performer import Performer, action_name
+from fusevm.control.performer import Performer, operation_name
 from fusevm.control.store.protocol import Claim, Leases
 from fusevm.model.environment import Action, Environment
-from fusevm.model.errors import EnvironmentNotFound, Error
+from fusevm.model.errors import EnvironmentNotFound, Error, ShuttingDown, StoreFull, StoreUnreachable
 from fusevm.model.event import Event, OutcomeUnknown, Tick
 
 log = structlog.get_logger()
 
 #: Most actions taken up per look.
 LOOK_LIMIT = 256
+#: How long a record that cannot be worked on is left alone.
+TROUBLE_PAUSE_MS = 30_000
 #: Pause before an outcome is reported again to a store that could not take it.
 REPORT_PAUSE_S = 0.5
 
@@ -56,7 +60,7 @@ class Worker:
         collector: Collector,
         *,
         claim: Claim,
-        clock: Clock,
+        clock: DatabaseClock,
         metrics: Metrics,
         poll_s: float,
     ) -> None:
@@ -69,7 +73,8 @@ class Worker:
         self._metrics = metrics
         self._poll_s = poll_s
         self._jobs: dict[str, _Job] = {}
-        self._wake = asyncio.Event()
+        #: Records that could not be worked on, and the steady time until which they are left alone.
+        self._troubled: dict[str, int] = {}
         self._stopping = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
 
@@ -100,10 +105,6 @@ class Worker:
         """End `run`. Actions under way are cancelled; whoever holds the lease next performs them again."""
         self._stopping.set()
 
-    def wake(self) -> None:
-        """Look for work now."""
-        self._wake.set()
-
     # -- what to work on ------------------------------------------------------------------------------------------
 
     def notice(self, record: Environment, leased_to: str | None) -> None:
@@ -130,31 +131,43 @@ class Worker:
                 self._metrics.loop_failures.labels("worker").inc()
                 log.exception("worker_look_failed")
             if not is_more:
-                await self._pause()
-
-    async def _pause(self) -> None:
-        jittered_s = self._poll_s * random.uniform(0.75, 1.25)  # noqa: S311 - only spreads replicas
-        try:
-            async with asyncio.timeout(jittered_s):
-                await self._wake.wait()
-        except TimeoutError:
-            pass
-        self._wake.clear()
+                await asyncio.sleep(self._poll_s * random.uniform(0.75, 1.25))  # noqa: S311 - only spreads replicas
 
     async def _look(self) -> bool:
         """Take up what waits. True: there may be more."""
-        due = await self._store.due(LOOK_LIMIT)
-        for uid, seq in due.actions:
-            record = await self._store.acquire(uid, seq, self._claim)
-            if record is not None and record.pending is not None:
-                self._forget_stale(record)
-                self._start(record, record.pending)
-        for uid in due.deadlines:
-            await self._entry.feed(uid, Tick(cause="deadline"), commit_always=True)
+        steady_ms = self._clock.steady_ms()
+        self._troubled = {uid: until_ms for uid, until_ms in self._troubled.items() if until_ms > steady_ms}
+        # Those that are left alone come first again: they must not fill the whole look.
+        due = await self._store.due(LOOK_LIMIT + len(self._troubled))
+        # After the question: what is due by the database is then due by our clock, too.
+        await self._clock.follow(self._store.now_ms)
+        actions = [(uid, seq) for uid, seq in due.actions if uid not in self._troubled]
+        for uid, seq in actions:
+            await self._isolated(uid, self._take_up(uid, seq))
+        deadlines = [uid for uid in due.deadlines if uid not in self._troubled]
+        for uid in deadlines:
+            await self._isolated(uid, self._entry.feed(uid, Tick(cause="deadline"), commit_always=True))
         for snapshot_id in due.snapshots:
             if self._group is not None:
                 self._group.create_task(self._collector.collect(snapshot_id))
-        return LOOK_LIMIT in (len(due.actions), len(due.deadlines))
+        return max(len(actions), len(deadlines)) >= LOOK_LIMIT
+
+    async def _isolated(self, uid: str, work: Awaitable[object]) -> None:
+        """Loop boundary: a failure concerns this record only, unless it is the store's."""
+        try:
+            await work
+        except (StoreFull, StoreUnreachable, ShuttingDown):
+            raise
+        except Exception:
+            self._troubled[uid] = self._clock.steady_ms() + TROUBLE_PAUSE_MS
+            self._metrics.loop_failures.labels("record").inc()
+            log.exception("record_left_alone", uid=uid, pause_ms=TROUBLE_PAUSE_MS)
+
+    async def _take_up(self, uid: str, seq: int) -> None:
+        record = await self._store.acquire(uid, seq, self._claim)
+        if record is not None and record.pending is not None:
+            self._forget_stale(record)
+            self._start(record, record.pending)
 
     def _forget_stale(self, record: Environment) -> None:
         job = self._jobs.pop(record.uid, None)
@@ -205,7 +218,7 @@ class Worker:
             event = OutcomeUnknown(
                 cause=f"action {action.seq}", seq=action.seq, message="internal error; the server's log has the details"
             )
-        self._metrics.performed(record, action, action_name(action), event, time.perf_counter() - began)
+        self._metrics.performed(record, action, operation_name(action), event, time.perf_counter() - began)
         return event
 
     async def _report(self, record: Environment, event: Event) -> None:

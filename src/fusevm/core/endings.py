@@ -8,7 +8,7 @@ import msgspec
 from msgspec.structs import replace
 
 from fusevm.core.policy import Policy
-from fusevm.core.record import Step, enter, give
+from fusevm.core.record import Step, after, enter, give, tell_snapshot
 from fusevm.core.snapshots import given_up
 from fusevm.model.environment import (
     BootMachine,
@@ -24,7 +24,6 @@ from fusevm.model.environment import (
     State,
     TimedAction,
 )
-from fusevm.model.snapshot import Snapshot
 
 #: Stable reason and sentence when an action was not done by its deadline.
 TIMEOUTS: dict[type[TimedAction], tuple[str, str]] = {
@@ -35,6 +34,9 @@ TIMEOUTS: dict[type[TimedAction], tuple[str, str]] = {
     SnapshotMachine: ("snapshot_timeout", "the snapshot was not taken in time"),
     RestoreMachine: ("restore_timeout", "the snapshot was not restored in time"),
 }
+
+#: Reason of the fact about a snapshot or restore that an end comes before.
+CUT_OFF = "environment_ended"
 
 
 class Deadline(msgspec.Struct, frozen=True):
@@ -55,23 +57,23 @@ def end(env: Environment, ending: Ending, cause: str, now_ms: int) -> Step:
         machine_id=env.machine_id,
         incarnation=env.incarnation,
     )
-    record = replace(env, desired=Desired.DESTROYED, ending=ending, error=ending.message)
-    entered = enter(record, State.DESTROYING, cause, now_ms)
-    return give(replace(entered, snapshots=superseded(env, ending, now_ms)), destroy)
+    cut_off = superseded(env, ending, cause, now_ms)
+    record = replace(cut_off.record, desired=Desired.DESTROYED, ending=ending, error=ending.message)
+    return give(after(cut_off, enter(record, State.DESTROYING, cause, now_ms)), destroy)
 
 
 def close(env: Environment, ending: Ending, cause: str, now_ms: int) -> Step:
     """End at once, without anybody's confirmation. Later outcomes of what was under way change nothing."""
+    cut_off = superseded(env, ending, cause, now_ms)
     record = replace(
-        env,
+        cut_off.record,
         desired=Desired.DESTROYED,
         pending=None,
         action_seq=env.action_seq + 1,
         ending=ending,
         ended_at_ms=now_ms,
     )
-    entered = enter(record, ending.state, cause, now_ms)
-    return replace(entered, snapshots=superseded(env, ending, now_ms))
+    return after(cut_off, enter(record, ending.state, cause, now_ms))
 
 
 def lose(env: Environment, host_id: str, cause: str, now_ms: int) -> Step:
@@ -81,12 +83,13 @@ def lose(env: Environment, host_id: str, cause: str, now_ms: int) -> Step:
     return close(replace(env, error=message), ending, cause, now_ms)
 
 
-def superseded(env: Environment, ending: Ending, now_ms: int) -> tuple[Snapshot, ...]:
-    """What becomes of the snapshot that is being taken or restored when an end comes between."""
+def superseded(env: Environment, ending: Ending, cause: str, now_ms: int) -> Step:
+    """Give up the snapshot that is being taken or restored when an end comes between; told before the end is."""
     if not isinstance(env.pending, SnapshotMachine | RestoreMachine):
-        return ()
+        return Step(env)
     problem = f"the environment ended ({ending.reason}) before this was done"
-    return (given_up(env.pending.snapshot, problem, now_ms),)
+    snapshot = given_up(env.pending.snapshot, problem, now_ms)
+    return tell_snapshot(env, snapshot, cause, now_ms, reason=CUT_OFF, message=problem)
 
 
 def next_deadline(env: Environment, policy: Policy) -> Deadline | None:

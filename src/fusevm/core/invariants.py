@@ -70,8 +70,12 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
     snapshots: Mapping[str, Snapshot] = {}
 
 
-def violations(world: World, policy: Policy) -> list[str]:
-    """Every broken rule in a sentence; empty: all is well."""
+def violations(world: World, policy: Policy | None) -> list[str]:
+    """Every broken rule in a sentence; empty: all is well.
+
+    `policy` None: whether hosts are booked beyond their limits is not judged. Ratios and capacity may have become
+    smaller since the bookings were made, each of which was held against the limits of its moment.
+    """
     found: list[str] = []
     for env in world.environments.values():
         found += _actions(env)
@@ -201,19 +205,24 @@ def _placements(world: World) -> Iterator[str]:
         yield f"{uid}: placed, but there is no such environment"
 
 
-def _books(world: World, policy: Policy) -> Iterator[str]:
+def _books(world: World, policy: Policy | None) -> Iterator[str]:
     for host in world.hosts.values():
         booked = Resources()
         for host_id, amount in world.placements.values():
             booked = booked.plus(amount) if host_id == host.id else booked
         if booked != host.allocated:
             yield f"host {host.id}: allocated is {host.allocated}, its placements are {booked}"
-        most = limits(host, policy)
-        for name in Resources.__struct_fields__:
-            if getattr(host.allocated, name) > getattr(most, name):
-                yield f"host {host.id}: {name} is booked beyond its limit of {getattr(most, name)}"
+        if policy is not None:
+            yield from _excess(host, policy)
     for host_id in {host_id for host_id, _ in world.placements.values()} - world.hosts.keys():
         yield f"host {host_id}: has placements and does not exist"
+
+
+def _excess(host: Host, policy: Policy) -> Iterator[str]:
+    most = limits(host, policy)
+    for name in Resources.__struct_fields__:
+        if getattr(host.allocated, name) > getattr(most, name):
+            yield f"host {host.id}: {name} is booked beyond its limit of {getattr(most, name)}"
 
 
 def _machines(world: World) -> Iterator[str]:

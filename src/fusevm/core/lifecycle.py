@@ -40,6 +40,7 @@ from fusevm.model.event import (
     AgentSeen,
     BootRefused,
     BootSucceeded,
+    CommandsEnded,
     DestroyConfirmed,
     DestroyRequested,
     DrainRequested,
@@ -49,6 +50,7 @@ from fusevm.model.event import (
     MachineExited,
     MachineMissing,
     OutcomeUnknown,
+    OutputSeen,
     Placed,
     Reported,
     RestoreRequested,
@@ -60,7 +62,7 @@ from fusevm.model.event import (
     Tick,
     TokenRotated,
 )
-from fusevm.model.fact import Kind
+from fusevm.model.fact import Fact, Kind
 from fusevm.model.setup import AgentState, Duties
 
 __all__ = [
@@ -127,8 +129,8 @@ def step(env: Environment, event: Event, now_ms: int, policy: Policy) -> Step:
     """Decide what `event` means for `env`.
 
     Pure and total: late and repeated events return the record unchanged; a request that the state forbids raises
-    WrongState, ActionUnderWay or SnapshotNotReady. `updated_at_ms` changes with everything but activity; `revision` is
-    the store's.
+    WrongState, ActionUnderWay or SnapshotNotReady. `updated_at_ms` changes with everything but activity and counts;
+    `revision` is the store's.
     """
     now_ms = max(now_ms, env.updated_at_ms)
     match event:
@@ -141,8 +143,10 @@ def step(env: Environment, event: Event, now_ms: int, policy: Policy) -> Step:
             | Placed()
         ):
             return _request(env, event, now_ms, policy)
-        case AgentSeen() | HealthSeen() | Reported() | MachineExited() | MachineMissing() | HostLost():
+        case AgentSeen() | HealthSeen() | MachineExited() | MachineMissing() | HostLost():
             return _observation(env, event, now_ms)
+        case Reported() | OutputSeen() | CommandsEnded():
+            return _report(env, event, now_ms)
         case ActivitySeen():
             return _activity_seen(env, now_ms, policy)
         case Tick():
@@ -152,7 +156,8 @@ def step(env: Environment, event: Event, now_ms: int, policy: Policy) -> Step:
 
 
 _Request = DestroyRequested | DrainRequested | RotateRequested | SnapshotRequested | RestoreRequested | Placed
-_Observation = AgentSeen | HealthSeen | Reported | MachineExited | MachineMissing | HostLost
+_Observation = AgentSeen | HealthSeen | MachineExited | MachineMissing | HostLost
+_Report = Reported | OutputSeen | CommandsEnded
 _Outcome = (
     BootSucceeded
     | BootRefused
@@ -224,8 +229,21 @@ def _observation(env: Environment, event: _Observation, now_ms: int) -> Step:
             return _agent_seen(env, event, now_ms)
         case HealthSeen():
             return _health_seen(env, event, now_ms)
+        case _:  # pragma: no cover
+            assert_never(event)
+
+
+def _report(env: Environment, event: _Report, now_ms: int) -> Step:
+    """What is told and changes nothing else. Nothing comes after the end."""
+    match event:
         case Reported():
             return _reported(env, event, now_ms)
+        case OutputSeen() | CommandsEnded() if env.is_terminal:
+            return Step(env)
+        case OutputSeen():
+            return _output_seen(env, event, now_ms)
+        case CommandsEnded():
+            return _commands_ended(env, event, now_ms)
         case _:  # pragma: no cover
             assert_never(event)
 
@@ -307,7 +325,9 @@ def _outcome_unknown(env: Environment, event: OutcomeUnknown, now_ms: int, polic
         return Step(env)
     attempt = action.attempt + 1
     pause = backoff_ms(attempt, first_ms=policy.backoff_first_ms, max_ms=policy.backoff_max_ms, key=env.uid)
-    if not isinstance(action, DestroyMachine) and now_ms + pause >= action.deadline_ms:
+    if isinstance(action, BootMachine | SetUpMachine) and now_ms + pause >= action.deadline_ms:
+        # The destroy that follows has a newer number. What leaves the machine alive is given up at its deadline, not
+        # before: until then the order whose outcome is unknown may still be taken up.
         return _overdue(env, action, event.message, event.cause, now_ms)
     again = replace(action, seq=env.action_seq + 1, attempt=attempt, not_before_ms=now_ms + pause)
     found = Step(replace(env, error=event.message, updated_at_ms=now_ms))
@@ -374,10 +394,13 @@ def _health_seen(env: Environment, event: HealthSeen, now_ms: int) -> Step:
     new, old = event.status, env.health
     if not expects_machine(env):
         return Step(env)
-    if old is not None and (new.state, new.message) == (old.state, old.message):
+    if new == old:
         return Step(env)
-    data = {"failures": str(new.failures)}
     record = replace(env, health=new)
+    if old is not None and (new.state, new.message) == (old.state, old.message):
+        # Another count is shown, but is no news; as with activity, `updated_at_ms` stays.
+        return Step(record)
+    data = {"failures": str(new.failures)}
     return tell(record, Kind.HEALTH, event.cause, now_ms, message=new.message, reason=new.state, data=data)
 
 
@@ -387,6 +410,24 @@ def _reported(env: Environment, event: Reported, now_ms: int) -> Step:
     if env.is_terminal:
         return Step(env)
     return tell(env, event.kind, event.cause, now_ms, message=event.message, reason=event.reason, data=event.data)
+
+
+def _output_seen(env: Environment, event: OutputSeen, now_ms: int) -> Step:
+    """Every byte is told once, whoever begins again: how far it was told is saved with what was told."""
+    if event.offset < env.startup_told.get(event.stream, 0):
+        return Step(env)
+    record = replace(env, startup_told=env.startup_told | {event.stream: event.end})
+    data = {"stream": event.stream, "offset": str(event.offset)}
+    return tell(record, Kind.STARTUP_OUTPUT, event.cause, now_ms, message=event.text, data=data)
+
+
+def _commands_ended(env: Environment, event: CommandsEnded, now_ms: int) -> Step:
+    record, facts = env, list[Fact]()
+    for ended in event.commands:
+        told = tell(record, Kind.EXEC, ended.cause, now_ms, message=ended.message, reason=ended.reason, data=ended.data)
+        record = told.record
+        facts += told.facts
+    return Step(record, (), tuple(facts))
 
 
 def _activity_seen(env: Environment, now_ms: int, policy: Policy) -> Step:
@@ -405,7 +446,7 @@ def _tick(env: Environment, event: Tick, now_ms: int, policy: Policy) -> Step:
         return Step(env)
     if isinstance(due.then, Ending):
         return end(env, due.then, event.cause, now_ms)
-    return _overdue(env, due.then, "", event.cause, now_ms)
+    return _overdue(env, due.then, env.error if due.then.attempt else "", event.cause, now_ms)
 
 
 def next_deadline_ms(env: Environment, policy: Policy) -> int | None:

@@ -14,8 +14,9 @@ import msgspec
 from fusevm.model.errors import BadField, Unimplemented
 
 FIELD = "manifest_inline"
-#: What is written where none was given.
-DEFAULT = '{"version":"1"}'
+#: What acts and is written where none was given: the contract's.
+DEFAULT_WORKSPACE = "/workspace"
+DEFAULT = f'{{"version":"1","workspace":"{DEFAULT_WORKSPACE}"}}'
 MAX_WORKSPACE = 4_096
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -23,7 +24,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 class Manifest(msgspec.Struct, frozen=True):
     """What acts, and the text as it was given."""
 
-    text: str = DEFAULT
+    text: str
     workspace: str = ""
     env: dict[str, str] = {}
 
@@ -31,7 +32,7 @@ class Manifest(msgspec.Struct, frozen=True):
 def parse_manifest(encoded: str, secrets: Mapping[str, str]) -> Manifest:
     """Read base64 of a manifest; empty: the default one. Raises BadField, and Unimplemented naming the field."""
     if not encoded:
-        return Manifest()
+        return Manifest(DEFAULT, DEFAULT_WORKSPACE)
     text, fields = _decode(encoded)
     machine = _object("machine", fields.pop("machine", None))
     if str(fields.pop("version", None)) != "1":

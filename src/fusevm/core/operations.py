@@ -1,16 +1,15 @@
 """What is done to a machine that is up: drain, new token, snapshot, restore. One at a time.
 
 A request while another one is under way raises ActionUnderWay; the same request again changes nothing, where it has a
-name to know it by. None of them ends the environment: what is refused or overdue is given up, with a fact that says so.
+name to know it by (the id of a new snapshot, the cause of a restore). None of them ends the environment: what is
+refused or overdue is given up, with a fact that says so.
 """
-
-from collections.abc import Mapping
 
 from msgspec.structs import replace
 
 from fusevm.core.endings import TIMEOUTS
 from fusevm.core.policy import Policy
-from fusevm.core.record import Step, action_name, enter, give, tell
+from fusevm.core.record import Step, action_name, enter, give, tell, tell_snapshot
 from fusevm.core.snapshots import check_restorable, given_up, made, restored, restoring
 from fusevm.model.environment import (
     Desired,
@@ -34,7 +33,7 @@ from fusevm.model.event import (
 )
 from fusevm.model.fact import Kind
 from fusevm.model.setup import AgentState, AgentStatus
-from fusevm.model.snapshot import Snapshot, SnapshotState
+from fusevm.model.snapshot import SnapshotState
 
 Operation = DrainAgent | RotateToken | SnapshotMachine | RestoreMachine
 
@@ -91,12 +90,12 @@ def request_snapshot(env: Environment, event: SnapshotRequested, now_ms: int, po
         deadline_ms=now_ms + policy.snapshot_deadline_ms,
         snapshot=event.snapshot,
     )
-    return give(_told(env, event.snapshot, "creating", event.cause, now_ms), action)
+    return give(tell_snapshot(env, event.snapshot, event.cause, now_ms, reason="creating"), action)
 
 
 def request_restore(env: Environment, event: RestoreRequested, now_ms: int, policy: Policy) -> Step:
     """Put the machine back to one of its snapshots. Raises SnapshotNotReady, WrongState."""
-    if isinstance(env.pending, RestoreMachine) and env.pending.snapshot.id == event.snapshot.id:
+    if isinstance(env.pending, RestoreMachine) and env.pending.cause == event.cause:
         return Step(env)
     _must_be_free(env, "only a running environment can be put back to a snapshot")
     check_restorable(event.snapshot, env)
@@ -110,7 +109,7 @@ def request_restore(env: Environment, event: RestoreRequested, now_ms: int, poli
         deadline_ms=now_ms + policy.restore_deadline_ms,
         snapshot=snapshot,
     )
-    return give(_told(env, snapshot, "restoring", event.cause, now_ms), action)
+    return give(tell_snapshot(env, snapshot, event.cause, now_ms, reason="restoring"), action)
 
 
 def _must_be_free(env: Environment, wanted: str) -> None:
@@ -135,7 +134,9 @@ def agent_drained(env: Environment, event: AgentDrained, now_ms: int) -> Step:
         since_ms=now_ms,
     )
     record = replace(_free(env, now_ms), agent=status, error=event.message)
-    data = {} if event.exit_code is None else {"exit_code": str(event.exit_code)}
+    data = _about(env.pending)
+    if event.exit_code is not None:
+        data["exit_code"] = str(event.exit_code)
     reason = "drain_failed" if event.message else "drained"
     return tell(record, Kind.AGENT, event.cause, now_ms, message=event.message, reason=reason, data=data)
 
@@ -144,7 +145,8 @@ def token_rotated(env: Environment, event: TokenRotated, now_ms: int) -> Step:
     """The daemon runs with the new token; the old one is refused."""
     if not isinstance(env.pending, RotateToken) or env.pending.seq != event.seq:
         return Step(env)
-    return tell(_free(env, now_ms), Kind.AGENT, event.cause, now_ms, reason="token_rotated")
+    data = _about(env.pending)
+    return tell(_free(env, now_ms), Kind.AGENT, event.cause, now_ms, reason="token_rotated", data=data)
 
 
 def snapshot_taken(env: Environment, event: SnapshotTaken, now_ms: int) -> Step:
@@ -152,7 +154,7 @@ def snapshot_taken(env: Environment, event: SnapshotTaken, now_ms: int) -> Step:
     if not isinstance(env.pending, SnapshotMachine) or env.pending.seq != event.seq:
         return Step(env)
     snapshot = made(env.pending.snapshot, event.size_bytes, event.digest, now_ms)
-    return _told(_free(env, now_ms), snapshot, "ready", event.cause, now_ms)
+    return tell_snapshot(_free(env, now_ms), snapshot, event.cause, now_ms, reason="ready")
 
 
 def snapshot_restored(env: Environment, event: SnapshotRestored, now_ms: int) -> Step:
@@ -161,16 +163,16 @@ def snapshot_restored(env: Environment, event: SnapshotRestored, now_ms: int) ->
         return Step(env)
     snapshot = restored(env.pending.snapshot, now_ms)
     record = replace(_free(env, now_ms), agent=None, health=None)
-    return _told(record, snapshot, "restored", event.cause, now_ms)
+    return tell_snapshot(record, snapshot, event.cause, now_ms, reason="restored")
 
 
 def give_up(env: Environment, action: Operation, reason: str, message: str, cause: str, now_ms: int) -> Step:
     """The action failed for good; the environment goes on without it."""
     record = replace(_free(env, now_ms), error=message)
     if isinstance(action, DrainAgent | RotateToken):
-        return tell(record, Kind.AGENT, cause, now_ms, message=message, reason=reason)
+        return tell(record, Kind.AGENT, cause, now_ms, message=message, reason=reason, data=_about(action))
     snapshot = given_up(action.snapshot, message, now_ms)
-    return _told(record, snapshot, reason, cause, now_ms, message=message)
+    return tell_snapshot(record, snapshot, cause, now_ms, reason=reason, message=message)
 
 
 def give_up_late(env: Environment, action: Operation, message: str, cause: str, now_ms: int) -> Step:
@@ -186,7 +188,6 @@ def _free(env: Environment, now_ms: int) -> Environment:
     return replace(env, pending=None, action_seq=env.action_seq + 1, error="", last_activity_ms=last_ms)
 
 
-def _told(env: Environment, snapshot: Snapshot, reason: str, cause: str, now_ms: int, *, message: str = "") -> Step:
-    data: Mapping[str, str] = {"snapshot_id": snapshot.id}
-    found = tell(env, Kind.SNAPSHOT, cause, now_ms, message=message, reason=reason, data=data)
-    return replace(found, snapshots=(snapshot,))
+def _about(action: DrainAgent | RotateToken) -> dict[str, str]:
+    """Which action a fact speaks of: its attempts have different numbers, but one that asked for it."""
+    return {"action": action_name(action), "asked_by": action.cause}

@@ -30,7 +30,8 @@ def limits(host: Host, policy: Policy) -> Resources:
 
 def rejection(host: Host, spec: Spec, policy: Policy) -> str | None:
     """The first gate that a host fails, as a stable word, or None when it can take the machine."""
-    return next((reason for reason, lets_through in _GATES if not lets_through(host, spec, policy)), None)
+    most = limits(host, policy)
+    return next((reason for reason, lets_through in _GATES if not lets_through(host, spec, most)), None)
 
 
 def can_reserve(host: Host, spec: Spec, policy: Policy) -> bool:
@@ -61,8 +62,9 @@ def best(hosts: Sequence[Host], spec: Spec, policy: Policy) -> Host | None:
     return min(feasible, key=lambda host: (-score(host, spec, policy), host.id), default=None)
 
 
-def place(hosts: Sequence[Host], spec: Spec, policy: Policy, *, pinned_to: str = "") -> str:
-    """Choose a host and return its id. `pinned_to`: where the bytes of the seed snapshot are.
+def place(hosts: Sequence[Host], spec: Spec, policy: Policy, *, pinned_to: str = "", kept_free: str = "") -> str:
+    """Choose a host and return its id. `pinned_to`: where the bytes of the seed snapshot are; `kept_free`: the host
+    that is not to be chosen, since somebody waits for it (`core.queue`).
 
     Raises HostNotFound for a pin on an unknown host, BadField for a pin elsewhere than the snapshot, SnapshotNotReady
     when the snapshot's host is gone, NoHosts, ImageNotFound when no host that is asked has the image, and NoCapacity
@@ -71,10 +73,10 @@ def place(hosts: Sequence[Host], spec: Spec, policy: Policy, *, pinned_to: str =
     asked = _pinned(hosts, spec, pinned_to)
     if not asked:
         raise NoHosts
-    chosen = best(asked, spec, policy)
+    chosen = best([host for host in asked if host.id != kept_free], spec, policy)
     if chosen is not None:
         return chosen.id
-    if not any(_has_image(host, spec, policy) for host in asked):
+    if not any(_has_image(host, spec, limits(host, policy)) for host in asked):
         raise ImageNotFound(image=spec.image)
     raise NoCapacity(rejections=_count(asked, spec, policy))
 
@@ -103,7 +105,7 @@ def _count(hosts: Sequence[Host], spec: Spec, policy: Policy) -> str:
 
 def _in_words(host: Host, reason: str) -> str:
     """For people: say `cordoned` or `lost` rather than `not_active` or `unhealthy`."""
-    return {"not_active": str(host.state), "unhealthy": str(host.health)}.get(reason, reason)
+    return {"not_active": str(host.state), "unhealthy": str(host.health), "": "kept_for_queue"}.get(reason, reason)
 
 
 def _share(amount: int, limit: int) -> float:
@@ -113,53 +115,53 @@ def _share(amount: int, limit: int) -> float:
 # -- gates ---------------------------------------------------------------------------------------------------------
 
 
-def _is_active(host: Host, _spec: Spec, _policy: Policy) -> bool:
+def _is_active(host: Host, _spec: Spec, _most: Resources) -> bool:
     return host.state is HostState.ACTIVE
 
 
-def _is_healthy(host: Host, _spec: Spec, _policy: Policy) -> bool:
+def _is_healthy(host: Host, _spec: Spec, _most: Resources) -> bool:
     return host.health is HostHealth.OK
 
 
-def _has_region(host: Host, spec: Spec, _policy: Policy) -> bool:
+def _has_region(host: Host, spec: Spec, _most: Resources) -> bool:
     return spec.region in ("", host.region)
 
 
-def _has_arch(host: Host, spec: Spec, _policy: Policy) -> bool:
+def _has_arch(host: Host, spec: Spec, _most: Resources) -> bool:
     return spec.arch in ("", ARCHITECTURES.get(host.arch, host.arch))
 
 
-def _has_labels(host: Host, spec: Spec, _policy: Policy) -> bool:
+def _has_labels(host: Host, spec: Spec, _most: Resources) -> bool:
     return spec.labels.items() <= host.labels.items()
 
 
-def _is_wanted(host: Host, spec: Spec, _policy: Policy) -> bool:
+def _is_wanted(host: Host, spec: Spec, _most: Resources) -> bool:
     return spec.host_id in ("", host.id)
 
 
-def _has_memory(host: Host, spec: Spec, policy: Policy) -> bool:
-    return host.allocated.ram_mb + spec.ram_mb <= limits(host, policy).ram_mb
+def _has_memory(host: Host, spec: Spec, most: Resources) -> bool:
+    return host.allocated.ram_mb + spec.ram_mb <= most.ram_mb
 
 
-def _has_cpus(host: Host, spec: Spec, policy: Policy) -> bool:
-    return host.allocated.cpus + spec.cpus <= limits(host, policy).cpus
+def _has_cpus(host: Host, spec: Spec, most: Resources) -> bool:
+    return host.allocated.cpus + spec.cpus <= most.cpus
 
 
-def _has_disk(host: Host, spec: Spec, policy: Policy) -> bool:
-    return host.allocated.storage_gb + spec.storage_gb <= limits(host, policy).storage_gb
+def _has_disk(host: Host, spec: Spec, most: Resources) -> bool:
+    return host.allocated.storage_gb + spec.storage_gb <= most.storage_gb
 
 
-def _has_machine_left(host: Host, _spec: Spec, policy: Policy) -> bool:
-    return host.allocated.vm_count < limits(host, policy).vm_count
+def _has_machine_left(host: Host, _spec: Spec, most: Resources) -> bool:
+    return host.allocated.vm_count < most.vm_count
 
 
-def _has_image(host: Host, spec: Spec, _policy: Policy) -> bool:
+def _has_image(host: Host, spec: Spec, _most: Resources) -> bool:
     """A host that has not told its images yet may have any."""
     return not host.images or spec.image in host.images
 
 
 #: In this order; memory before the rest of the sizes, since it is what runs out first.
-_GATES: tuple[tuple[str, Callable[[Host, Spec, Policy], bool]], ...] = (
+_GATES: tuple[tuple[str, Callable[[Host, Spec, Resources], bool]], ...] = (
     ("not_active", _is_active),
     ("unhealthy", _is_healthy),
     ("region", _has_region),

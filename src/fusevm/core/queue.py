@@ -6,7 +6,7 @@ now, so that a large one does not hold up small ones, not even its own tenant's.
 
 Patience: being passed over has an end. The first in turn that has waited for `policy.queue_patience_ms`, fits nowhere,
 and would fit on an empty host, reserves the emptiest of those hosts: nobody is placed there meanwhile, neither from the
-queue nor as a newcomer (`open_to_newcomers`). One host at a time is kept free.
+queue nor as a newcomer (`placement.place`). One host at a time is kept free.
 
 Bound: a reserved host only empties, and the choice moves only to one that is emptier still. So where machines end
 within a time L, hosts stay in service, and the waiting ones may use the same hosts, a place comes after patience + L,
@@ -33,6 +33,15 @@ _AMOUNTS = Resources.__struct_fields__
 _Kind = tuple[int, int, int, str, str, tuple[tuple[str, str], ...], str, str, str]
 
 
+class Plan(msgspec.Struct, frozen=True):
+    """What is to be done for those who wait."""
+
+    #: (uid, host id) of all that can be placed now, in order; each is planned against what those before it took.
+    placed: tuple[tuple[str, str], ...] = ()
+    #: Id of the host that is kept free; empty: none.
+    kept_free: str = ""
+
+
 def plan_placements(
     waiting: Sequence[Environment],
     hosts: Sequence[Host],
@@ -41,60 +50,32 @@ def plan_placements(
     *,
     now_ms: int,
     seeds: Mapping[str, str] = _NOTHING,
-) -> tuple[tuple[str, str], ...]:
-    """(uid, host id) of all that can be placed now, in order; each is planned against what those before it took.
+) -> Plan:
+    """Who gets which place now, and which host is kept free.
 
     `seeds`: id of every seed snapshot among the waiting to the host where its bytes are; who needs one that is not in
     there is not placed.
     """
-    return _plan(waiting, hosts, usage_by_tenant, policy, now_ms, seeds).placed
-
-
-def open_to_newcomers(
-    waiting: Sequence[Environment],
-    hosts: Sequence[Host],
-    usage_by_tenant: Mapping[str, Resources],
-    policy: Policy,
-    *,
-    now_ms: int,
-    seeds: Mapping[str, str] = _NOTHING,
-) -> list[Host]:
-    """The hosts on which a create may be placed past the queue: all but the reserved one."""
-    reserved = _plan(waiting, hosts, usage_by_tenant, policy, now_ms, seeds).reserved
-    return [host for host in hosts if host.id != reserved]
-
-
-class _Plan(msgspec.Struct, frozen=True):
-    placed: tuple[tuple[str, str], ...]
-    #: Id of the host that is kept free; empty: none.
-    reserved: str
-
-
-def _plan(
-    waiting: Sequence[Environment],
-    hosts: Sequence[Host],
-    usage_by_tenant: Mapping[str, Resources],
-    policy: Policy,
-    now_ms: int,
-    seeds: Mapping[str, str],
-) -> _Plan:
     table, shares = _Table(hosts, policy, seeds), _Shares(hosts, usage_by_tenant, policy)
     lines: dict[str, deque[Environment]] = defaultdict(deque)
     for env in sorted(waiting, key=_age):
         lines[env.tenant].append(env)
     placed: list[tuple[str, str]] = []
-    while lines:
-        tenant = min(lines, key=lambda name: (shares.of(name), _age(lines[name][0])))
-        env = lines[tenant].popleft()
-        if not lines[tenant]:
-            del lines[tenant]
+    turns = [(shares.of(tenant), _age(line[0]), tenant) for tenant, line in lines.items()]
+    heapq.heapify(turns)
+    while turns:
+        tenant = heapq.heappop(turns)[2]
+        line = lines[tenant]
+        env = line.popleft()
         host_id = table.take(env.spec)
         if host_id:
             placed.append((env.uid, host_id))
             shares.add(tenant, resources_of(env.spec))
         elif now_ms - env.created_at_ms >= policy.queue_patience_ms:
-            table.reserve(env.spec)
-    return _Plan(tuple(placed), table.reserved)
+            table.keep_free(env.spec)
+        if line:
+            heapq.heappush(turns, (shares.of(tenant), _age(line[0]), tenant))
+    return Plan(tuple(placed), table.kept_free)
 
 
 class _Table:
@@ -110,12 +91,12 @@ class _Table:
         self._seeds = seeds
         self._versions = dict.fromkeys(self._hosts, 0)
         self._rankings: dict[_Kind, tuple[Spec, list[tuple[float, str, int]]]] = {}
-        self.reserved = ""
+        self.kept_free = ""
 
     def take(self, spec: Spec) -> str:
         """Book the best place for it; empty: none fits."""
         ranking = self._ranking(spec)
-        while ranking and (ranking[0][2] != self._versions[ranking[0][1]] or ranking[0][1] == self.reserved):
+        while ranking and (ranking[0][2] != self._versions[ranking[0][1]] or ranking[0][1] == self.kept_free):
             heapq.heappop(ranking)
         if not ranking:
             return ""
@@ -140,12 +121,12 @@ class _Table:
         if self._may_use(host, spec) and can_reserve(host, spec, self._policy):
             heapq.heappush(ranking, (-score(host, spec, self._policy), host.id, self._versions[host.id]))
 
-    def reserve(self, spec: Spec) -> None:
+    def keep_free(self, spec: Spec) -> None:
         """Keep the emptiest host free on which it would fit if that were empty, unless one is kept free already."""
-        if self.reserved:
+        if self.kept_free:
             return
         able = [host for host in self._hosts.values() if self._may_use(host, spec) and self._would_fit(host, spec)]
-        self.reserved = min(able, key=lambda host: (self._load(host), host.id)).id if able else ""
+        self.kept_free = min(able, key=lambda host: (self._load(host), host.id)).id if able else ""
 
     def _load(self, host: Host) -> float:
         return _share(host.allocated, limits(host, self._policy))

@@ -5,19 +5,23 @@ Rules of this file:
 - A list is evidence only about records that have not changed since it was asked for. Two readings say that, one before
   the question and one after the answer; never a clock, since records bear the times of other replicas' clocks.
 - Machines of another cluster, or of none, are never touched.
+- Only silence gives a host up, as far as heartbeats have found it: what answers and refuses is there, and what nobody
+  asked may have been. Time without heartbeats, and heartbeats whose meaning could not be saved, do not count.
 - Environments that are being made, put back to a snapshot or destroyed are left to their pending action; one that is
   being set up has a machine already, and is judged.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from enum import Enum, auto
 
 import msgspec
+from msgspec.structs import replace
 
 from fusevm.core.policy import Policy
 from fusevm.core.record import expects_machine
 from fusevm.model.environment import Environment
 from fusevm.model.event import Event, MachineExited, MachineMissing
-from fusevm.model.host import HostHealth
+from fusevm.model.host import Host, HostHealth
 from fusevm.model.machine import Phase
 
 #: How many lists in a row must say so.
@@ -25,6 +29,7 @@ STRIKES_TO_ACT = 2
 #: An orphan that is still listed after so many attempts to destroy it needs a person; the attempts go on.
 STUCK_ATTEMPTS = 5
 _WELL = frozenset({Phase.CREATING, Phase.RUNNING, Phase.PAUSED})
+_SEVERITY = {HostHealth.OK: 0, HostHealth.UNREACHABLE: 1, HostHealth.LOST: 2}
 
 
 class ObservedMachine(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +49,27 @@ class Strikes(msgspec.Struct, frozen=True, kw_only=True):
 
     #: Suspicion to how many lists in a row have raised it.
     counts: dict[str, int] = {}
+
+
+class Heartbeat(Enum):
+    """What came of asking a host who it is."""
+
+    ANSWERED = auto()
+    #: It is there, and does not serve us: another token, another cluster, a failure of its own.
+    REFUSED = auto()
+    SILENT = auto()
+
+
+class Silence(msgspec.Struct, frozen=True, kw_only=True):
+    """How long heartbeats in a row have not found a host well. Kept in memory by its watcher; a new one begins anew."""
+
+    #: When the last heartbeat began, by a clock that nobody sets; None: there was none.
+    asked_ms: int | None = None
+    last: Heartbeat = Heartbeat.ANSWERED
+    #: From the first heartbeat without a good answer to the last one.
+    unwell_ms: int = 0
+    #: From the first one without any answer to the last one.
+    silent_ms: int = 0
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,16 +95,18 @@ def plan(
     strikes: Strikes,
     *,
     known: Mapping[str, int],
+    unreadable: Collection[str] = (),
     cause: str,
 ) -> Plan:
     """Decide what a host's machine list means.
 
     `known` is what `expectations` made of a reading from *before* the list was asked for. Read `expected` (the live
     environments of the host; ended ones do no harm) *after* the list has arrived: records are saved before machines are
-    made, so a machine without a record in a later reading is really nobody's.
+    made, so a machine without a record in a later reading is really nobody's. Machines of `unreadable`, live records
+    of this host that could not be read, are not judged.
     """
     records = {env.uid: env for env in expected if env.host_id == host_id}
-    ours = [machine for machine in observed if machine.cluster == cluster]
+    ours = [machine for machine in observed if machine.cluster == cluster and machine.uid not in unreadable]
     counts: dict[str, int] = {}
 
     def is_due(suspicion: str) -> bool:
@@ -111,12 +139,34 @@ def expectations(records: Iterable[Environment]) -> dict[str, int]:
     return {env.uid: env.action_seq for env in records if expects_machine(env)}
 
 
-def host_health(silent_ms: int, policy: Policy) -> HostHealth:
-    """What the silence of a host means. It is measured by the clock of one watcher that nobody sets: a clock that
-    jumps, or another's, must not make a host lost."""
-    if silent_ms >= policy.host_lost_ms:
+def heard(before: Silence, beat: Heartbeat, asked_ms: int, gap_ms: int) -> Silence:
+    """Count a heartbeat that began at `asked_ms`. Two that are further apart than `gap_ms` stand for no longer time:
+    meanwhile we were stopped."""
+    if beat is Heartbeat.ANSWERED:
+        return Silence(asked_ms=asked_ms)
+    passed_ms = 0 if before.asked_ms is None else min(asked_ms - before.asked_ms, gap_ms)
+    was_unwell, was_silent = before.last is not Heartbeat.ANSWERED, before.last is Heartbeat.SILENT
+    return Silence(
+        asked_ms=asked_ms,
+        last=beat,
+        unwell_ms=before.unwell_ms + passed_ms if was_unwell else 0,
+        silent_ms=before.silent_ms + passed_ms if was_silent and beat is Heartbeat.SILENT else 0,
+    )
+
+
+def host_health(silence: Silence, policy: Policy) -> HostHealth:
+    """What heartbeats in a row mean."""
+    if silence.silent_ms >= policy.host_lost_ms:
         return HostHealth.LOST
-    return HostHealth.UNREACHABLE if silent_ms >= policy.host_unreachable_ms else HostHealth.OK
+    return HostHealth.UNREACHABLE if silence.unwell_ms >= policy.host_unreachable_ms else HostHealth.OK
+
+
+def observe_host(host: Host, silence: Silence, problem: str, policy: Policy) -> Host:
+    """The record of a host after a heartbeat without a good answer. Only such an answer makes a host well again."""
+    health = max(host_health(silence, policy), host.health, key=_SEVERITY.__getitem__)
+    if health is HostHealth.OK:
+        return host
+    return replace(host, health=health, problem=problem, is_refusing=silence.last is Heartbeat.REFUSED)
 
 
 def _is_orphan(machine: ObservedMachine, env: Environment | None) -> bool:

@@ -68,6 +68,25 @@ def tell(
     return Step(replace(env, event_seq=seq, updated_at_ms=now_ms), (), (fact,))
 
 
+def tell_snapshot(
+    env: Environment, snapshot: Snapshot, cause: str, now_ms: int, *, reason: str, message: str = ""
+) -> Step:
+    """Save a snapshot as it now is, and tell what became of it."""
+    data = {"snapshot_id": snapshot.id}
+    told = tell(env, Kind.SNAPSHOT, cause, now_ms, message=message, reason=reason, data=data)
+    return replace(told, snapshots=(snapshot,))
+
+
+def after(first: Step, second: Step) -> Step:
+    """Both in one: `second` went on with the record of `first`."""
+    return Step(
+        second.record,
+        first.actions + second.actions,
+        first.facts + second.facts,
+        first.snapshots + second.snapshots,
+    )
+
+
 def give(step: Step, action: Action) -> Step:
     """Make `action` the pending one of what a step leads to. Its number is the next one."""
     record = replace(step.record, pending=action, action_seq=action.seq)

@@ -40,6 +40,8 @@ _CREDENTIAL = re.compile(r"[\x21-\x7e]{1,4096}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NO_FILES: Mapping[str, SetupFile] = {}
 _NO_SECRETS: Mapping[str, str] = {}
+#: Variables of the daemon that we set, and whose values everybody may read.
+_NO_SECRETS_IN = frozenset({"FUSE_AUTH_TOKEN_FILE", "FUSE_SECRETS_FILE", "FUSE_MANIFEST_FILE", "FUSE_GATEWAY_URL"})
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -99,6 +101,23 @@ def with_token(setup: Setup, auth_token: str) -> Setup:
         return replace(setup, fuse=fuse)
     env = setup.agent.env | {"FUSE_AUTH_TOKEN": auth_token}
     return replace(setup, fuse=fuse, agent=replace(setup.agent, auth_token=auth_token, env=env))
+
+
+def secret_values(setup: Setup) -> set[str]:
+    """What nobody may read in events, errors and logs: the values of secrets and variables, the tokens."""
+    found = {*setup.env.values(), _content(setup, TOKEN)}
+    found.update(msgspec.json.decode(_content(setup, SECRETS) or "{}", type=dict[str, str]).values())
+    found.add(msgspec.json.decode(_content(setup, GATEWAY) or "{}", type=_Gateway).token)
+    if setup.agent is not None:
+        found |= {setup.agent.auth_token, setup.agent.gateway_token}
+        found.update(value for name, value in setup.agent.env.items() if name not in _NO_SECRETS_IN)
+    return found
+
+
+def _content(setup: Setup, name: str) -> str:
+    """Text of one of our own files; empty: there is none."""
+    file = setup.fuse.get(name)
+    return base64.b64decode(file.content_b64).decode() if file is not None else ""
 
 
 def complete_healthcheck(
@@ -182,17 +201,19 @@ def _duties(setup: Setup) -> Duties:
 
 
 def _gateway(url: str, token: str, agent: AgentSpec | None) -> _Gateway:
-    """The daemon's own gateway goes before the request's."""
+    """The daemon's own gateway goes before the request's. A token goes to no other gateway than it was given with."""
     if agent is not None and agent.gateway:
-        url, token = agent.gateway, agent.gateway_token
-        fields = ("agent.gateway", "agent.gateway_token")
-    else:
-        token = (agent.gateway_token if agent is not None else "") or token
-        fields = ("gateway_url", "gateway_token")
+        if token and not agent.gateway_token and url not in ("", agent.gateway):
+            problem = "it is for gateway_url, and the daemon's own gateway is another one; give agent.gateway_token"
+            raise BadField(field="gateway_token", problem=problem)
+        url = agent.gateway
+    own_token = agent.gateway_token if agent is not None else ""
     if url and (len(url) > MAX_TEXT or not url.isprintable() or " " in url):
-        raise BadField(field=fields[0], problem=f"{url[:80]!r} is no address")
-    _check_credential(fields[1], token)
-    return _Gateway(url, token)
+        field = "agent.gateway" if agent is not None and agent.gateway else "gateway_url"
+        raise BadField(field=field, problem=f"{url[:80]!r} is no address")
+    _check_credential("agent.gateway_token", own_token)
+    _check_credential("gateway_token", token)
+    return _Gateway(url, own_token or token)
 
 
 def _complete_agent(agent: AgentSpec, fresh_token: str, gateway: _Gateway) -> AgentSpec:

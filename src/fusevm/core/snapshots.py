@@ -111,6 +111,14 @@ def check_usable(snapshot: Snapshot) -> None:
         raise SnapshotNotReady(id=snapshot.id, state=snapshot.state)
 
 
+def check_seed(snapshot: Snapshot) -> None:
+    """Raises SnapshotNotReady, or WrongState for one with memory, unless another environment can start from it."""
+    check_usable(snapshot)
+    if snapshot.kind is SnapshotKind.LIVE:
+        wanted = "it holds the memory of its own machine, and another environment starts from a disk snapshot"
+        raise WrongState(id=snapshot.id, state=snapshot.kind, wanted=wanted)
+
+
 def check_restorable(snapshot: Snapshot, env: Environment) -> None:
     """Raises SnapshotNotReady or WrongState unless the environment's machine can be put back to it in place."""
     check_usable(snapshot)

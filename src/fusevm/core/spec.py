@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 
 from fusevm.core.policy import Policy
-from fusevm.core.snapshots import check_usable
+from fusevm.core.snapshots import check_seed
 from fusevm.model.environment import Network, Spec
 from fusevm.model.errors import BadField
 from fusevm.model.host import Resources
@@ -46,7 +46,7 @@ def complete(
 ) -> Spec:
     """Fill in defaults and check bounds. `seed` is the snapshot that the disk starts from; it brings its image along.
 
-    Raises BadField, naming the field as the request spells it (`spec.cpus`), and SnapshotNotReady.
+    Raises BadField, naming the field as the request spells it (`spec.cpus`), SnapshotNotReady, and WrongState.
     """
     return Spec(
         cpus=_amount("cpus", cpus, policy.default_cpus, 1, policy.max_cpus),
@@ -109,7 +109,7 @@ def _image(asked: str | None, seed: Snapshot | None, policy: Policy) -> str:
         return image or policy.default_image
     if image:
         raise _bad("image", "a snapshot brings its image along; give either seed_snapshot_id or an image")
-    check_usable(seed)
+    check_seed(seed)
     return seed.image or policy.default_image
 
 

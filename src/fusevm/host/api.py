@@ -16,14 +16,15 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Router, WebSocketRoute
 from starlette.routing import Route as StarletteRoute
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from fusevm.host.console import read_console
+from fusevm.host.console import left_out, read_console
 from fusevm.host.daemon import Daemon
 from fusevm.host.relay import relay_frames, relay_request, run_for_client
 from fusevm.host.render import render_answer, render_exec, render_machine
 from fusevm.model.errors import BadField, MethodNotAllowed, PayloadTooLarge, RouteNotFound
+from fusevm.model.machine import Fence
 from fusevm.wire.decode import decode_body, describe_unknown, render_warning
 from fusevm.wire.guest import ExecRequest
 from fusevm.wire.host_api import (
@@ -191,19 +192,31 @@ async def _logs(daemon: Daemon, request: Request, _route: Route) -> Response:
     query = request.query_params
     if query.get("source", "console") != "console":
         raise BadField(field="source", problem="the host has the source 'console' only")
-    lines = read_console(
-        path,
-        tail_bytes=_integer(query.get("tail_bytes"), "tail_bytes", _DEFAULT_TAIL_BYTES, _MAX_TAIL_BYTES),
-        follow=_boolean(query.get("follow"), "follow"),
-        is_live=lambda: daemon.is_live(machine),
-    )
-    return StreamingResponse(lines, media_type="text/plain; charset=utf-8")
+    tail_bytes = _integer(query.get("tail_bytes"), "tail_bytes", _DEFAULT_TAIL_BYTES, _MAX_TAIL_BYTES)
+    follow = _boolean(query.get("follow"), "follow")
+    headers = {"x-fuse-lost": str(left_out(path, tail_bytes))}
+    lines = read_console(path, tail_bytes=tail_bytes, follow=follow, is_live=lambda: daemon.is_live(machine))
+    return StreamingResponse(lines, headers=headers, media_type="text/plain; charset=utf-8")
 
 
 async def _relay(daemon: Daemon, scope: Scope, receive: Receive, send: Send) -> None:
     machine_id = scope["path_params"]["id"]
-    agent = await daemon.guest(machine_id, parse_fence(Request(scope).headers))
-    await relay_request(agent, machine_id, _guest_target(scope), scope, receive, send)
+    fence = parse_fence(Request(scope).headers)
+    agent = await daemon.guest(machine_id, fence)
+    heard = receive if fence is None or fence.valid_until is None else _in_time(daemon, fence, receive)
+    await relay_request(agent, machine_id, _guest_target(scope), scope, heard, send)
+
+
+def _in_time(daemon: Daemon, fence: Fence, receive: Receive) -> Receive:
+    """Receive the body of an order, all of which must arrive while it is valid: the guest hears no other end of it."""
+
+    async def hear() -> Message:
+        message = await receive()
+        if message["type"] == "http.request":
+            daemon.machines.check_valid(fence)
+        return message
+
+    return hear
 
 
 def _guest_target(scope: Scope) -> str:

@@ -40,6 +40,18 @@ async def read_console(
         log.close()
 
 
+def left_out(path: Path, tail_bytes: int) -> int:
+    """How many bytes there are before the last `tail_bytes`."""
+    return max(0, sum(map(_size, (path.with_name(path.name + ".1"), path))) - tail_bytes)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 class _Log:
     """An open log and where we are in it. Blocking."""
 

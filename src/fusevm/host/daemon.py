@@ -108,6 +108,7 @@ class Daemon:
         return HostFacts(
             version=__version__,
             epoch=self.events.epoch,
+            clock=self._parts.clock.moment(),
             cluster=await self.journal.cluster(),
             arch=known.arch,
             driver=known.driver,
@@ -130,7 +131,7 @@ class Daemon:
         return await run_command(await self.machines.guest(machine_id, fence), request)
 
     async def guest(self, machine_id: str, fence: Fence | None) -> AgentClient:
-        """The agent of a running machine."""
+        """The agent of a running machine, for whoever may use it now."""
         return await self.machines.guest(machine_id, fence)
 
     def console_log(self, machine_id: str, fence: Fence | None) -> tuple[Machine, Path]:

@@ -23,8 +23,9 @@ from typing import Any, TypeAlias, TypeVar
 import msgspec
 
 from fusevm.host.admission import Limits, Usage, check_admission
+from fusevm.host.clock import read_moment
 from fusevm.host.faults import Fault
-from fusevm.host.fencing import LOCAL, check_cluster, check_new, check_order, check_owner
+from fusevm.host.fencing import LOCAL, check_cluster, check_order, check_owner
 from fusevm.host.rows import (
     SQL,
     Draft,
@@ -52,7 +53,8 @@ from fusevm.host.rows import (
 from fusevm.host.sql import load_migrations
 from fusevm.host.writer import DiskFull, Superseded, Writer
 from fusevm.model.errors import DataRootInUse, Internal, MachineExists, MachineNotFound, NoSpace, SchemaTooNew
-from fusevm.model.machine import Fence, Machine, Phase
+from fusevm.model.fencing import Seen, check_new, check_valid
+from fusevm.model.machine import Fence, Machine, Moment, Phase
 
 T = TypeVar("T")
 Clock: TypeAlias = Callable[[], int]
@@ -65,11 +67,12 @@ _BUSY_TIMEOUT_MS = 5_000
 class Journal:
     """The open journal. All methods are safe to call at the same time; writes share commits."""
 
-    def __init__(self, data_root: Path, lock_fd: int, fault: Fault, clock: Clock) -> None:
+    def __init__(self, data_root: Path, lock_fd: int, fault: Fault, clock: Clock, moment: Callable[[], Moment]) -> None:
         self.path = data_root / "journal.db"
         self._ballast = data_root / "ballast"
         self._lock_fd = lock_fd
         self._clock = clock
+        self._moment = moment
         connection = _connect(self.path)
         try:
             _migrate(connection, self.path, clock())
@@ -82,11 +85,16 @@ class Journal:
         self._reading = threading.Lock()
 
     @classmethod
-    async def open(cls, data_root: Path, fault: Fault, clock: Clock) -> Journal:
-        """Open, or make, the journal of a data directory. Raises DataRootInUse, SchemaTooNew, Internal (damaged)."""
+    async def open(
+        cls, data_root: Path, fault: Fault, clock: Clock, moment: Callable[[], Moment] = read_moment
+    ) -> Journal:
+        """Open, or make, the journal of a data directory; orders are valid or too late by `moment`.
+
+        Raises DataRootInUse, SchemaTooNew, Internal (damaged).
+        """
         lock_fd = await asyncio.to_thread(lock_directory, data_root)
         try:
-            journal = await asyncio.to_thread(cls, data_root, lock_fd, fault, clock)
+            journal = await asyncio.to_thread(cls, data_root, lock_fd, fault, clock, moment)
         except sqlite3.DatabaseError as e:
             os.close(lock_fd)
             raise Internal(problem=f"the journal {data_root / 'journal.db'} cannot be read: {e}") from e
@@ -109,7 +117,8 @@ class Journal:
     ) -> Machine:
         """Write the intent to make a machine, or return the machine when the order is a repetition.
 
-        Raises WrongCluster, StaleIncarnation, StaleAction, MachineExists, HostFull, NoSpace; then nothing has changed.
+        A repetition is answered even when it is too late: it does nothing. Raises WrongCluster, StaleIncarnation,
+        StaleAction, OrderExpired, MachineExists, HostFull, NoSpace; then nothing has changed.
         """
 
         def transact(db: sqlite3.Connection) -> Machine:
@@ -119,10 +128,13 @@ class Journal:
             existing = load_machine(db, draft.id)
             if existing is not None:
                 is_local = fence is None and existing.fence.cluster == LOCAL
-                return check_repetition(existing, draft, existing.fence if is_local else order)
+                repeated = check_repetition(existing, draft, existing.fence if is_local else order)
+                return repeated if is_local else self._note(db, repeated, seen, order)
             if fence is None:
                 order = msgspec.structs.replace(order, incarnation=seen.next_local)
             check_new(seen, order)
+            check_valid(order, self._moment())
+            order = msgspec.structs.replace(order, valid_until=None)
             other = db.execute(SQL["get_incarnation"], msgspec.structs.asdict(order)).fetchone()
             if other is not None:
                 raise MachineExists(id=other[0])
@@ -148,7 +160,8 @@ class Journal:
     ) -> Machine:
         """Write the intent to start a stopped machine; one in another phase is returned unchanged.
 
-        Raises MachineNotFound, WrongCluster, MachineExists, StaleIncarnation, StaleAction, HostFull, NoSpace.
+        Raises MachineNotFound, WrongCluster, MachineExists, StaleIncarnation, StaleAction, OrderExpired, HostFull,
+        NoSpace.
         """
 
         def transact(db: sqlite3.Connection) -> Machine:
@@ -184,11 +197,12 @@ class Journal:
     ) -> Machine | None:
         """Write the tombstone, and the intent to delete if there is a machine; replaces any other intent.
 
-        Idempotent. Raises WrongCluster, MachineExists, StaleIncarnation, NoSpace.
+        Idempotent. Raises WrongCluster, MachineExists, StaleIncarnation, OrderExpired, NoSpace.
         """
 
         def transact(db: sqlite3.Connection) -> Machine | None:
             if fence is not None:
+                check_valid(fence, self._moment())
                 self._bind(db, fence)
             machine = load_machine(db, machine_id)
             if machine is None:
@@ -206,6 +220,17 @@ class Journal:
             return machine
 
         return await self._write(transact, point="delete.intent", on_commit=on_commit, is_urgent=True)
+
+    async def note_order(self, machine_id: str, fence: Fence, on_commit: Callable[[Machine], None]) -> Machine:
+        """Remember an order that is for the machine's guest: nothing older is taken up from then on.
+
+        Raises MachineNotFound, MachineExists, WrongCluster, StaleIncarnation, StaleAction, OrderExpired, NoSpace.
+        """
+
+        def transact(db: sqlite3.Connection) -> Machine:
+            return self._order(db, machine_id, fence)
+
+        return await self._write(transact, point="guest.order", on_commit=on_commit)
 
     # -- progress ---------------------------------------------------------------------------------------------------
 
@@ -329,7 +354,7 @@ class Journal:
             db.execute(SQL["set_meta"], {"key": "cluster", "value": order.cluster})
 
     def _order(self, db: sqlite3.Connection, machine_id: str, fence: Fence | None) -> Machine:
-        """The machine that an order to start or stop means, with the order noted."""
+        """The machine that an order means, with the order noted."""
         machine = load_machine(db, machine_id)
         if machine is None or machine.phase is Phase.DELETING:
             raise MachineNotFound(id=machine_id)
@@ -337,8 +362,15 @@ class Journal:
         check_order(machine, seen, fence)
         if fence is None:
             return machine
+        check_valid(fence, self._moment())
+        return self._note(db, machine, seen, fence)
+
+    def _note(self, db: sqlite3.Connection, machine: Machine, seen: Seen, fence: Fence) -> Machine:
+        """Remember an order's number; the record as it then is."""
+        if fence.action_seq <= min(seen.action_seq, machine.fence.action_seq):
+            return machine
         save_fence(db, fence, seen.with_order(fence), self._clock())
-        newest = msgspec.structs.replace(machine.fence, action_seq=fence.action_seq)
+        newest = msgspec.structs.replace(machine.fence, action_seq=max(seen.action_seq, fence.action_seq))
         return save_machine(db, msgspec.structs.replace(machine, fence=newest), self._clock())
 
 

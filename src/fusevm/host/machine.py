@@ -137,6 +137,11 @@ class MachineTask:
             raise WrongState(id=self._record.id, state=state, wanted="it must be running for this")
         return self._agent
 
+    async def note_order(self, fence: Fence) -> None:
+        """Take note of an order to the guest. Raises StaleAction for one that a newer one has superseded."""
+        if fence.action_seq != self._record.fence.action_seq:
+            await self._parts.journal.note_order(self._record.id, fence, on_commit=self._commit)
+
     # -- the task ---------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:

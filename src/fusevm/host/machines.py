@@ -23,6 +23,7 @@ from fusevm.host.mailbox import Delete
 from fusevm.host.rows import Draft, Entry
 from fusevm.host.surroundings import Blueprint, Surroundings
 from fusevm.model.errors import BadField, GuestUnreachable, MachineNotFound, ShuttingDown
+from fusevm.model.fencing import check_valid
 from fusevm.model.ids import parse_machine_id
 from fusevm.model.machine import Fence, Machine, MachineSpec
 from fusevm.wire.host_api import CreateMachine
@@ -94,17 +95,29 @@ class Machines:
         return {machine_id for machine_id, task in self._tasks.items() if not task.is_gone}
 
     async def guest(self, machine_id: str, fence: Fence | None) -> AgentClient:
-        """Return the agent of a running machine. Raises MachineNotFound, WrongState, and for the fence."""
+        """Return the agent of a running machine. Raises MachineNotFound, WrongState, and for the fence.
+
+        What has a limit is an order of the control plane, and is judged and remembered like one about the machine.
+        """
         self.owned(machine_id, fence)
-        return await self._find(machine_id).guest()
+        task = self._find(machine_id)
+        agent = await task.guest()
+        if fence is not None and fence.valid_until is not None:
+            self.check_valid(fence)
+            await task.note_order(fence)
+        return agent
+
+    def check_valid(self, fence: Fence) -> None:
+        """Raise OrderExpired for an order that is too late."""
+        check_valid(fence, self._parts.clock.moment())
 
     # -- orders -----------------------------------------------------------------------------------------------------
 
     async def create(self, body: CreateMachine, fence: Fence | None) -> Machine:
         """Make a machine and return it when its agent is configured. Idempotent by (uid, incarnation).
 
-        Raises BadField, ImageNotFound, HostFull, NoSpace, MachineExists, StaleIncarnation, StaleAction, WrongCluster,
-        BootFailed (then nothing is left).
+        Raises BadField, ImageNotFound, HostFull, NoSpace, MachineExists, StaleIncarnation, StaleAction, OrderExpired,
+        WrongCluster, BootFailed (then nothing is left).
         """
         parse_machine_id(body.machine_id)
         check_spec(body.spec)

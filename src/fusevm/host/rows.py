@@ -11,10 +11,11 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 
 from fusevm.host.admission import Usage
-from fusevm.host.fencing import Seen, check_repeated
+from fusevm.host.fencing import check_repeated
 from fusevm.host.sql import load_queries
 from fusevm.host.writer import Superseded
 from fusevm.model.errors import HostFull, Internal, MachineExists, StaleIncarnation
+from fusevm.model.fencing import Seen
 from fusevm.model.machine import ALLOWED, Fence, Isolation, Machine, MachineSpec, Phase
 
 Kind: TypeAlias = Literal["create", "start", "stop", "delete"]

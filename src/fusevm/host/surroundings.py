@@ -18,7 +18,7 @@ from fusevm.host.journal import Journal
 from fusevm.host.metrics import Metrics
 from fusevm.host.rows import Numbers
 from fusevm.host.vmm.driver import BootPlan, Driver
-from fusevm.model.machine import Isolation, Machine, MachineSpec
+from fusevm.model.machine import Isolation, Machine, MachineSpec, Moment
 from fusevm.wire.guest import Configure
 
 
@@ -92,6 +92,10 @@ class Clock(Protocol):
 
     def monotonic_ms(self) -> float:
         """For durations."""
+        ...
+
+    def moment(self) -> Moment:
+        """Now, by the clock that limits of orders go by."""
         ...
 
     def entropy(self, size: int) -> bytes:

@@ -66,7 +66,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     #: Exact pin; empty: any host.
     host_id: str = ""
-    #: Seconds from creation to the end; -1: unlimited.
+    #: Seconds from getting a place to the end; -1: unlimited.
     max_runtime_seconds: int = 7200
     #: Seconds without activity to the end; 0: never.
     idle_timeout_seconds: int = 0
@@ -216,6 +216,8 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     #: The user's daemon and the health check, as last seen; None: not seen yet, or there is none.
     agent: AgentStatus | None = None
     health: HealthStatus | None = None
+    #: Stream of the startup script to the offset up to which its output was told.
+    startup_told: dict[str, int] = {}
     #: While it waits for a place: when it gives up.
     queued_until_ms: int | None = None
     #: Compare-and-swap counter of the row; +1 with every change.

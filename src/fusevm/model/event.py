@@ -118,12 +118,40 @@ class HealthSeen(EventHeader, frozen=True, kw_only=True, tag="health_seen"):
 
 
 class Reported(EventHeader, frozen=True, kw_only=True, tag="reported"):
-    """Something to tell that changes nothing: output of the startup script, a command, a stranger's knock."""
+    """Something to tell that changes nothing."""
 
     kind: Kind
     message: str = ""
     reason: str = ""
     data: dict[str, str] = {}
+
+
+class OutputSeen(EventHeader, frozen=True, kw_only=True, tag="output_seen"):
+    """The startup script wrote something."""
+
+    #: stdout or stderr.
+    stream: str
+    #: Of its first byte, and of the one after it.
+    offset: int
+    end: int
+    text: str
+
+
+class CommandEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """A command that a user had run in the machine is over; of a background process: was started."""
+
+    #: Id of the request.
+    cause: str
+    message: str
+    #: Empty, or why its end is not known.
+    reason: str = ""
+    data: dict[str, str] = {}
+
+
+class CommandsEnded(EventHeader, frozen=True, kw_only=True, tag="commands_ended"):
+    """Commands that ended since the last report, in this order."""
+
+    commands: tuple[CommandEnd, ...]
 
 
 class MachineExited(EventHeader, frozen=True, kw_only=True, tag="machine_exited"):
@@ -173,6 +201,8 @@ Event = (
     | AgentSeen
     | HealthSeen
     | Reported
+    | OutputSeen
+    | CommandsEnded
     | MachineExited
     | MachineMissing
     | HostLost

@@ -14,7 +14,11 @@ class HostState(StrEnum):
 
 
 class HostHealth(StrEnum):
-    """What we observe of the host. `lost`: silent for so long that its machines were given up."""
+    """What we observe of the host.
+
+    `unreachable`: silent for a while, or refusing us. `lost`: silent for so long that its machines were given up; that
+    it refuses us never leads there.
+    """
 
     OK = "ok"
     UNREACHABLE = "unreachable"
@@ -71,6 +75,10 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     images: tuple[str, ...] = ()
     state: HostState = HostState.ACTIVE
     health: HostHealth = HostHealth.OK
+    #: Why it is not well, as the last heartbeat found it; empty: it is.
+    problem: str = ""
+    #: Not well although it answers: it refuses us.
+    is_refusing: bool = False
     #: What may be reserved: what the daemon reports, where the operator has declared nothing else.
     capacity: Resources
     #: What the operator declared at registration; 0: as reported.
@@ -81,3 +89,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     created_at_ms: int
     updated_at_ms: int
     revision: int = 0
+
+
+def can_be_given_up(host: Host) -> bool:
+    """May an operator remove it with what is placed there? Not while it may only be cut off for a moment."""
+    return host.health is HostHealth.LOST or host.is_refusing

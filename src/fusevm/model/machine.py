@@ -29,7 +29,16 @@ ALLOWED: dict[Phase, frozenset[Phase]] = {
 }
 
 
-class Fence(msgspec.Struct, frozen=True, kw_only=True):
+class Moment(msgspec.Struct, frozen=True, kw_only=True):
+    """A moment on a host's own steady clock, which nobody sets. Moments of different clocks cannot be compared."""
+
+    #: Changes whenever that clock begins anew: the host's boot id.
+    clock: str
+    #: Milliseconds since it began.
+    ms: int
+
+
+class Fence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Who gives an order. Every call that changes a machine carries one; the host refuses what is out of date."""
 
     #: Id of the cluster (control-plane database).
@@ -38,6 +47,9 @@ class Fence(msgspec.Struct, frozen=True, kw_only=True):
     uid: str
     incarnation: int
     action_seq: int
+    #: An order of the control plane is taken up until then, by the host's clock. None: what users send, and what
+    #: cannot come too late. Never kept.
+    valid_until: Moment | None = None
 
 
 class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -60,7 +60,7 @@ class AsyncEnvironments:
         return await self._channel.get(core.create_environment(request, key=make_key(), wait=False))
 
     async def wait_until_running(self, environment: EnvironmentBody, *, deadline_s: float = 300.0) -> EnvironmentBody:
-        """Return it when it no longer is `provisioning`. Raises BootFailed, Timeout."""
+        """Return it when it no longer is `provisioning`. Raises the error of its ending, Timeout."""
         for pause in looks(f"the start of {environment.id}", deadline_s):
             if environment.state != State.PROVISIONING:
                 break
@@ -122,9 +122,9 @@ class AsyncEnvironments:
         return await self._channel.get(core.drain_environment(env_id))
 
     async def rotate_token(self, env_id: str) -> bool:
-        """Give the daemon a new token. True: the old one is refused; False: that is still under way.
+        """Give machine and daemon a new token. True: the old one is refused; False: that is still under way.
 
-        Raises DaemonFailed when the daemon does not start with the new one.
+        Raises DaemonFailed when the daemon does not start with the new one, Timeout when the guest does not answer.
         """
         return await self._channel.get(core.rotate_token(env_id, key=make_key()))
 

@@ -76,7 +76,7 @@ class AsyncHosts:
         await self._channel.call(core.drain_host(host_id))
 
     async def delete(self, host_id: str, *, force: bool = False) -> None:
-        """Forget a host without environments; a lost one with them, by `force`. Raises HostInUse."""
+        """Forget a host without environments; a lost or refusing one with them, by `force`. Raises HostInUse."""
         await self._channel.call(core.delete_host(host_id, force=force))
 
 

@@ -57,8 +57,9 @@ class Environments:
     ) -> EnvironmentBody:
         """Create an environment and return it once it runs; without a task id it gets a random one.
 
-        Safe against lost answers: one Idempotency-Key covers all tries. Raises BootFailed when it does not come up,
-        Timeout after `deadline_s` beyond the time that it may wait for a place (it may then still come up).
+        Safe against lost answers: one Idempotency-Key covers all tries. Raises Timeout after `deadline_s` beyond the
+        time that it may wait for a place (it may then still come up). Where it ends instead, raises why: BootFailed,
+        StartupFailed, BootTimeout, EnvironmentEnded ..., whose details name its `uid` and `record`.
         """
         request = core.make_create_request(task_id or make_task_id(), fields)
         created = self._channel.get(core.create_environment(request, key=make_key()))
@@ -70,7 +71,7 @@ class Environments:
         return self._channel.get(core.create_environment(request, key=make_key(), wait=False))
 
     def wait_until_running(self, environment: EnvironmentBody, *, deadline_s: float = 300.0) -> EnvironmentBody:
-        """Return it when it no longer is `provisioning`. Raises BootFailed, Timeout."""
+        """Return it when it no longer is `provisioning`. Raises the error of its ending, Timeout."""
         for pause in looks(f"the start of {environment.id}", deadline_s):
             if environment.state != State.PROVISIONING:
                 break
@@ -131,9 +132,9 @@ class Environments:
         return self._channel.get(core.drain_environment(env_id))
 
     def rotate_token(self, env_id: str) -> bool:
-        """Give the daemon a new token. True: the old one is refused; False: that is still under way.
+        """Give machine and daemon a new token. True: the old one is refused; False: that is still under way.
 
-        Raises DaemonFailed when the daemon does not start with the new one.
+        Raises DaemonFailed when the daemon does not start with the new one, Timeout when the guest does not answer.
         """
         return self._channel.get(core.rotate_token(env_id, key=make_key()))
 

@@ -74,7 +74,7 @@ class Hosts:
         self._channel.call(core.drain_host(host_id))
 
     def delete(self, host_id: str, *, force: bool = False) -> None:
-        """Forget a host without environments; a lost one with them, by `force`. Raises HostInUse."""
+        """Forget a host without environments; a lost or refusing one with them, by `force`. Raises HostInUse."""
         self._channel.call(core.delete_host(host_id, force=force))
 
 

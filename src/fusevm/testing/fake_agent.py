@@ -1,7 +1,7 @@
 """A guest agent without a guest, for tests of the host daemon: docs/guest-protocol.md over in-memory streams.
 
-Commands: `fake_commands`. Files live in a dictionary. What is asked of it, and what clients abandon, is recorded.
-Setup, background processes, daemon and health check: `fake_duties`.
+Commands: `fake_commands`. Files: `fake_files`. Setup, background processes, daemon and health check: `fake_duties`.
+What is asked of it, and what clients abandon, is recorded.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import hashlib
 from collections.abc import AsyncIterator, Callable
 from urllib.parse import parse_qs, urlsplit
 
 import h11
 import msgspec
 
-from fusevm.model.errors import BadRange, CommandNotFound, Error, FileNotFound, RouteNotFound
+from fusevm.model.errors import CommandNotFound, Error, RouteNotFound
+from fusevm.testing.fake_answer import decode
 from fusevm.testing.fake_duties import FakeDuties
+from fusevm.testing.fake_files import FakeFiles
 from fusevm.wire.errors import render_flat
 from fusevm.wire.frames import Frame, FrameDecoder, FrameType, encode_frame
-from fusevm.wire.guest import AgentHealth, Configure, ExecRequest, ExecResult, Exit, FileWritten, StreamTotals
+from fusevm.wire.guest import AgentHealth, Configure, ExecRequest, ExecResult, Exit, StreamTotals
 from fusevm.wire.streams import ByteStream
 
 _CHUNK = 1 << 16
@@ -107,6 +108,7 @@ class FakeAgent:
         self.configured: list[Configure] = []
         self.files: dict[str, bytes] = {}
         self.duties = FakeDuties(self.files)
+        self._disk = FakeFiles(self.files)
         #: `METHOD target` of every request.
         self.requests: list[str] = []
         #: Commands that ended because their client went away.
@@ -132,7 +134,7 @@ class FakeAgent:
     async def _answer(self, connection: _Server, method: str, target: str) -> bool:
         """Answer one request; False when the connection was upgraded and is over."""
         parts = urlsplit(target)
-        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        query = {name: values[0] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
         match method, parts.path:
             case "GET", "/health":
                 await connection.answer(200, msgspec.json.encode(self._health()))
@@ -144,18 +146,6 @@ class FakeAgent:
             case "GET", "/exec":
                 await self._interactive(connection)
                 return False
-            case "PUT", "/files":
-                data = await connection.body()
-                self.files[query["path"]] = data
-                sha256 = hashlib.sha256(data).hexdigest()
-                written = FileWritten(path=query["path"], size_bytes=len(data), sha256=sha256)
-                await connection.answer(200, msgspec.json.encode(written))
-            case "GET" | "HEAD", "/files":
-                await self._send_file(connection, query["path"])
-            case "DELETE", "/files":
-                if self.files.pop(query["path"], None) is None:
-                    raise FileNotFound(path=query["path"])
-                await connection.answer(204, b"")
             case "GET", "/endless":
                 await connection.stream(_endless())
             case "POST", "/shutdown":
@@ -167,7 +157,9 @@ class FakeAgent:
         return True
 
     async def _answer_duty(self, connection: _Server, method: str, path: str, query: dict[str, str]) -> None:
-        answer = await self.duties.answer(method, path, query, await connection.body())
+        headers, body = connection.headers, await connection.body()
+        answer = self._disk.answer(method, path, query, headers, body)
+        answer = answer or await self.duties.answer(method, path, query, body)
         if answer is None:
             raise RouteNotFound(method=method, path=path)
         if answer.chunks is not None:
@@ -183,7 +175,7 @@ class FakeAgent:
         return AgentHealth(protocol=self.protocol, version="fake", nonce=self.nonce)
 
     async def _exec(self, connection: _Server) -> None:
-        request = msgspec.json.decode(await connection.body(), type=ExecRequest)
+        request = decode(await connection.body(), ExecRequest)
         if request.cmd == ["hang"]:
             await self._hang(connection, "hang")
             return
@@ -205,21 +197,6 @@ class FakeAgent:
             pass
         self.abandoned.append(name)
         self.abandoned_changed.set()
-
-    async def _send_file(self, connection: _Server, path: str) -> None:
-        data = self.files.get(path)
-        if data is None:
-            raise FileNotFound(path=path)
-        requested = connection.headers.get("range", "")
-        if not requested:
-            await connection.answer(200, data, {"content-type": "application/octet-stream", "x-fuse-mode": "0644"})
-            return
-        first, _, last = requested.removeprefix("bytes=").partition("-")
-        start, end = int(first), min(int(last or len(data) - 1), len(data) - 1)
-        if start >= len(data):
-            raise BadRange(size=len(data))
-        where = {"content-range": f"bytes {start}-{end}/{len(data)}"}
-        await connection.answer(206, data[start : end + 1], where)
 
     async def _interactive(self, connection: _Server) -> None:
         """Echo: what comes as STDIN goes back as STDOUT; the end of stdin is exit 0, a signal exit 130."""

@@ -28,7 +28,7 @@ def run(cmd: Sequence[str], stdin: bytes = b"", env: Mapping[str, str] | None = 
             return Ran(stdout=(" ".join(words) + "\n").encode())
         case ["cat"]:
             return Ran(stdout=stdin)
-        case ["bytes", count]:
+        case ["bytes", count] if count.isdecimal():
             return Ran(stdout=bytes(int(count)))
         case ["stderr", *words]:
             return Ran(code=1, stderr=(" ".join(words) + "\n").encode())
@@ -39,7 +39,7 @@ def run(cmd: Sequence[str], stdin: bytes = b"", env: Mapping[str, str] | None = 
             return Ran(stdout=f"{cwd}\n".encode())
         case ["true"] | ["false"]:
             return Ran(code=int(cmd[0] == "false"))
-        case ["exit", code]:
+        case ["exit", code] if code.isdecimal():
             return Ran(code=int(code))
         case ["garbage"]:
             return Ran(stdout=b"\xff\xfe")
@@ -58,7 +58,10 @@ def run_script(text: str, env: Mapping[str, str] | None = None, cwd: str = "/") 
         if line.startswith("#"):
             continue
         for statement in line.split(";"):
-            words = shlex.split(statement.replace(">&2", " >&2 "))
+            try:
+                words = shlex.split(statement.replace(">&2", " >&2 "))
+            except ValueError as error:  # as a shell that cannot read its script
+                return Ran(code=2, stdout=done.stdout, stderr=done.stderr + f"sh: {error}\n".encode())
             is_error = ">&2" in words
             words = [word for word in words if word not in (">&2", "exec")]
             if not words:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import itertools
 import time
 from collections.abc import AsyncIterator
 from pathlib import PurePosixPath
-from typing import TypeVar
+from signal import Signals
 
 import msgspec
 
-from fusevm.model.errors import BadPath, BadRequest, Error, ProcessNotFound
+from fusevm.model.errors import BadPath, BadRequest, Error, ProcessNotFound, StdinClosed, UnknownSignal
 from fusevm.model.setup import AGENT_PATH, AgentState, AgentStatus, Healthcheck, HealthStatus, Restart, Verdict
+from fusevm.testing.fake_answer import FakeAnswer, decode, flag, render, whole_number
 from fusevm.testing.fake_commands import Ran, run, run_script
 from fusevm.wire.guest import (
     AgentOrder,
@@ -35,19 +35,15 @@ from fusevm.wire.guest import (
     Span,
 )
 
-T = TypeVar("T")
-
 _KERNEL = ("/fuse", "/proc", "/sys", "/dev")
 _KILLED, _TERMINATED = 137, 143
+_LAST_SIGNAL = 64
 
 
-class FakeAnswer(msgspec.Struct, frozen=True):
-    """What a route answers. `chunks` instead of `body`: as it comes."""
+class _Signal(msgspec.Struct, frozen=True):
+    """Body of `POST /processes/{pid}/signal`."""
 
-    status: int
-    body: bytes = b""
-    headers: dict[str, str] = {}
-    chunks: AsyncIterator[bytes] | None = None
+    signal: str
 
 
 class FakeLog:
@@ -84,12 +80,14 @@ class FakeRun:
     def __init__(self, pid: int, request: ExecRequest, ran: Ran) -> None:
         self.pid = pid
         self.request = request
+        #: `cat`, and its standard input is a pipe that is kept open.
+        self.is_reading = request.stdin and request.cmd == ["cat"]
         self.logs = {"stdout": FakeLog(), "stderr": FakeLog()}
         self.exit: Exit | None = None
         self.ended = asyncio.Event()
         self.logs["stdout"].write(ran.stdout)
         self.logs["stderr"].write(ran.stderr)
-        if ran.code is not None:
+        if ran.code is not None and not self.is_reading:
             self.end(Exit(exit_code=ran.code))
 
     def end(self, how: Exit) -> None:
@@ -170,16 +168,18 @@ class FakeDuties:
     # -- environment of commands -------------------------------------------------------------------------------------
 
     def run(self, request: ExecRequest, env: dict[str, str] | None = None) -> Ran:
-        """Run a command of the fake machine, with what the setup adds. Raises CommandNotFound."""
+        """Run a command of the fake machine, with what the setup adds. Raises CommandNotFound, BadRequest."""
+        if bool(request.cmd) == bool(request.shell):
+            raise BadRequest(field="cmd")
         setup = self.setups[-1] if self.setups else SetupBody(id="")
         joined = {**(env or {}), **setup.env, **request.env}
         cwd = request.cwd or setup.workdir or "/"
         if request.shell:
             return run_script(request.shell, joined, cwd)
-        program = self.files.get(request.cmd[0]) if request.cmd else None
+        program = self.files.get(request.cmd[0])
         if program is not None:
-            return run_script(program.decode(), joined, cwd)
-        return run(request.cmd, base64.b64decode(request.stdin_b64 or ""), joined, cwd)
+            return run_script(program.decode("utf-8", "replace"), joined, cwd)
+        return run(request.cmd, _content("stdin", request.stdin_b64 or ""), joined, cwd)
 
     # -- routes ------------------------------------------------------------------------------------------------------
 
@@ -189,56 +189,55 @@ class FakeDuties:
             case "GET", ["state"]:
                 return await self._get_state(query)
             case "PUT", ["setup"]:
-                self._put_setup(_decode(body, SetupBody))
+                self._put_setup(decode(body, SetupBody))
             case "PUT", ["agent"]:
-                self._put_agent(_decode(body, AgentOrder))
+                self._put_agent(decode(body, AgentOrder))
             case "GET", ["agent", "output"]:
                 return _output(self._logs, query)
             case "POST", ["agent", "drain"]:
-                return _json(200, await self._drain(_decode(body, DrainOrder)))
+                return render(200, await self._drain(decode(body, DrainOrder)))
             case "PUT", ["healthcheck"]:
-                self._put_healthcheck(_decode(body, Healthcheck))
+                self._put_healthcheck(decode(body, Healthcheck))
             case "DELETE", ["healthcheck"]:
                 self._put_healthcheck(Healthcheck())
             case _, ["processes", *rest]:
                 return self._processes(method, rest, query, body)
             case _:
                 return None
-        return _json(200, self.state)
+        return render(200, self.state)
 
     async def _get_state(self, query: dict[str, str]) -> FakeAnswer:
-        try:
-            after, wait_ms = int(query.get("after", "-1")), int(query.get("wait_ms", "0"))
-        except ValueError:
-            raise BadRequest(field="after") from None
-        if not 0 <= wait_ms <= 60_000:
-            raise BadRequest(field="wait_ms")
+        after = whole_number(query, "after", -1, most=1 << 62)
+        wait_ms = whole_number(query, "wait_ms", 0, most=60_000)
         try:
             async with asyncio.timeout(wait_ms / 1000):
                 while self._version == after:
                     await self._changed.wait()
         except TimeoutError:
             pass
-        return _json(200, self.state)
+        return render(200, self.state)
 
     def _processes(self, method: str, rest: list[str], query: dict[str, str], body: bytes) -> FakeAnswer | None:
         match method, rest:
             case "POST", []:
-                request = _decode(body, ExecRequest)
+                request = decode(body, ExecRequest)
                 known = [old for old in self.runs if request.key and old.request.key == request.key]
                 if known:
-                    return _json(200, known[0].describe())
+                    return render(200, known[0].describe())
                 self.runs.append(FakeRun(next(self._pids), request, self.run(request)))
-                return _json(201, self.runs[-1].describe())
+                return render(201, self.runs[-1].describe())
             case "GET", []:
-                return _json(200, ProcessList(processes=[started.describe() for started in self.runs]))
+                return render(200, ProcessList(processes=[started.describe() for started in self.runs]))
             case "GET", [name]:
-                return _json(200, self._find(name).describe())
+                return render(200, self._find(name).describe())
             case "GET", [name, "output"]:
                 return _output(self._find(name).logs, query)
             case "POST", [name, "signal"]:
-                self._signal(name, msgspec.json.decode(body)["signal"])
+                self._signal(name, decode(body, _Signal).signal)
                 return FakeAnswer(204)
+            case "POST", [name, "stdin"]:
+                self._feed(name, body, is_end=flag(query, "eof", otherwise=False))
+                return render(200, {"bytes": len(body)})
             case _:
                 return None
 
@@ -246,8 +245,16 @@ class FakeDuties:
         found = self._find(name)
         if found.exit is not None:
             raise ProcessNotFound(pid=name)
-        number = {"KILL": 9, "INT": 2}.get(signal, 15)
-        found.end(Exit(exit_code=128 + number, signal=signal))
+        found.end(Exit(exit_code=128 + _number_of(signal), signal=signal))
+
+    def _feed(self, name: str, data: bytes, *, is_end: bool) -> None:
+        """What the process reads it says again; at the end it ends."""
+        found = self._find(name)
+        if found.exit is not None or not found.is_reading:
+            raise StdinClosed(pid=name)
+        found.logs["stdout"].write(data)
+        if is_end:
+            found.end(Exit())
 
     def _find(self, name: str) -> FakeRun:
         for started in self.runs:
@@ -445,12 +452,16 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _decode(body: bytes, kind: type[T]) -> T:
-    try:
-        decoded: T = msgspec.json.decode(body or b"{}", type=kind)
-    except msgspec.MsgspecError as error:
-        raise BadRequest(field=str(error)) from error
-    return decoded
+def _number_of(signal: str) -> int:
+    """Of `TERM`, `SIGTERM` or `15`. Raises UnknownSignal, BadRequest."""
+    if not signal:
+        raise BadRequest(field="signal")
+    name = f"SIG{signal.upper().removeprefix('SIG')}"
+    if name in Signals.__members__:
+        return Signals[name].value
+    if signal in map(str, range(1, _LAST_SIGNAL + 1)):
+        return int(signal)
+    raise UnknownSignal(signal=signal)
 
 
 def _check_id(text: str) -> None:
@@ -461,22 +472,16 @@ def _check_id(text: str) -> None:
 def _content(name: str, text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error:
+    except ValueError:  # not base64, or not even ASCII
         raise BadRequest(field=f"{name}.content_b64") from None
-
-
-def _json(status: int, value: object) -> FakeAnswer:
-    return FakeAnswer(status, msgspec.json.encode(value))
 
 
 def _output(logs: dict[str, FakeLog], query: dict[str, str]) -> FakeAnswer:
     log = logs.get(query.get("stream", "stdout"))
     if log is None:
         raise BadRequest(field="stream")
-    offset = int(query.get("offset", "0"))
-    if not 0 <= offset <= len(log.data):
-        raise BadRequest(field="offset")
+    offset = whole_number(query, "offset", 0, most=len(log.data))
     headers = {"content-type": "application/octet-stream", "x-fuse-offset": str(offset), "x-fuse-lost": "0"}
-    if query.get("follow") == "true":
+    if flag(query, "follow", otherwise=False):
         return FakeAnswer(200, headers=headers, chunks=log.follow(offset))
     return FakeAnswer(200, log.data[offset:], headers)

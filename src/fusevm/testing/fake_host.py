@@ -27,7 +27,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from fusevm.control.host_api import Body, GuestRequest, ReplyLost
+from fusevm.control.host_api import Body, GuestRequest, Reading, ReplyLost, read_now
 from fusevm.control.pretended_guest import PretendedGuest
 from fusevm.control.race import first_of
 from fusevm.model.errors import (
@@ -39,12 +39,12 @@ from fusevm.model.errors import (
     NotSupported,
     ProcessNotFound,
     SnapshotNotFound,
-    StaleIncarnation,
     Unauthorized,
     WrongCluster,
 )
+from fusevm.model.fencing import Seen, check_new, check_number, check_valid
 from fusevm.model.host import Resources
-from fusevm.model.machine import Fence, Phase
+from fusevm.model.machine import Fence, Moment, Phase
 from fusevm.model.snapshot import SnapshotKind
 from fusevm.wire.errors import render_flat
 from fusevm.wire.frames import Frame, FrameType, decode_message, encode_frame
@@ -86,16 +86,16 @@ class FakeHost:
         self.images = images or []
         self.cluster = ""
         self.table: dict[str, MachineBody] = {}
-        #: Environment uid to (highest incarnation, deleted?).
-        self.seen: dict[str, tuple[int, bool]] = {}
+        #: Environment uid to what was seen of it.
+        self.seen: dict[str, Seen] = {}
+        #: Name of the clock that limits of orders go by; and how far it is ahead of the event loop's.
+        self.clock = "boot 1"
+        self.ahead_s = 3_600.0
         #: (name, what) of every call that arrived.
         self.calls: list[tuple[str, Any]] = []
         self.is_down = False
         #: Calls of that name wait for the event.
         self.hold: dict[str, asyncio.Event] = {}
-        #: Switch off to see what the rules are for.
-        self.has_fences = True
-        self.has_tombstones = True
         #: Phase in which created machines are reported.
         self.boot_phase = Phase.RUNNING
         #: Answers one-shot commands.
@@ -127,6 +127,10 @@ class FakeHost:
         self.table[machine_id] = replace(self.table[machine_id], phase=Phase.FAILED, error=error)
         self._tell(self.table[machine_id])
 
+    def now(self) -> Moment:
+        """What the clock shows."""
+        return Moment(clock=self.clock, ms=int((asyncio.get_running_loop().time() + self.ahead_s) * 1000))
+
     def forget(self, machine_id: str) -> None:
         """The machine is gone and the host knows nothing of it."""
         del self.table[machine_id]
@@ -142,11 +146,15 @@ class FakeHost:
         return HostFacts(
             version="fake",
             epoch="e1",
+            clock=self.now(),
             cluster=self.cluster,
             driver="fake",
             capacity=self.capacity,
             images=self.images,
         )
+
+    async def read_clock(self) -> Reading:
+        return read_now(self.now())
 
     async def machines(self) -> MachineList:
         await self._arrive("machines", None)
@@ -154,9 +162,11 @@ class FakeHost:
 
     async def create(self, fence: Fence, body: CreateMachine) -> MachineBody:
         lost = await self._arrive("create", (fence, body))
-        self._admit(fence)
+        self._check_cluster(fence)
         found = self.table.get(body.machine_id)
         if found is None:
+            check_new(self.seen.get(fence.uid, Seen()), fence)
+            check_valid(fence, self.now())
             if body.snapshot_id and body.snapshot_id not in self.snapshots:
                 raise SnapshotNotFound(id=body.snapshot_id)
             found = MachineBody(
@@ -171,24 +181,28 @@ class FakeHost:
             )
             self.table[found.id] = found
             self.guests[found.id] = PretendedGuest("fake")
-            self.seen[fence.uid] = (fence.incarnation, False)
             self._tell(found)
+        self._note(fence)
         self._maybe_lose(lost)
         return found
 
     async def destroy(self, fence: Fence, machine_id: str) -> None:
         lost = await self._arrive("destroy", (fence, machine_id))
         self._check_cluster(fence)
+        check_valid(fence, self.now())
         self.table.pop(machine_id, None)
         self.guests.pop(machine_id, None)
-        if fence.incarnation >= self.seen.get(fence.uid, (0, False))[0]:
-            self.seen[fence.uid] = (fence.incarnation, True)
+        self.seen[fence.uid] = self.seen.get(fence.uid, Seen()).with_deletion(fence)
         self._maybe_lose(lost)
 
     async def take_snapshot(self, fence: Fence, machine_id: str, body: TakeSnapshot) -> SnapshotBody:
         lost = await self._arrive("take_snapshot", (fence, machine_id, body))
-        self._admit(fence)
-        self._find(machine_id)
+        self._accept(fence, machine_id)
+        taken = self._take_snapshot(machine_id, body)
+        self._maybe_lose(lost)
+        return taken
+
+    def _take_snapshot(self, machine_id: str, body: TakeSnapshot) -> SnapshotBody:
         self._check_snapshots()
         if body.snapshot_id in self.freed:
             raise SnapshotNotFound(id=body.snapshot_id)
@@ -202,14 +216,11 @@ class FakeHost:
             digest=digest,
             created_at=CREATED_AT,
         )
-        found = self.snapshots.setdefault(made.id, made)
-        self._maybe_lose(lost)
-        return found
+        return self.snapshots.setdefault(made.id, made)
 
     async def restore_snapshot(self, fence: Fence, machine_id: str, snapshot_id: str) -> None:
         lost = await self._arrive("restore_snapshot", (fence, machine_id, snapshot_id))
-        self._admit(fence)
-        self._find(machine_id)
+        self._accept(fence, machine_id)
         self._check_snapshots()
         if snapshot_id not in self.snapshots:
             raise SnapshotNotFound(id=snapshot_id)
@@ -218,8 +229,7 @@ class FakeHost:
 
     async def delete_snapshot(self, cluster: str, snapshot_id: str) -> None:
         lost = await self._arrive("delete_snapshot", (cluster, snapshot_id))
-        if self.has_tombstones:
-            self.freed.add(snapshot_id)
+        self.freed.add(snapshot_id)
         if self.snapshots.pop(snapshot_id, None) is None:
             raise SnapshotNotFound(id=snapshot_id)
         self._maybe_lose(lost)
@@ -241,6 +251,8 @@ class FakeHost:
 
     async def relay(self, request: GuestRequest) -> "FakeAnswer":
         lost = await self._arrive("relay", request)
+        if request.fence.valid_until is not None:
+            self._accept(request.fence, request.machine_id)
         self._find(request.machine_id)
         body = await _collected(request.body)
         answer = self._answer(request.machine_id, request.method, request.target, request.headers, body)
@@ -278,13 +290,16 @@ class FakeHost:
         if fence.cluster != self.cluster:
             raise WrongCluster(cluster=self.cluster, asked=fence.cluster)
 
-    def _admit(self, fence: Fence) -> None:
+    def _accept(self, fence: Fence, machine_id: str) -> None:
+        """Accept an order about a machine, or refuse it."""
         self._check_cluster(fence)
-        seen, is_deleted = self.seen.get(fence.uid, (0, False))
-        is_stale = self.has_fences and fence.incarnation < seen
-        is_buried = self.has_tombstones and is_deleted and fence.incarnation <= seen
-        if is_stale or is_buried:
-            raise StaleIncarnation(uid=fence.uid, incarnation=fence.incarnation, seen=seen)
+        self._find(machine_id)
+        check_number(self.seen.get(fence.uid, Seen()), fence)
+        check_valid(fence, self.now())
+        self._note(fence)
+
+    def _note(self, fence: Fence) -> None:
+        self.seen[fence.uid] = self.seen.get(fence.uid, Seen()).with_order(fence)
 
     def _find(self, machine_id: str) -> MachineBody:
         found = self.table.get(machine_id)

@@ -15,9 +15,10 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from fusevm.control.store.location import MEMORY
 from fusevm.control.store.protocol import GLOBAL_ORDER, Committed
 from fusevm.control.store.sql_store import SqlStore
-from fusevm.control.store.sqlite import MEMORY, connect, drive, drive_moment, execute, migrate_now
+from fusevm.control.store.sqlite import connect, drive, drive_moment, execute, migrate_now
 from fusevm.control.store.statements import Begin, Statement
 from fusevm.core.policy import Policy
 from fusevm.model.errors import ShuttingDown

@@ -56,6 +56,18 @@ def render_flat(error: Error) -> bytes:
     return msgspec.json.encode(FlatError(error.message, error.code, error.details))
 
 
+def ending_error(id: str, uid: str, *, state: str, reason: str, message: str) -> Error:  # noqa: A002 - the records' field
+    """Why an environment has ended, or begun to: the error that its reason names, with the message of its record;
+    EnvironmentEnded where nothing has failed. `record` in the details is where the record is shown."""
+    about = {"id": id, "uid": uid, "record": f"/v1/environments/{id}?uid={uid}"}
+    cls = _BY_REASON.get(reason)
+    if cls is not None:
+        return cls.rebuild(message, about)
+    cause = ": ".join(part for part in (reason, message) if part)
+    ended = errors.EnvironmentEnded(id=id, uid=uid, state=state, cause=cause)
+    return errors.EnvironmentEnded.rebuild(ended.message, about | ended.details)
+
+
 def parse_error(status: int, body: bytes) -> Error:
     """Make the error that the other side raised; an unreadable body becomes an Internal that names the status."""
     for parse in (_parse_flat, _parse_envelope):

@@ -1,8 +1,9 @@
 """Bodies and headers of the machine API, spoken by the control plane to the host daemon.
 
-Every order carries its fence in four headers (`fence_headers`). Errors are flat (`wire.errors`). Paths below
-`/machines/{id}/guest/` are relayed to the guest agent unchanged (docs/guest-protocol.md); a WebSocket at
-`/machines/{id}/guest/exec` carries exec frames.
+Every order carries its fence in four headers and, in a fifth, until when it is valid by the host's clock, of which
+`GET /info` gives a reading (`fence_headers`, docs/decisions/0016-deadlines-of-orders.md). Errors are flat
+(`wire.errors`). Paths below `/machines/{id}/guest/` are relayed to the guest agent unchanged
+(docs/guest-protocol.md); a WebSocket at `/machines/{id}/guest/exec` carries exec frames.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import msgspec
 from fusevm.model.environment import Timings
 from fusevm.model.errors import BadField
 from fusevm.model.host import Resources
-from fusevm.model.machine import Fence, Isolation, MachineSpec, Phase
+from fusevm.model.machine import Fence, Isolation, MachineSpec, Moment, Phase
 from fusevm.model.snapshot import SnapshotKind
 from fusevm.wire.guest import StreamFlags
 
@@ -20,28 +21,53 @@ CLUSTER_HEADER = "fuse-cluster"
 UID_HEADER = "fuse-uid"
 INCARNATION_HEADER = "fuse-incarnation"
 ACTION_SEQ_HEADER = "fuse-action-seq"
+#: `<clock> <milliseconds>`; not there: no limit.
+VALID_UNTIL_HEADER = "fuse-valid-until"
+#: Of any number in a header: what fits into 64 bits.
+MAX_DIGITS = 18
 
 
 def fence_headers(fence: Fence) -> dict[str, str]:
-    """The four headers of an order."""
-    return {
+    """The headers of an order."""
+    headers = {
         CLUSTER_HEADER: fence.cluster,
         UID_HEADER: fence.uid,
         INCARNATION_HEADER: str(fence.incarnation),
         ACTION_SEQ_HEADER: str(fence.action_seq),
     }
+    if fence.valid_until is not None:
+        headers[VALID_UNTIL_HEADER] = f"{fence.valid_until.clock} {fence.valid_until.ms}"
+    return headers
 
 
 def parse_fence(headers: Mapping[str, str]) -> Fence | None:
     """The fence of an order, or None when none of its headers is there. Raises BadField for a partial or bad one."""
     names = (CLUSTER_HEADER, UID_HEADER, INCARNATION_HEADER, ACTION_SEQ_HEADER)
     values = [headers.get(name) for name in names]
-    if all(value is None for value in values):
+    until = headers.get(VALID_UNTIL_HEADER)
+    if until is None and all(value is None for value in values):
         return None
     cluster, uid, incarnation, action_seq = values
-    if not cluster or not uid or not (incarnation or "").isdecimal() or not (action_seq or "").isdecimal():
+    if not cluster or not uid or not _is_number(incarnation or "") or not _is_number(action_seq or ""):
         raise BadField(field="fence", problem=f"the headers {', '.join(names)} belong together")
-    return Fence(cluster=cluster, uid=uid, incarnation=int(incarnation or 0), action_seq=int(action_seq or 0))
+    return Fence(
+        cluster=cluster,
+        uid=uid,
+        incarnation=int(incarnation or 0),
+        action_seq=int(action_seq or 0),
+        valid_until=None if until is None else _parse_moment(until),
+    )
+
+
+def _parse_moment(text: str) -> Moment:
+    clock, _, ms = text.rpartition(" ")
+    if not clock or not _is_number(ms.removeprefix("-")):
+        raise BadField(field="fence", problem=f"{VALID_UNTIL_HEADER} must be the name of a clock and milliseconds")
+    return Moment(clock=clock, ms=int(ms))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS
 
 
 class CreateMachine(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +160,8 @@ class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     #: Changes with every start of the daemon.
     epoch: str
+    #: Now, by the clock that limits of orders go by.
+    clock: Moment
     cluster: str = ""
     arch: str = "amd64"
     driver: str = ""

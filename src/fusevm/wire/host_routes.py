@@ -9,9 +9,10 @@ from fusevm.wire import host_api
 from fusevm.wire.routes import NO_LIMIT, Param, Payload, Route, Scope
 
 _FENCE = (e.BadField, e.WrongCluster, e.StaleIncarnation, e.MachineExists)
-_ORDER = (*_FENCE, e.StaleAction, e.MachineNotFound, e.NoSpace, e.ShuttingDown)
+_LATE = (e.StaleAction, e.OrderExpired)
+_ORDER = (*_FENCE, *_LATE, e.MachineNotFound, e.NoSpace, e.ShuttingDown)
 _BOOT = (e.HostFull, e.BootFailed, e.VmmMissing, e.ImageCorrupt, e.GuestUnreachable, e.CommandFailed, e.Timeout)
-_GUEST = (*_FENCE, e.MachineNotFound, e.WrongState, e.GuestUnreachable, e.AgentFailure, e.BadRequest)
+_GUEST = (*_FENCE, *_LATE, e.MachineNotFound, e.WrongState, e.GuestUnreachable, e.AgentFailure, e.BadRequest)
 _FILES = (
     e.FileNotFound,
     e.BadPath,
@@ -68,7 +69,7 @@ HOST_ROUTES: tuple[Route, ...] = (
         answer=host_api.MachineAnswer,
         statuses=(201,),
         limit=1 << 20,
-        errors=(*_FENCE, e.StaleAction, e.NoSpace, e.ShuttingDown, e.ImageNotFound, *_BOOT),
+        errors=(*_FENCE, *_LATE, e.NoSpace, e.ShuttingDown, e.ImageNotFound, *_BOOT),
     ),
     Route(
         method="GET",
@@ -87,7 +88,7 @@ HOST_ROUTES: tuple[Route, ...] = (
         scope=Scope.HOSTS,
         gives=Payload.NONE,
         statuses=(204,),
-        errors=(*_FENCE, e.NoSpace, e.ShuttingDown, e.Timeout),
+        errors=(*_FENCE, e.OrderExpired, e.NoSpace, e.ShuttingDown, e.Timeout),
     ),
     Route(
         method="POST",

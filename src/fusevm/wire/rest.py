@@ -11,6 +11,8 @@ from fusevm.model.ids import TASK_ID
 from fusevm.wire.guest import StreamFlags, StreamTotals
 
 PAGE_DEFAULT, PAGE_MAX = 50, 200
+#: What the control plane calls itself: in `Version` and, with its version, in the header `Server`.
+SERVICE = "fuse-orchestrator"
 
 
 #: Checked by `model.ids`, with its own error; here it is only told.
@@ -115,6 +117,9 @@ class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
     agent: str | AgentInput | None = None
     #: Wait this long for a place when no host has one.
     queue_seconds: int | None = None
+    #: What becomes of it when its host is lost. `fail` (the default): it ends as `failed`, reason `host_lost`.
+    #: `restore` (from its newest snapshot, on another host): 501, since snapshots cannot leave their host yet.
+    on_host_loss: str | None = None
 
 
 class SpecBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -189,6 +194,8 @@ class EnvironmentBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     spec: SpecBody
     network: NetworkBody
     egress: EgressBody | None = None
+    #: Always `fail`; never omitted.
+    on_host_loss: Literal["fail"] | None = None
     created_at: str
     updated_at: str
     running_at: str = ""
@@ -279,6 +286,8 @@ class HostBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     url: str
     state: str
     health: str
+    #: Why it is not well; empty: it is.
+    problem: str = ""
     region: str = ""
     arch: str = ""
     driver: str = ""

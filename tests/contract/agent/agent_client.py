@@ -32,11 +32,12 @@ class AgentClient:
         self._machine = machine
 
     @asynccontextmanager
-    async def exchange(self, method: str, target: str, body: Any = None) -> AsyncIterator[Response]:
+    async def exchange(self, method: str, target: str, body: Any = None, **headers: str) -> AsyncIterator[Response]:
+        """Bytes are sent as they are, everything else as JSON."""
         connection = Connection(await self._machine.open_stream())
         try:
-            encoded = msgspec.json.encode(body) if body is not None else None
-            yield await connection.request(method, target, body=encoded)
+            encoded = body if body is None or isinstance(body, bytes) else msgspec.json.encode(body)
+            yield await connection.request(method, target, body=encoded, headers=headers)
         finally:
             await connection.close()
 

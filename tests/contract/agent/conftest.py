@@ -1,11 +1,16 @@
-"""One suite for the guest agent: the real one as an ordinary process, and the fake of the host daemon's tests."""
+"""One suite for the guest agent: the real one as an ordinary process, and the fake of the host daemon's tests; what the
+pretended guest of the stub host claims to do is held to it, too."""
 
 import asyncio
+import contextlib
 import hashlib
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
 
+import msgspec
 import pytest
 
 from fusevm.host.images.initramfs import agent_path
@@ -16,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from agent_client import AgentClient
 from agent_process import RealAgent, run_agent
 
+from fusevm.control.pretended_guest import PretendedGuest
 from fusevm.testing.fake_agent import FakeAgent, memory_pair
 from fusevm.wire.streams import ByteStream
 
@@ -58,10 +64,24 @@ class FakeMachine:
 Machine = RealAgent | FakeMachine
 
 
-@pytest.fixture(params=["real", "fake"])
-async def machine(request: pytest.FixtureRequest) -> AsyncIterator[Machine]:
+class PretendedClient(AgentClient):
+    """A client of a guest that is only pretended, whose answers are there at once."""
+
+    def __init__(self) -> None:
+        self._guest = PretendedGuest("pretended")
+
+    async def call(self, method: str, target: str, body: Any = None) -> tuple[int, bytes]:
+        path, _, query = target.removeprefix("/").partition("?")
+        content = msgspec.json.encode(body) if body is not None else b""
+        said = self._guest.answer(method, path, dict(parse_qsl(query)), content)
+        assert said is not None, f"{method} {target} is not pretended"
+        return said.status, said.body
+
+
+@contextlib.asynccontextmanager
+async def running(kind: str) -> AsyncIterator[Machine]:
     """An agent; at the end nothing of it runs."""
-    if request.param == "fake":
+    if kind == "fake":
         fake = FakeMachine()
         yield fake
         await fake.close()
@@ -74,6 +94,23 @@ async def machine(request: pytest.FixtureRequest) -> AsyncIterator[Machine]:
         yield real
         client = AgentClient(real)
         await client.stop_everything()
+
+
+@pytest.fixture(params=["real", "fake"])
+async def machine(request: pytest.FixtureRequest) -> AsyncIterator[Machine]:
+    """An agent."""
+    async with running(request.param) as found:
+        yield found
+
+
+@pytest.fixture(params=["real", "fake", "pretended"])
+async def any_agent(request: pytest.FixtureRequest) -> AsyncIterator[AgentClient]:
+    """A client of an agent, or of a guest that is only pretended: nothing is to be seen of what runs in that one."""
+    if request.param == "pretended":
+        yield PretendedClient()
+        return
+    async with running(request.param) as found:
+        yield AgentClient(found)
 
 
 @pytest.fixture

@@ -54,8 +54,8 @@ async def test_the_protocol_is_one_that_knows_these_routes(agent):
     assert (major, minor >= 1) == (PROTOCOL_MAJOR, True)
 
 
-async def test_a_fresh_machine_has_nothing(agent):
-    state = await agent.state()
+async def test_a_fresh_machine_has_nothing(any_agent):
+    state = await any_agent.state()
     assert (state.setup_id, state.agent_id, state.agent, state.health) == ("", "", None, None)
     assert state.version > 0
 
@@ -245,10 +245,10 @@ async def test_the_daemon_gets_its_credentials(machine, agent):
         AgentOrder(id="1"),
     ],
 )
-async def test_orders_that_make_no_sense_are_refused(agent, order):
+async def test_orders_that_make_no_sense_are_refused(any_agent, order):
     with pytest.raises(BadRequest):
-        await put_agent(agent, order)
-    assert (await agent.state()).agent is None
+        await put_agent(any_agent, order)
+    assert (await any_agent.state()).agent is None
 
 
 # -- drain -----------------------------------------------------------------------------------------------------------
@@ -279,11 +279,48 @@ async def test_a_failing_drain_command_is_told_and_the_daemon_ends_all_the_same(
     assert (await agent.state()).agent.state is AgentState.DRAINED
 
 
-async def test_nothing_to_drain_is_no_error(agent):
-    answer = await agent.drain()
+async def test_nothing_to_drain_is_no_error(any_agent):
+    answer = await any_agent.drain()
     assert (answer.exit_code, answer.message) == (None, "")
     with pytest.raises(BadRequest):
-        await agent.drain(0)
+        await any_agent.drain(0)
+
+
+async def test_orders_are_known_by_their_id(any_agent):
+    stays = ["sleep", "100000"]
+    first = await put_setup(any_agent, SetupBody(id="1"))
+    assert first.setup_id == "1"
+    assert await put_setup(any_agent, SetupBody(id="1", env={"A": "1"})) == first
+    second = await put_setup(any_agent, SetupBody(id="2"))
+    assert (second.setup_id, second.version != first.version) == ("2", True)
+    await put_agent(any_agent, AgentOrder(id="1", command=stays))
+    state = await await_daemon(any_agent, AgentState.RUNNING, "1")
+    assert await put_agent(any_agent, AgentOrder(id="1", command=["other"])) == state
+    await put_agent(any_agent, AgentOrder(id="2", command=stays))
+    state = await await_daemon(any_agent, AgentState.RUNNING, "2")
+    assert (state.agent.restarts, state.agent.exit_code) == (0, None)
+    answer = await any_agent.drain()
+    assert (await any_agent.state()).agent.state is AgentState.DRAINED
+    assert await any_agent.drain() == answer
+    state = await put_agent(any_agent, AgentOrder(id="2", command=stays))
+    assert state.agent.state is AgentState.DRAINED
+    await put_agent(any_agent, AgentOrder(id="3", command=stays))
+    await await_daemon(any_agent, AgentState.RUNNING, "3")
+
+
+async def test_a_keyed_process_is_found_again_with_its_output(any_agent):
+    request = ExecRequest(cmd=["echo", "once"], key="startup")
+    status, first = await start_process(any_agent, request)
+    _, output = await any_agent.call("GET", "/processes/@startup/output?stream=stdout&offset=0&follow=true")
+    assert b"once" in output
+    status_again, again = await start_process(any_agent, request)
+    assert (status, status_again, first.key, again.pid, again.state) == (201, 200, "startup", first.pid, "exited")
+    assert (again.exit.exit_code, again.output.stdout.end) == (0, len(output))
+    assert (await any_agent.call("GET", "/processes/@startup/output?offset=3"))[1] == output[3:]
+    with pytest.raises(BadRequest):
+        await any_agent.call("GET", "/processes/@startup/output?stream=nope")
+    with pytest.raises(ProcessNotFound):
+        await any_agent.call("GET", "/processes/@other")
 
 
 # -- the health check ------------------------------------------------------------------------------------------------
@@ -312,12 +349,12 @@ async def test_failures_in_the_start_period_do_not_count(agent):
 
 
 @pytest.mark.parametrize("how", ["empty", "delete"])
-async def test_a_health_check_can_be_removed(agent, how):
-    await agent.call("PUT", "/healthcheck", Healthcheck(exec=("true",)))
-    await await_verdict(agent, Verdict.PASSING)
+async def test_a_health_check_can_be_removed(any_agent, how):
+    await any_agent.call("PUT", "/healthcheck", Healthcheck(exec=("true",)))
+    await await_verdict(any_agent, Verdict.PASSING)
     method, body = ("PUT", {}) if how == "empty" else ("DELETE", None)
-    assert (await agent.ask(method, "/healthcheck", GuestState, body)).health is None
-    assert (await agent.state()).health is None
+    assert (await any_agent.ask(method, "/healthcheck", GuestState, body)).health is None
+    assert (await any_agent.state()).health is None
 
 
 @pytest.mark.parametrize(

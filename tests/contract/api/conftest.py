@@ -8,6 +8,7 @@ import pytest
 import structlog
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "unit" / "control"))
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "agent"))
 
 

@@ -11,17 +11,17 @@ async def test_a_create_of_a_damaged_image_is_answered_with_reason_and_remedy() 
     async with running() as server:
         server.host.script("create", DAMAGE)
         answer = await server.http.post("/v1/environments", json={"task_id": "t1", "spec": {"image": "debian-12"}})
-        made = answer.json()
-        assert (answer.status_code, made["reason"]) == (201, "image_corrupt")
-        assert made["state"] in ("destroying", "failed")
-        assert made["error"] == DAMAGE.message
-        assert "rebuild it with `fuse image build --force debian-12`" in made["error"]
+        error = answer.json()["error"]
+        assert (answer.status_code, error["details"]["reason"]) == (DAMAGE.status, "image_corrupt")
+        assert error["message"] == DAMAGE.message
+        assert "rebuild it with `fuse image build --force debian-12`" in error["message"]
+        assert error["details"]["id"] == "fuse-t1"
 
 
 async def test_the_reason_and_the_remedy_can_be_asked_for_after_the_end() -> None:
     async with running() as server:
         server.host.script("create", DAMAGE)
-        made = await server.create()
+        made = await server.create_ends()
 
         async def has_ended() -> bool:
             return (await server.get(uid=made["uid"])).json()["state"] == "failed"

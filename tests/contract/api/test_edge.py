@@ -1,6 +1,7 @@
 """What holds for every request: ids, envelopes, methods, limits, who may come in."""
 
 import asyncio
+import base64
 import re
 
 import msgspec
@@ -8,6 +9,7 @@ import pytest
 import websockets
 from control_harness import running, until
 
+import fusevm
 from fusevm.control.app import http_handlers, socket_handlers
 from fusevm.control.cors import Cors
 from fusevm.control.gate import Gate
@@ -34,7 +36,7 @@ async def test_every_answer_has_a_request_id_and_a_server() -> None:
             await server.http.post("/v1/environments", content=b"{"),
         ):
             assert _FRESH.fullmatch(answer.headers["x-request-id"])
-            assert answer.headers["server"] == "fuse/0.1.0"
+            assert answer.headers["server"] == f"fuse-orchestrator/{fusevm.__version__}"
 
 
 @pytest.mark.parametrize(("sent", "is_kept"), [("abc-_1", True), ("x" * 128, True), ("x" * 129, False), ("a b", False)])
@@ -148,8 +150,8 @@ async def test_the_service_routes() -> None:
     async with running() as server:
         assert (await server.http.get("/health")).json() == {"status": "ok"}
         ready = await server.http.get("/ready")
-        assert (ready.status_code, ready.json()["checks"]) == (200, {"store": "ok", "hosts": "1 of 1 answer"})
-        assert (await server.http.get("/v1/version")).json()["service"] == "fuse"
+        assert (ready.status_code, ready.json()["checks"]) == (200, {"state_store": "ok", "fleet": "1 of 1 answer"})
+        assert (await server.http.get("/v1/version")).json()["service"] == "fuse-orchestrator"
         document = (await server.http.get("/openapi.json")).json()
         assert document["openapi"].startswith("3.1")
         assert "/v1/environments/{id}/files" in document["paths"]
@@ -283,3 +285,39 @@ async def test_hosts_are_listed_in_pages() -> None:
         assert rest["hosts"][0]["last_seen"]
         missing = await server.http.get("/v1/hosts/nowhere")
         assert (missing.status_code, missing.json()["error"]["details"]["reason"]) == (404, "host_not_found")
+
+
+DEEP = base64.urlsafe_b64encode(b"[" * 40_000).decode()
+
+
+@pytest.mark.parametrize("path", ["/v1/environments", "/v1/snapshots", "/v1/hosts"])
+async def test_no_cursor_and_no_page_size_breaks_a_list(path: str) -> None:
+    async with running() as server:
+        for cursor in (
+            DEEP,
+            "x" * 5_000,
+            _cursor(b'{"after":' + b"[" * 40_000),
+            _cursor(b'{"other":' + b"[" * 40_000),
+            _cursor(b'{"before":"x","after":"y"}'),
+            _cursor(b'{"after":"\\ud800"}'),
+            _cursor(b'{"after":1}'),
+            "\u0661",
+        ):
+            answer = await server.http.get(path, params={"cursor": cursor})
+            assert (answer.status_code, answer.json()["error"]["details"]["field"]) == (400, "cursor"), cursor[:60]
+        for limit in ("9" * 5_000, "\u0661" * 5_000, "-1", "many", "0"):
+            assert (await server.http.get(path, params={"limit": limit})).status_code == 200
+        cursor = _cursor(b'{"after":"zzz\\u0000"}')
+        assert (await server.http.get(path, params={"cursor": cursor})).status_code == 200
+
+
+def _cursor(content: bytes) -> str:
+    return base64.urlsafe_b64encode(content).decode().rstrip("=")
+
+
+async def test_no_number_breaks_a_query() -> None:
+    async with running() as server:
+        url = server.url.replace("http", "ws", 1) + f"/v1/environments/fuse-t1/shell?rows={'9' * 5_000}"
+        with pytest.raises(websockets.InvalidStatus) as caught:
+            await websockets.connect(url)
+        assert caught.value.response.status_code == 400

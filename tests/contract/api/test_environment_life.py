@@ -95,6 +95,7 @@ async def test_unlimited_runtime_is_possible() -> None:
         ({"spec": {"huge_pages": True}}, "spec.huge_pages"),
         ({"network": {"rules": [{}]}}, "network.rules"),
         ({"egress": {"mode": "proxy"}}, "proxy"),
+        ({"on_host_loss": "restore"}, "snapshots cannot leave their host yet"),
     ],
 )
 async def test_what_cannot_be_honoured_is_named_in_a_501(body: dict[str, object], field: str) -> None:
@@ -103,6 +104,19 @@ async def test_what_cannot_be_honoured_is_named_in_a_501(body: dict[str, object]
         assert answer.status_code == 501
         assert answer.json()["error"]["code"] == "unimplemented"
         assert field in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("asked", [{}, {"on_host_loss": ""}, {"on_host_loss": "fail"}])
+async def test_an_environment_fails_with_its_host_and_says_so_beforehand(asked: dict[str, str]) -> None:
+    async with running() as server:
+        made = await server.create(**asked)
+        assert made["on_host_loss"] == (await server.get()).json()["on_host_loss"] == "fail"
+
+
+async def test_another_wish_for_the_loss_of_a_host_is_a_mistake() -> None:
+    async with running() as server:
+        answer = await server.http.post("/v1/environments", json={"task_id": "t", "on_host_loss": "migrate"})
+        assert (answer.status_code, answer.json()["error"]["details"]["field"]) == (400, "on_host_loss")
 
 
 async def test_unknown_fields_are_named_in_a_warning() -> None:
@@ -252,15 +266,15 @@ async def test_a_waiting_create_learns_that_it_was_deleted() -> None:
         await until(lambda: server.host.count("create") == 1)
         assert (await server.delete()).status_code == 204
         answer = await creating
-        assert answer.status_code == 201
-        assert answer.json()["state"] in ("destroying", "destroyed")
+        assert (answer.status_code, answer.json()["error"]["details"]["reason"]) == (404, "ended")
+        assert "(destroyed: deleted)" in answer.json()["error"]["message"]
 
 
 async def test_a_refused_boot_ends_as_failed_with_its_reason() -> None:
     async with running() as server:
         server.host.script("create", BootFailed(id="m", problem="kernel panic"))
-        made = await server.create()
-        assert made["error"] == "Machine m did not start: kernel panic"
+        made = await server.create_ends()
+        assert made["reason"] == "boot_failed"
         await until(lambda: _gone(server, "t1"))
         shown = (await server.get(uid=made["uid"])).json()
         assert (shown["state"], shown["reason"]) == ("failed", "boot_failed")

@@ -72,7 +72,7 @@ async def test_an_event_id_finds_its_environment_after_the_task_id_was_used_agai
 async def test_a_failed_environment_ends_its_stream_with_the_reason() -> None:
     async with running() as server:
         server.host.script("create", BootFailed(id="m", problem="kernel panic"))
-        await server.create()
+        await server.create_ends()
         async with stream(server, URL) as source:
             events = await rest_of(source)
         assert events[-1]["state"] == "failed"

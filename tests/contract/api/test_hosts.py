@@ -9,7 +9,10 @@ import pytest
 from control_harness import Policy, Running, running, served, until
 from msgspec.structs import replace
 
+from fusevm.control.store.protocol import Reading
+from fusevm.model.errors import HostRejected
 from fusevm.model.host import HostHealth, Resources
+from fusevm.testing.clock import FakeClock
 from fusevm.testing.fake_host import FakeHost
 
 CAPACITY = {"cpus": 4, "ram_mb": 4096, "storage_gb": 100, "vm_count": 10}
@@ -269,6 +272,91 @@ async def test_a_host_has_an_etag_that_changes_with_it() -> None:
         assert (await server.http.post(cordon, headers={"if-match": etag})).status_code == 412
         assert (await server.http.delete("/v1/hosts/h2", headers={"if-match": etag})).status_code == 412
         assert (await server.http.get("/v1/hosts/h2")).headers["etag"] != etag
+
+
+async def test_the_etag_of_a_host_tells_bookings_apart_and_its_revision_still_allows_a_change() -> None:
+    async with running(heartbeat_s=600.0) as server:
+        before = await server.http.get("/v1/hosts/h1")
+        await server.create()
+        after = await server.http.get("/v1/hosts/h1", headers={"if-none-match": before.headers["etag"]})
+        assert after.status_code == 200
+        assert after.json()["allocated"] != before.json().get("allocated")
+        etag = after.headers["etag"]
+        assert etag != before.headers["etag"]
+        assert (await server.http.get("/v1/hosts/h1", headers={"if-none-match": etag})).status_code == 304
+        # What a change of the host would overwrite is as it was seen.
+        cordon = "/v1/hosts/h1?action=cordon"
+        assert (await server.http.post(cordon, headers={"if-match": before.headers["etag"]})).status_code == 204
+        assert (await server.http.post(cordon, headers={"if-match": etag})).status_code == 412
+
+
+async def test_a_host_that_changes_while_it_is_removed_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(heartbeat_s=600.0) as server:
+        store = server.plane.store
+        etag = (await server.http.get("/v1/hosts/h1")).headers["etag"]
+        on_host = store.on_host
+
+        async def changed_meanwhile(host_id: str) -> Reading:
+            assert (await server.http.post("/v1/hosts/h1?action=cordon")).status_code == 204
+            return await on_host(host_id)
+
+        monkeypatch.setattr(store, "on_host", changed_meanwhile)
+        answer = await server.http.delete("/v1/hosts/h1", headers={"if-match": etag})
+        monkeypatch.undo()
+        assert (answer.status_code, answer.json()["error"]["details"]["reason"]) == (412, "precondition_failed")
+        current = answer.json()["error"]["details"]["etag"]
+        assert (await server.http.delete("/v1/hosts/h1", headers={"if-match": current})).status_code == 204
+
+
+async def test_a_host_that_refuses_us_can_be_removed_by_force() -> None:
+    """It never becomes lost, so that nothing else would ever end what was placed there."""
+    async with running(policy=Policy(host_unreachable_ms=100), checked=False) as server:
+        env = await server.create()
+        server.host.script("info", *[HostRejected(id="h1")] * 10_000)
+
+        async def is_unreachable() -> bool:
+            return (await server.http.get("/v1/hosts/h1")).json()["health"] == "unreachable"
+
+        await until(is_unreachable)
+        assert "refused the token" in (await server.http.get("/v1/hosts")).json()["hosts"][0]["problem"]
+        assert (await server.http.delete("/v1/hosts/h1")).status_code == 409
+        assert (await server.http.delete("/v1/hosts/h1?force=true")).status_code == 204
+        ended = (await server.get(uid=env["uid"])).json()
+        assert (ended["state"], ended["reason"]) == ("failed", "host_lost")
+
+
+async def test_environments_are_told_how_their_host_is() -> None:
+    clock = FakeClock()
+    async with running(clock=clock) as server:
+        env = await server.create()
+
+        async def told() -> list[tuple[str, str]]:
+            facts = await server.plane.store.facts_of(env["uid"], 0, 100)
+            return [(stored.fact.kind, stored.fact.reason) for stored in facts if stored.fact.kind != "state"]
+
+        async def has_told(*reasons: str) -> bool:
+            return await told() == [("host", reason) for reason in reasons]
+
+        async def silence(ms: int) -> None:
+            for _ in range(0, ms + 1, 15_000):
+                beats = server.host.count("info")
+                await until(lambda beats=beats: server.host.count("info") > beats + 1)
+                clock.advance(15_000)
+
+        server.host.is_down = True
+        await silence(15_000)
+        await until(lambda: has_told("unreachable"))
+        server.host.is_down = False
+        await until(lambda: has_told("unreachable", "ok"))
+        server.host.is_down = True
+        await silence(135_000)
+        await until(lambda: has_told("unreachable", "ok", "unreachable", "lost"))
+        facts = [stored.fact for stored in await server.plane.store.facts_of(env["uid"], 0, 100)]
+        assert [fact.seq for fact in facts] == list(range(1, len(facts) + 1))
+        first = next(fact for fact in facts if fact.kind == "host")
+        assert first.data == {"host_id": "h1"}
+        assert "does not answer" in first.message
+        assert facts[-1].reason == "host_lost"
 
 
 async def test_a_snapshot_of_a_removed_host_is_no_layer_and_no_seed() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -16,7 +17,8 @@ from fusevm.control.gate import Gate
 from fusevm.control.middleware import Edge, Handler
 from fusevm.control.plane import Plane
 from fusevm.control.router import Router
-from fusevm.model.errors import BadField, HostUnreachable, Internal
+from fusevm.control.secrets import Sealer
+from fusevm.model.errors import BadField, HostUnreachable, Internal, SnapshotFailed
 from fusevm.wire.routes import ROUTES, Route
 
 TOKEN = "master-token"
@@ -34,9 +36,9 @@ def _url(route: Route) -> str:
     return path + (f"?{route.selector}={route.value}" if route.selector else "")
 
 
-def _client(server: Running, handler: Handler) -> httpx.AsyncClient:
+def _client(server: Running, handler: Handler, sealer: Sealer | None = None) -> httpx.AsyncClient:
     """The real edge in front of one handler for everything."""
-    plane = server.plane
+    plane = replace(server.plane, sealer=sealer or server.plane.sealer)
     cors = Cors(())
     edge = Edge(plane, Router(ROUTES), Gate(plane, cors), cors, {route.name: handler for route in ROUTES}, {})
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=edge), base_url="http://localhost")
@@ -182,12 +184,59 @@ async def test_the_text_of_an_api_key_is_answered_again_and_never_stored_in_the_
         again = await server.http.post("/v1/api-keys", json={}, headers=headers)
         assert first.json() == again.json()
         assert len(await server.plane.store.keys()) == 1
-        seen = idempotency.RequestKey("", "create_api_key", "k", "")
+        seen = idempotency.RequestKey("", "create_api_key", "k", "", "reader")
         stored = await server.plane.store.claim_request(seen, 60_000)
         assert stored is not None
         assert stored.status == 201
         assert first.json()["key"] not in stored.body
         assert "fuse_sk" not in stored.body
+
+
+SECRET = "what the command printed"
+
+
+async def _said(_plane: Plane, _call: Call) -> Response:
+    return reply({"stdout": SECRET})
+
+
+async def _kept(server: Running) -> idempotency.StoredRequest:
+    seen = idempotency.RequestKey("", "exec_command", "k", "", "reader")
+    stored = await server.plane.store.claim_request(seen, 60_000)
+    assert stored is not None
+    return stored
+
+
+async def test_every_answer_is_kept_sealed_where_there_is_a_key() -> None:
+    url, headers = "/v1/environments/fuse-t1?action=exec", {"Idempotency-Key": "k"}
+    async with running() as server, _client(server, _said) as http:
+        assert (await http.post(url, headers=headers)).json() == {"stdout": SECRET}
+        stored = await _kept(server)
+        assert (stored.status, stored.is_sealed, SECRET in stored.body) == (200, True, False)
+        again = await http.post(url, headers=headers)
+        assert (again.json(), again.headers["idempotency-replayed"]) == ({"stdout": SECRET}, "true")
+    async with running() as server, _client(server, _said) as http, _client(server, _said, Sealer(bytes(32))) as other:
+        await http.post(url, headers=headers)
+        dropped = await other.post(url, headers=headers)
+        assert (dropped.status_code, _reason(dropped)) == (409, "idempotency_in_progress")
+
+
+async def test_without_a_key_to_seal_with_an_answer_is_kept_as_it_is() -> None:
+    url, headers = "/v1/environments/fuse-t1?action=exec", {"Idempotency-Key": "k"}
+    async with running() as server, _client(server, _said, Sealer(None)) as http:
+        answers = [await http.post(url, headers=headers) for _ in range(2)]
+        assert [answer.json() for answer in answers] == [{"stdout": SECRET}] * 2
+        assert not (await _kept(server)).is_sealed
+
+
+async def test_what_fails_after_its_first_change_is_answered_the_same_again() -> None:
+    async def handler(_plane: Plane, call: Call) -> Response:
+        call.acted_on = "u1"
+        raise SnapshotFailed(id="s1", problem="no room")
+
+    async with running(checked=False) as server, _client(server, handler) as http:
+        answers = [await http.post("/v1/hosts/h1?action=cordon", headers={"Idempotency-Key": "k"}) for _ in range(2)]
+        assert ["idempotency-replayed" in answer.headers for answer in answers] == [False, True]
+        server.plane.metrics.errors.clear()
 
 
 async def test_a_snapshot_is_taken_once_under_a_key() -> None:

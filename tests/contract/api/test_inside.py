@@ -80,6 +80,7 @@ async def test_no_byte_of_the_output_is_lost() -> None:
         ({"cmd": ["a"], "timeout_ms": 600_001}, "timeout_ms"),
         ({"cmd": ["a"], "timeout_ms": -1}, "timeout_ms"),
         ({"cmd": ["a"], "stdin_b64": "!"}, "stdin_b64"),
+        ({"cmd": ["a"], "stdin_b64": "\u00e9"}, "stdin_b64"),
     ],
 )
 async def test_a_command_that_cannot_be_meant_is_refused(body: dict[str, object], field: str) -> None:
@@ -457,7 +458,7 @@ async def test_a_create_that_died_before_it_had_an_effect_may_be_repeated() -> N
     clock = FakeClock()
     async with running(clock=clock) as server:
         body = json.dumps({"task_id": "t"}).encode()
-        key = RequestKey("", "create_environment", "k", fingerprint_of({}, [], body))
+        key = RequestKey("", "create_environment", "k", fingerprint_of({}, [], body), "dead")
         assert await server.plane.store.claim_request(key, 60_000) is None  # as a process that died right after it
         headers = {"Idempotency-Key": "k"}
         early = await server.http.post("/v1/environments", content=body, headers=headers)

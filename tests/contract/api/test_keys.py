@@ -1,16 +1,27 @@
 """API keys: made, used, limited, expired, revoked; and tenants that do not see each other."""
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import Any, cast
 
 import httpx
 import pytest
 import websockets
-from control_harness import Running, next_message, running, stream
+from control_harness import TIMEOUT_S, Running, next_message, running, stream, until
 
+from fusevm.control.caller import Caller
 from fusevm.control.clock import SystemClock
 from fusevm.control.handlers.keys import MAX_LABEL, MAX_LIFE_S
+from fusevm.control.handlers.sockets import POLICY_VIOLATION
+from fusevm.control.host_api import GuestRequest
+from fusevm.control.session import LIFE_S
+from fusevm.control.standing import check_standing
+from fusevm.control.store.protocol import Store
+from fusevm.model.errors import StoreUnreachable, Unauthorized
+from fusevm.testing.fake_host import FakeAnswer, FakeHost
+from fusevm.wire.frames import FrameType, decode_message
 from fusevm.wire.routes import ROUTES, Route, Scope
 
 TOKEN = "master-token"
@@ -24,6 +35,12 @@ class ShiftedClock(SystemClock):
 
     def now_ms(self) -> int:
         return super().now_ms() + self.shift_ms
+
+
+async def _shift(server: Running, clock: ShiftedClock, by_ms: int) -> None:
+    """Until the server knows what time it is in its database."""
+    clock.shift_ms = by_ms
+    await until(lambda: server.plane.clock.now_ms() >= clock.now_ms() - 1000)
 
 
 async def _key(server: Running, **body: Any) -> dict[str, Any]:
@@ -109,7 +126,7 @@ async def test_an_expired_key_is_refused() -> None:
     async with running(auth_token=TOKEN, clock=clock) as server:
         headers = await _as(server, expires_in_seconds=60)
         assert (await server.http.get("/v1/environments", headers=headers)).status_code == 200
-        clock.shift_ms = 60_000
+        await _shift(server, clock, 60_000)
         assert (await server.http.get("/v1/environments", headers=headers)).status_code == 401
 
 
@@ -125,9 +142,9 @@ async def test_the_last_use_is_noted_once_a_minute() -> None:
 
         first = await used()
         assert first is not None
-        clock.shift_ms = 30_000
+        await _shift(server, clock, 30_000)
         assert await used() == first
-        clock.shift_ms = 90_000
+        await _shift(server, clock, 90_000)
         later = await used()
         assert later is not None
         assert later >= first + 60_000
@@ -279,3 +296,103 @@ async def test_without_a_master_token_a_key_still_acts_as_itself() -> None:
         wrong = {"Authorization": f"Bearer {made['key']}x"}
         assert (await server.http.get("/v1/environments", headers=wrong)).status_code == 401
         assert (await server.http.get("/v1/environments", headers={"Authorization": "Bearer any"})).status_code == 200
+
+
+# -- what lasts ----------------------------------------------------------------------------------------------------
+
+
+async def _revoked(server: Running) -> tuple[dict[str, str], Callable[[], Awaitable[object]]]:
+    """Headers of a fresh key, and how to revoke it."""
+    made = await _key(server)
+
+    async def revoke() -> None:
+        assert (await server.http.delete(f"/v1/api-keys/{made['id']}", headers=MASTER)).status_code == 204
+
+    return {"Authorization": f"Bearer {made['key']}"}, revoke
+
+
+@pytest.mark.parametrize("path", ["/v1/events", "/v1/environments/fuse-t1/events"])
+async def test_a_stream_of_events_ends_with_its_key(path: str) -> None:
+    async with running(auth_token=TOKEN, headers=MASTER) as server:
+        await server.create()
+        headers, revoke = await _revoked(server)
+        async with asyncio.timeout(TIMEOUT_S), server.http.stream("GET", path, headers=headers) as answer:
+            assert answer.status_code == 200
+            await revoke()
+            async for _ in answer.aiter_raw():
+                pass  # to its clean end
+
+
+async def test_a_stream_of_events_ends_with_its_session() -> None:
+    clock = ShiftedClock()
+    async with running(auth_token=TOKEN, headers=MASTER, clock=clock) as server:
+        login = await server.http.post("/login", json={"token": TOKEN})
+        async with (
+            asyncio.timeout(TIMEOUT_S),
+            httpx.AsyncClient(base_url=server.url, cookies=login.cookies) as browser,
+            browser.stream("GET", "/v1/events") as answer,
+        ):
+            assert answer.status_code == 200
+            clock.shift_ms += LIFE_S * 1000
+            async for _ in answer.aiter_raw():
+                pass
+
+
+async def test_a_terminal_ends_with_its_key_and_says_why() -> None:
+    async with running(auth_token=TOKEN, headers=MASTER) as server:
+        await server.create()
+        headers, revoke = await _revoked(server)
+        url = server.url.replace("http", "ws", 1) + "/v1/environments/fuse-t1/shell"
+        async with asyncio.timeout(TIMEOUT_S), websockets.connect(url, additional_headers=headers) as socket:
+            await revoke()
+            frames = [decode_message(message) async for message in _until_closed(socket)]
+            assert frames[-1].type is FrameType.ERROR
+            assert b"revoked" in frames[-1].payload
+            assert socket.close_code == POLICY_VIOLATION
+
+
+async def _until_closed(socket: websockets.ClientConnection) -> AsyncIterator[bytes]:
+    with contextlib.suppress(websockets.ConnectionClosed):
+        while True:
+            message = await socket.recv()
+            assert isinstance(message, bytes)
+            yield message
+
+
+class FollowedHost(FakeHost):
+    """What is followed on it has no end."""
+
+    async def relay(self, request: GuestRequest) -> FakeAnswer:
+        answer = await super().relay(request)
+        answer.chunks = self._chunks
+        return answer
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        yield b"booting\n"
+        await asyncio.Event().wait()
+
+
+async def test_what_is_followed_is_cut_off_with_its_key() -> None:
+    async with running(FollowedHost("h1"), auth_token=TOKEN, headers=MASTER) as server:
+        await server.create()
+        headers, revoke = await _revoked(server)
+        url = "/v1/environments/fuse-t1/logs?follow=true"
+        async with asyncio.timeout(TIMEOUT_S), server.http.stream("GET", url, headers=headers) as answer:
+            assert answer.status_code == 200
+            await revoke()
+            with pytest.raises(httpx.RemoteProtocolError):
+                async for _ in answer.aiter_raw():
+                    pass
+
+
+async def test_a_database_that_is_away_ends_no_stream() -> None:
+    caller = Caller(key_id="ak_1", key_prefix="p")
+    async with running() as server:
+
+        class Away:
+            async def find_key(self, _prefix: str) -> None:
+                raise StoreUnreachable(problem="no connection")
+
+        await check_standing(replace(server.plane, store=cast("Store", Away())), caller)
+        with pytest.raises(Unauthorized):
+            await check_standing(server.plane, caller)

@@ -5,8 +5,11 @@ import os
 from collections import deque
 from pathlib import Path
 
+import pytest
 from control_harness import Running, leave, running, until
+from msgspec.structs import replace
 
+from fusevm.control import tracker
 from fusevm.control.config import HostSetting
 from fusevm.control.store.protocol import START
 from fusevm.core.policy import Policy
@@ -95,6 +98,25 @@ async def test_a_guest_that_hangs_holds_up_neither_reconciliation_nor_its_own_en
         assert (await hanging).status_code >= 400
 
 
+async def test_tracked_guests_that_hang_do_not_delay_what_is_found_out_about_their_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tracker, "LOOK_TIMEOUT_S", 3_600)
+    async with running() as server:
+        host = server.host
+        for number in range(tracker.AT_ONCE + 1):
+            await server.create(f"sick-{number}", healthcheck={"exec": ["true"]})
+        other = await server.create("other")
+        released = host.hold["relay"] = asyncio.Event()
+        asked = host.count("relay")
+        await until(lambda: host.count("relay") >= asked + tracker.AT_ONCE)  # nobody of them will answer
+        host.crash(next(m.id for m in host.table.values() if m.uid == other["uid"]))
+        await until(lambda: _is(server, other["uid"], "failed"))
+        host.plant(replace(next(iter(host.table.values())), id="m-stray", uid="gone"))
+        await until(lambda: "m-stray" not in host.table)
+        released.set()
+
+
 async def test_gauges_say_what_is_known_while_a_host_is_silent() -> None:
     """What is ours stays; what only the host could say is not told, neither as it was nor as zero."""
     async with running() as server:
@@ -138,7 +160,7 @@ async def test_a_task_id_is_free_only_when_its_failed_boot_is_cleaned_up() -> No
     async with running() as server:
         released = server.host.hold["destroy"] = asyncio.Event()
         server.host.script("create", BootFailed(id="m", problem="kernel panic"))
-        first = await server.create()
+        first = await server.create_ends()
         await until(lambda: server.host.count("destroy") == 1)
         assert (await server.http.post(URL, json={"task_id": "t1"})).status_code == 409
         released.set()
@@ -203,6 +225,7 @@ async def test_everything_about_an_environment_survives_a_restart(tmp_path: Path
         await until(lambda: server.plane.clock.now_ms() > since)
         await server.act("used", "exec", {"cmd": ["true"]})
         await server.act("drained", "drain")
+        await server.plane.commands.tell(used["uid"])
         before = [await server.record(made["uid"]) for made in (used, drained)]
         shown = (await server.http.get("/v1/hosts/h1")).json()["allocated"]
     assert before[0].last_activity_ms > since

@@ -1,16 +1,47 @@
 """What the control plane measures, as a scrape shows it."""
 
 import asyncio
+from functools import partial
 
+import pytest
 from control_harness import Policy, Running, next_message, running, stream, until
 from prometheus_client.parser import text_string_to_metric_families
 
+from fusevm.control import fleet_gauges
 from fusevm.control.store.statements import Statement
 from fusevm.model.host import Resources
 from fusevm.model.setup import HealthStatus, Verdict
+from fusevm.testing.clock import FakeClock
 from fusevm.testing.fake_host import FakeHost
 
+#: What dashboards of the contract read, without its namespace.
+OF_THE_CONTRACT = {
+    "reconcile_duration_seconds",
+    "reconcile_cycles",
+    "fleet_tracked_vms",
+    "fleet_provider_vms",
+    "reconcile_orphans_destroyed",
+    "reconcile_orphans_failed",
+    "reconcile_orphans_dead_lettered",
+    "reconcile_stuck_tasks_suspected",
+    "reconcile_stuck_tasks_failed",
+    "reconcile_idle_vms_suspected",
+    "reconcile_idle_vms_failed",
+    "reconcile_vms_missing_provider",
+    "reconcile_health_checked_vms",
+    "reconcile_health_failing_vms",
+    "http_requests",
+    "http_request_duration_seconds",
+    "http_requests_in_flight",
+    "operations",
+    "operations_duration_seconds",
+}
 MASTER = {"authorization": "Bearer master-token-master-token"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_gauges, "FRESH_S", 0.0)
 
 
 async def scrape(server: Running) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -31,6 +62,35 @@ async def value(server: Running, name: str, **labels: str) -> float | None:
 
 async def names(server: Running) -> set[str]:
     return {name for name, _ in await scrape(server)}
+
+
+async def test_every_metric_of_the_contract_is_there() -> None:
+    async with running() as server:
+        text = (await server.http.get("/metrics")).text
+    found = {family.name for family in text_string_to_metric_families(text)}
+    assert {f"orchestrator_{name}" for name in OF_THE_CONTRACT} <= found
+
+
+async def test_an_end_at_a_limit_is_told_when_it_begins_and_when_it_is_over() -> None:
+    host, clock = FakeHost("h1"), FakeClock()
+    async with running(host, clock=clock) as server:
+        for kind, spec in (
+            ("stuck_tasks", {"max_runtime_seconds": 60}),
+            ("idle_vms", {"idle_timeout_seconds": 60}),
+        ):
+            suspected, failed = (f"reconcile_{kind}_{what}_total" for what in ("suspected", "failed"))
+            await server.create(kind, spec=spec)
+            host.hold["destroy"] = asyncio.Event()
+            clock.advance(120_000)
+
+            async def is_counted(name: str) -> bool:
+                return await value(server, name) == 1
+
+            await until(partial(is_counted, suspected))
+            assert await value(server, failed) == 0
+            host.hold["destroy"].set()
+            await until(partial(is_counted, failed))
+            assert await value(server, suspected) == 1
 
 
 async def test_an_action_is_counted_by_host_and_tenant_and_a_start_by_phase() -> None:
@@ -89,7 +149,8 @@ async def test_whoever_waits_for_a_place_is_counted_and_so_is_the_waiting() -> N
         await waiting
         assert await value(server, "queue_length") == 0
         assert await value(server, "queue_wait_seconds_count", result="placed") == 1
-        await server.create("c", queue_seconds=1)
+        refused = await server.http.post("/v1/environments", json={"task_id": "c", "queue_seconds": 1})
+        assert refused.status_code == 503
         assert await value(server, "queue_wait_seconds_count", result="expired") == 1
 
 

@@ -81,9 +81,10 @@ async def test_what_it_would_have_to_deliver_ends_the_environment_with_a_sentenc
     host: OlderHost, body: dict[str, object]
 ) -> None:
     async with running(host) as server:
-        env = await server.create(**body)
+        refused = await server.http.post("/v1/environments", json={"task_id": "t1", **body})
+        assert refused.status_code == 501
         await until(lambda: host.count("destroy"))
-        shown = (await server.get(uid=env["uid"])).json()
+        shown = (await server.get(uid=refused.json()["error"]["details"]["uid"])).json()
         assert (shown["reason"], shown["code"]) == ("not_supported", "unimplemented")
         assert "the machine's agent is older" in shown["error"]
         await until(lambda: not host.table)

@@ -9,7 +9,6 @@ import pytest
 from control_harness import Running, running, served, until
 
 from fusevm.model.errors import (
-    BootFailed,
     HostInUse,
     HostNotFound,
     HostUnreachable,
@@ -19,6 +18,7 @@ from fusevm.model.errors import (
     ScopeMissing,
     SnapshotFailed,
     SnapshotNotFound,
+    StartupFailed,
     Timeout,
     WrongState,
 )
@@ -86,7 +86,7 @@ async def test_a_startup_that_fails_is_an_error_that_says_so(server: Running, fu
     await until(lambda: server.host.guests)
     next(iter(server.host.guests.values())).exit = Exit(exit_code=3)
     server.host.hold.pop("relay").set()
-    with pytest.raises(BootFailed, match="exit status 3"):
+    with pytest.raises(StartupFailed, match="exit status 3"):
         await creating
 
 

@@ -6,7 +6,7 @@ import httpx
 import pytest
 from control_harness import Running, running, until
 
-from fusevm.control.etag import etag_of, matches
+from fusevm.control.etag import etag_of, matches, names_revision
 
 ENV = "/v1/environments/fuse-t1"
 
@@ -114,3 +114,26 @@ async def test_any_revision_will_do_for_a_star() -> None:
 )
 def test_a_list_of_etags_is_read(header: str, is_match: bool) -> None:
     assert matches(header, etag_of("u", 1)) is is_match
+
+
+@pytest.mark.parametrize(
+    ("header", "is_named"),
+    [
+        ('"h.1.5"', True),
+        ('"h.1.5+00ff"', True),
+        ('W/"h.1.5+00ff"', True),
+        ('"a", "h.1.5+00ff"', True),
+        (" * ", True),
+        ('"h.1.50"', False),
+        ('"h.1.4+00ff"', False),
+        ('"h.1"', False),
+        ("h.1.5", False),
+        ("", False),
+    ],
+)
+def test_a_revision_is_named_whatever_was_shown_with_it(header: str, is_named: bool) -> None:
+    assert names_revision(header, "h.1", 5) is is_named
+
+
+def test_two_bodies_of_one_revision_have_two_etags() -> None:
+    assert len({etag_of("h.1", 5), etag_of("h.1", 5, b"a"), etag_of("h.1", 5, b"b")}) == 3

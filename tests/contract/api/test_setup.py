@@ -5,10 +5,13 @@ import base64
 import json
 from typing import Any
 
+import httpx
 import pytest
 from control_harness import Running, next_message, rest_of, running, stream, until
 
+from fusevm.core.policy import Policy
 from fusevm.model.errors import GuestUnreachable
+from fusevm.model.event import AgentSeen
 from fusevm.model.setup import AgentState, AgentStatus, HealthStatus, Verdict
 from fusevm.testing.fake_host import FakeHost
 from fusevm.wire.guest import DrainAnswer, Exit
@@ -74,7 +77,7 @@ async def test_a_startup_script_that_fails_ends_the_environment_and_says_why() -
     host = FakeHost("h1")
     async with running(host) as server:
         host.hold["relay"] = asyncio.Event()
-        creating = asyncio.create_task(server.create(startup_script="false"))
+        creating = asyncio.create_task(server.create_ends(startup_script="false"))
         await until(lambda: host.guests)
         next(iter(host.guests.values())).exit = Exit(exit_code=3)
         host.hold.pop("relay").set()
@@ -90,7 +93,7 @@ async def test_a_daemon_that_cannot_be_started_ends_the_environment_and_says_why
     host = FakeHost("h1")
     async with running(host) as server:
         host.hold["relay"] = asyncio.Event()
-        creating = asyncio.create_task(server.create(agent={"command": ["/no/such/daemon"]}))
+        creating = asyncio.create_task(server.create_ends(agent={"command": ["/no/such/daemon"]}))
         await until(lambda: host.guests)
         next(iter(host.guests.values())).started = AgentState.FAILED
         host.hold.pop("relay").set()
@@ -165,10 +168,72 @@ async def test_rotation_gives_the_daemon_another_token() -> None:
         assert len(guest.processes) == 1, "the startup script is not run again"
 
 
-async def test_rotation_without_a_daemon_has_nothing_to_do() -> None:
+async def test_rotation_without_a_daemon_replaces_the_token_in_its_file() -> None:
+    async with running() as server:
+        await server.create(secrets={"A": "b"})
+        guest = server.host.guests[await machine_of(server)]
+        assert guest.setup is not None
+        before = guest.setup.fuse["auth-token"]
+        assert (await server.act("t1", "rotate-token")).status_code == 204
+        assert guest.setup.fuse["auth-token"] != before
+        assert guest.setup.fuse.keys() >= {"secrets.json", "env"}
+
+
+async def test_rotation_without_a_token_has_nothing_to_do() -> None:
     async with running() as server:
         await server.create()
         assert (await server.act("t1", "rotate-token")).status_code == 204
+        assert server.host.count("relay") == 0
+
+
+async def rotating(server: Running) -> asyncio.Task[httpx.Response]:
+    """A rotation that is held up on its way into the guest."""
+    server.host.hold["relay"] = asyncio.Event()
+    asked = server.host.count("relay")
+    task = asyncio.create_task(server.act("t1", "rotate-token"))
+    await until(lambda: server.host.count("relay") > asked)
+    return task
+
+
+async def test_rotation_in_a_silent_guest_is_a_timeout_and_not_the_clients_fault() -> None:
+    async with running(policy=Policy(rotate_deadline_ms=1500)) as server:
+        await server.create(secrets={"A": "b"})
+        server.host.script("relay", *[GuestUnreachable(id="m", problem="no answer")] * 100)
+        answer = await server.act("t1", "rotate-token")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        assert "no answer" in answer.json()["error"]["message"]
+        assert (await server.get()).json()["state"] == "running"
+
+
+async def test_rotation_says_that_the_daemon_did_not_start_again() -> None:
+    async with running() as server:
+        await server.create(**FULL)
+        server.host.guests[await machine_of(server)].started = AgentState.FAILED
+        answer = await server.act("t1", "rotate-token")
+        error = answer.json()["error"]
+        assert (answer.status_code, error["details"]["reason"]) == (400, "daemon_failed")
+        assert error["message"].count("could not be started") == 1
+
+
+async def test_rotation_is_not_held_to_fail_for_other_news_of_the_daemon() -> None:
+    async with running() as server:
+        env = await server.create(secrets={"A": "b"})
+        task = await rotating(server)
+        for restarts in range(1, 150):
+            seen = AgentStatus(state=AgentState.RUNNING, restarts=restarts, exit_code=137, message="killed by signal 9")
+            await server.plane.entry.feed(env["uid"], AgentSeen(cause="guest", status=seen))
+        server.host.hold.pop("relay").set()
+        assert (await task).status_code == 204
+
+
+async def test_rotation_that_a_destroy_comes_before_says_so() -> None:
+    async with running() as server:
+        await server.create(secrets={"A": "b"})
+        task = await rotating(server)
+        assert (await server.delete()).status_code == 204
+        server.host.hold.pop("relay").set()
+        answer = await task
+        assert (answer.status_code, answer.json()["error"]["details"]["reason"]) == (404, "ended")
 
 
 async def test_two_environments_never_share_a_token() -> None:

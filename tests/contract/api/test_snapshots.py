@@ -1,11 +1,16 @@
 """Snapshots over the API, against a host that only remembers them."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
 
+import httpx
 import pytest
 from control_harness import Running, running, until
 
+from fusevm.model.environment import Environment
 from fusevm.model.errors import HostUnreachable, SnapshotFailed
+from fusevm.model.event import Event, RestoreRequested
 from fusevm.testing.fake_host import FakeHost
 
 URL = "/v1/environments/fuse-t1/snapshots"
@@ -15,6 +20,23 @@ async def taken(server: Running, **body: object) -> dict[str, object]:
     answer = await server.http.post(URL, json=body)
     assert answer.status_code == 201, answer.text
     return dict(answer.json())
+
+
+def _is_ended(answer: httpx.Response) -> None:
+    assert (answer.status_code, answer.json()["error"]["details"]["reason"]) == (404, "ended")
+
+
+def before_a_restore(server: Running, meanwhile: Callable[[], Awaitable[object]]) -> None:
+    """Let something happen between the reading of the snapshot and the order to restore it; once."""
+    feed = server.plane.entry.feed
+
+    async def overtaken(uid: str, event: Event, **rest: Any) -> Environment:
+        if isinstance(event, RestoreRequested):
+            server.plane.entry.feed = feed  # type: ignore[method-assign]
+            await meanwhile()
+        return await feed(uid, event, **rest)
+
+    server.plane.entry.feed = overtaken  # type: ignore[method-assign]
 
 
 async def test_a_snapshot_is_taken_shown_and_listed_newest_first() -> None:
@@ -96,7 +118,7 @@ async def test_a_destroy_does_not_wait_for_a_snapshot() -> None:
         await until(lambda: server.host.count("take_snapshot"))
         assert (await server.delete()).status_code == 204
         server.host.hold.pop("take_snapshot").set()
-        await taking
+        _is_ended(await taking)
         (left,) = (await server.http.get("/v1/snapshots")).json()["snapshots"]
         assert left["state"] == "error"
 
@@ -149,6 +171,16 @@ async def test_a_seed_that_cannot_be_used_is_refused(body: dict[str, object], st
             body = {**body, "seed_snapshot_id": snapshot["id"]}
         answer = await server.http.post("/v1/environments", json={"task_id": "t2", **body})
         assert answer.status_code == status
+
+
+async def test_a_snapshot_with_memory_is_restored_in_place_and_is_no_seed() -> None:
+    async with running() as server:
+        await server.create()
+        snapshot = await taken(server, live=True)
+        assert snapshot["kind"] == "live"
+        answer = await server.http.post("/v1/environments", json={"task_id": "t2", "seed_snapshot_id": snapshot["id"]})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "conflict")
+        assert (await server.http.post(f"/v1/snapshots/{snapshot['id']}?action=restore")).status_code == 204
 
 
 async def test_deletion_frees_the_bytes_before_the_record() -> None:
@@ -242,6 +274,71 @@ async def test_a_restore_that_the_host_refuses_leaves_snapshot_and_environment_a
         assert (await server.http.get(url)).json()["state"] == "ready"
         assert (await server.get()).json()["state"] == "running"
         assert (await server.http.post(url + "?action=restore")).status_code == 204
+
+
+async def test_a_restore_that_a_destroy_comes_before_says_so() -> None:
+    async with running() as server:
+        await server.create()
+        url = f"/v1/snapshots/{(await taken(server))['id']}"
+        server.host.hold["restore_snapshot"] = asyncio.Event()
+        restoring = asyncio.create_task(server.http.post(url + "?action=restore"))
+        await until(lambda: server.host.count("restore_snapshot"))
+        assert (await server.delete()).status_code == 204
+        server.host.hold.pop("restore_snapshot").set()
+        _is_ended(await restoring)
+        assert (await server.http.get(url)).json()["state"] == "ready"
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+async def test_a_restore_that_a_deletion_comes_before_is_refused(is_gone: bool) -> None:
+    async with running(wait_s=60.0 if is_gone else 0.05) as server:
+        await server.create()
+        url = f"/v1/snapshots/{(await taken(server))['id']}"
+        held = asyncio.Event()
+        if not is_gone:
+            server.host.hold["delete_snapshot"] = held
+        before_a_restore(server, lambda: server.http.delete(url))
+        async with asyncio.timeout(10):
+            refused = await server.http.post(url + "?action=restore")
+        found = (404, "snapshot_not_found") if is_gone else (409, "snapshot_not_ready")
+        assert (refused.status_code, refused.json()["error"]["details"]["reason"]) == found
+        server.host.hold.clear()
+        held.set()
+        assert server.host.count("restore_snapshot") == 0
+        assert (await server.get()).json()["state"] == "running"
+
+
+@pytest.mark.parametrize("is_guarded", [False, True])
+async def test_a_restore_after_another_one_is_made_unless_it_is_guarded(is_guarded: bool) -> None:
+    async with running() as server:
+        await server.create()
+        url = f"/v1/snapshots/{(await taken(server))['id']}"
+        headers = {"if-match": (await server.http.get(url)).headers["etag"]} if is_guarded else {}
+        before_a_restore(server, lambda: server.http.post(url + "?action=restore"))
+        async with asyncio.timeout(10):
+            second = await server.http.post(url + "?action=restore", headers=headers)
+        assert second.status_code == (412 if is_guarded else 204)
+        assert server.host.count("restore_snapshot") == (1 if is_guarded else 2)
+
+
+async def test_of_two_restores_at_the_same_time_one_is_made() -> None:
+    async with running() as server:
+        await server.create()
+        url = f"/v1/snapshots/{(await taken(server))['id']}"
+        etag = (await server.http.get(url)).headers["etag"]
+        held = server.host.hold["restore_snapshot"] = asyncio.Event()
+        first: list[asyncio.Task[httpx.Response]] = []
+
+        async def begin_another() -> None:
+            first.append(asyncio.create_task(server.http.post(url + "?action=restore")))
+            await until(lambda: server.host.count("restore_snapshot"))
+
+        before_a_restore(server, begin_another)
+        refused = await server.http.post(url + "?action=restore", headers={"if-match": etag})
+        assert (refused.status_code, refused.json()["error"]["details"]["reason"]) == (409, "action_under_way")
+        held.set()
+        assert (await first[0]).status_code == 204
+        assert server.host.count("restore_snapshot") == 1
 
 
 async def test_a_snapshot_has_an_etag_that_guards_its_deletion() -> None:

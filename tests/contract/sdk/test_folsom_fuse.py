@@ -16,6 +16,7 @@ from control_process import serving
 from fuse import errors, types
 
 from fusevm.control.main import HttpServer
+from fusevm.model.errors import BootFailed
 from fusevm.testing.fake_host import FakeHost, fake_host_app
 from fusevm.testing.simulated_hosts import running_hosts
 
@@ -589,3 +590,16 @@ def test_a_create_that_takes_too_long_is_still_an_environment(tmp_path: Path) ->
             assert next(events).state == "running"
             client.environments.destroy(made.id)
             assert [event.state for event in events] == ["destroying", "destroyed"]
+
+
+def test_a_create_that_does_not_come_up_raises(tmp_path: Path) -> None:
+    """As the contract's own server answers it; what has become of the environment is where `record` says."""
+    with HostThread() as thread:
+        thread.host.script("create", BootFailed(id="m", problem="kernel panic"))
+        with serving(tmp_path, "--host-url", thread.url) as server, fuse.Client(server.url) as client:
+            with pytest.raises(errors.ApiError, match="kernel panic") as caught:
+                client.environments.create(types.CreateRequest(task_id="t"))
+            assert errors.is_unavailable(caught.value)
+            details = caught.value.details
+            assert (details["reason"], details["id"]) == ("boot_failed", "fuse-t")
+            assert details["record"] == f"/v1/environments/fuse-t?uid={details['uid']}"

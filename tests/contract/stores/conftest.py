@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from store_harness import KINDS, Place, inline_place, make_host, postgres_place, sqlite_place
 
+from fusevm.control.store.location import MEMORY
 from fusevm.control.store.protocol import Store
-from fusevm.control.store.sqlite import MEMORY
 from fusevm.testing.postgres import PostgresServer
 
 

@@ -9,9 +9,9 @@ from typing import Protocol
 import asyncpg
 from msgspec.structs import replace
 
+from fusevm.control.store.location import MEMORY
 from fusevm.control.store.opening import open_store
 from fusevm.control.store.protocol import Claim, Reservation, Store
-from fusevm.control.store.sqlite import MEMORY
 from fusevm.core import lifecycle
 from fusevm.core.lifecycle import Identity, Step
 from fusevm.core.placement import can_reserve

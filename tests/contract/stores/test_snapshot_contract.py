@@ -9,8 +9,8 @@ from fusevm.core.invariants import violations
 from fusevm.core.lifecycle import Step
 from fusevm.model.api_key import ApiKey
 from fusevm.model.environment import Environment, SnapshotMachine
-from fusevm.model.errors import Internal, RevisionConflict
-from fusevm.model.event import RestoreRequested, SnapshotRequested, SnapshotRestored, SnapshotTaken
+from fusevm.model.errors import HostInUse, Internal, RevisionConflict
+from fusevm.model.event import HostLost, RestoreRequested, SnapshotRequested, SnapshotRestored, SnapshotTaken
 from fusevm.model.snapshot import Snapshot, SnapshotState
 
 
@@ -39,6 +39,22 @@ async def _take(store: Store, env: Environment, place: Place, id_: str = "snap-1
 
 async def _running(store: Store, place: Place, task_id: str = "t1", tenant: str = "") -> Environment:
     return await boot(store, await create(store, place, task_id, tenant=tenant), place)
+
+
+async def test_the_snapshots_of_a_host_that_leaves_stay_and_cannot_be_used(store: Store, place: Place) -> None:
+    env = await _take(store, await _running(store, place), place)
+    env = await _take(store, env, place, "snap-2")
+    ready = await _must(store, "snap-2")
+    deleting = await store.save_snapshot(replace(ready, state=SnapshotState.DELETING))
+    with pytest.raises(HostInUse):
+        await store.drop_host("h1")
+    assert (await _must(store, "snap-1")).state is SnapshotState.READY
+    await feed(store, env, HostLost(cause="test", host_id="h1"), place)
+    await store.drop_host("h1")
+    left = await _must(store, "snap-1")
+    assert (left.state, left.last_error) == (SnapshotState.ERROR, "host h1, where its bytes are, was removed")
+    assert await _must(store, "snap-2") == deleting
+    assert violations(await store.world(), POLICY) == []
 
 
 async def _must(store: Store, id_: str) -> Snapshot:
@@ -265,6 +281,21 @@ async def test_the_newest_ready_snapshot_of_an_environment_does_not_expire(store
     assert await store.acquire_snapshot("snap-3", ME) is None
     await _take(store, env, place, "snap-4")
     assert sorted((await store.due(10)).snapshots) == ["snap-1", "snap-2"]
+
+
+async def test_the_newest_snapshot_expires_when_its_environment_has_ended(store: Store, place: Place) -> None:
+    until_ms = place.now_ms() + 1000
+    env = await _take(store, await _running(store, place), place, "snap-1", retention_until_ms=until_ms)
+    await place.advance(2000)
+    assert (await store.due(10)).snapshots == ()
+    await end(store, env, place)
+    assert (await store.due(10)).snapshots == ("snap-1",)
+    taken = await store.acquire_snapshot("snap-1", ME)
+    assert taken is not None
+    assert taken.state is SnapshotState.DELETING
+    await store.drop_snapshot("snap-1")
+    await place.advance(1000)
+    assert await store.purge(500, 10) == 1
 
 
 async def test_everything_is_counted(store: Store, place: Place) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 from store_harness import ME, OTHER, POLICY, SMALL, Place, begin, create, end, feed, make_host, queue, room
@@ -10,16 +11,25 @@ from fusevm.control.store.protocol import (
     START,
     Committed,
     Query,
+    Reading,
     RequestKey,
     ReservationLost,
     SealedRow,
     Store,
 )
+from fusevm.control.store.statements import Statement
 from fusevm.core import lifecycle
 from fusevm.core.invariants import violations
 from fusevm.core.lifecycle import Step
 from fusevm.model.environment import Environment, State
-from fusevm.model.errors import HostInUse, HostNotFound, Internal, RevisionConflict, TaskExists
+from fusevm.model.errors import (
+    HostInUse,
+    HostNotFound,
+    IdempotencyInProgress,
+    Internal,
+    RevisionConflict,
+    TaskExists,
+)
 from fusevm.model.event import BootSucceeded, DestroyRequested, HostLost, OutcomeUnknown, Placed
 from fusevm.model.host import HostHealth, HostState, Resources
 
@@ -36,7 +46,7 @@ async def test_what_was_created_is_read_back(store: Store, place: Place) -> None
     host = await store.host("h1")
     assert host is not None
     assert host.allocated == Resources(cpus=1, ram_mb=512, storage_gb=4, vm_count=1)
-    assert await store.on_host("h1") == [env]
+    assert await store.on_host("h1") == Reading((env,))
     assert await store.count_live() == {"provisioning": 1}
 
 
@@ -117,7 +127,7 @@ async def test_the_end_gives_the_place_back_and_frees_the_task(store: Store, pla
     host = await store.host("h1")
     assert host is not None
     assert host.allocated == Resources()
-    assert await store.on_host("h1") == []
+    assert await store.on_host("h1") == Reading()
     again = await create(store, place)
     assert await store.live("t1") == again
     second_end = await end(store, again, place)
@@ -145,6 +155,27 @@ async def test_lists_filter_and_page(store: Store, place: Place) -> None:
     assert await uids(ended=True) == [ended[1].uid, ended[0].uid]
     assert await uids(ended=True, after=ended[1].uid) == [ended[0].uid]
     assert await uids(ended=True, task_id="t1") == [ended[0].uid]
+
+
+async def test_a_list_leaves_out_what_cannot_be_read_and_says_so(store: Store, place: Place) -> None:
+    envs = [await create(store, place, f"t{n}") for n in range(5)]
+    waiting = [await queue(store, place, f"q{n}") for n in range(2)]
+    doubted: list[str] = []
+    store.doubter = doubted.extend
+    broken = {envs[1].uid, envs[2].uid, waiting[0].uid}
+    for uid in broken:
+        statement = "update environments set doc = replace(doc, 'provisioning', 'floating') where uid = $1"
+        await store._engine.apply(Statement("", (uid,), statement))
+    first = await store.list_page(Query(limit=3))
+    assert first == [envs[0], envs[3], envs[4]]
+    assert await store.list_page(Query(limit=3, after=first[-1].uid)) == [waiting[1]]
+    reading = await store.on_host("h1")
+    assert sorted(env.uid for env in reading.records) == [envs[0].uid, envs[3].uid, envs[4].uid]
+    assert reading.unreadable == {envs[1].uid, envs[2].uid}
+    assert await store.queued(10) == [waiting[1]] == await store.queued_after("", 10)
+    assert set(doubted) == broken
+    with pytest.raises(msgspec.ValidationError):
+        await store.get(envs[1].uid)
 
 
 async def test_the_listener_hears_of_every_commit_and_of_leases(store: Store, place: Place) -> None:
@@ -203,8 +234,6 @@ async def test_leases_can_be_given_back(store: Store, place: Place) -> None:
     first, second = await create(store, place, "a"), await create(store, place, "b")
     await store.release("other")
     assert (await store.due(10)).actions == ()
-    await store.release("me", [(first.uid, 1)])
-    assert (await store.due(10)).actions == ((first.uid, 1),)
     await store.release("me")
     assert {uid for uid, _ in (await store.due(10)).actions} == {first.uid, second.uid}
 
@@ -292,6 +321,31 @@ async def test_hosts_are_saved_by_compare_and_swap(store: Store, place: Place) -
     assert await store.host("nowhere") is None
 
 
+async def test_hosts_come_in_pages(store: Store) -> None:
+    for host_id in ("a", "b", "c"):
+        await store.save_host(make_host(host_id))
+    assert [host.id for host in await store.host_page("", 2)] == ["a", "b"]
+    assert [host.id for host in await store.host_page("b", 9)] == ["c", "h1"]
+    assert await store.host_page("h1", 9) == []
+
+
+async def test_a_host_is_decoded_again_only_where_it_has_changed(store: Store, place: Place) -> None:
+    await store.save_host(make_host("h2"))
+    first, second = await store.hosts()
+    again = await store.hosts()
+    assert again[0] is first
+    assert again[1] is second
+    await create(store, place)
+    await store.touch_host("h2", 77)
+    booked, seen = await store.hosts()
+    assert (booked.allocated.vm_count, seen.last_seen_ms) == (1, 77)
+    await store.drop_host("h2")
+    assert await store.hosts() == [booked]
+    # Of the same revision as the dropped one.
+    await store.save_host(replace(make_host("h2"), url="elsewhere"))
+    assert [host.url for host in await store.hosts()][1] == "elsewhere"
+
+
 async def test_a_host_is_watched_by_one(store: Store, place: Place) -> None:
     assert await store.acquire_host("h1", ME)
     assert await store.acquire_host("h1", ME)
@@ -306,35 +360,86 @@ async def test_a_host_is_watched_by_one(store: Store, place: Place) -> None:
 # -- requests, secrets, upkeep -------------------------------------------------------------------------------------
 
 
+FIRST = RequestKey("", "create", "k", "f1", "first")
+AGAIN = replace(FIRST, claimant="again")
+#: A claim that has bound nothing for this long is dead.
+DEAD_MS = 500
+
+
 async def test_a_request_key_is_claimed_once_and_keeps_its_answer(store: Store, place: Place) -> None:
-    key = RequestKey("", "create", "k", "f1")
-    assert await store.claim_request(key, 1000) is None
-    before = await store.claim_request(replace(key, fingerprint="f2"), 1000)
+    assert await store.claim_request(FIRST, 1000) is None
+    before = await store.claim_request(replace(AGAIN, fingerprint="f2"), 1000)
     assert before is not None
     assert (before.fingerprint, before.status, before.uid) == ("f1", 0, "")
     step = begin(place)
-    env = await store.create(step, room(step), ME, key)
-    await store.finish_request(key, 201, "{}")
-    before = await store.claim_request(key, 1000)
+    env = await store.create(step, room(step), ME, FIRST)
+    await store.finish_request(FIRST, 201, "{}", is_sealed=True)
+    await store.finish_request(FIRST, 500, "")
+    before = await store.claim_request(AGAIN, 1000)
     assert before is not None
-    assert (before.status, before.body, before.uid) == (201, "{}", env.uid)
-    assert await store.claim_request(RequestKey("", "exec", "k", "f1"), 1000) is None
+    assert (before.status, before.body, before.is_sealed, before.uid) == (201, "{}", True, env.uid)
+    assert await store.claim_request(replace(AGAIN, route="exec"), 1000) is None
     await place.advance(1000)
-    assert await store.claim_request(replace(key, fingerprint="f3"), 1000) is None
-    await store.forget_request(key)
-    assert await store.claim_request(key, 1000) is None
+    anew = replace(AGAIN, fingerprint="f3")
+    assert await store.claim_request(anew, 1000) is None
+    assert await store.forget_request(anew) == ""
+    assert await store.claim_request(FIRST, 1000) is None
+
+
+async def test_a_claim_whose_answer_was_lost_may_be_repeated_by_its_claimant(store: Store) -> None:
+    assert await store.claim_request(FIRST, 1000) is None
+    assert await store.claim_request(FIRST, 1000) is None
+    assert await store.claim_request(AGAIN, 1000) is not None
+    await store.finish_request(FIRST, 200, "")
+    assert await store.claim_request(FIRST, 1000) is not None
+
+
+async def test_a_key_that_is_bound_is_not_freed(store: Store, place: Place) -> None:
+    await store.claim_request(FIRST, 1000)
+    step = begin(place)
+    env = await store.create(step, room(step), ME, FIRST)
+    assert await store.forget_request(FIRST) == env.uid
+    assert await store.forget_request(AGAIN) == env.uid
+    assert await store.forget_request(replace(AGAIN, fingerprint="f2")) == ""
+    before = await store.claim_request(AGAIN, 1000)
+    assert before is not None
+    assert (before.uid, before.status) == (env.uid, 0)
+    await store.finish_request(AGAIN, 500, "")
+    await store.finish_request(AGAIN, 201, "{}", uid=env.uid)
+    before = await store.claim_request(AGAIN, 1000)
+    assert before is not None
+    assert (before.status, before.body, before.is_sealed) == (201, "{}", False)
+
+
+async def test_a_claim_that_is_taken_over_can_neither_bind_nor_finish_nor_free_the_key(
+    store: Store, place: Place
+) -> None:
+    await store.claim_request(FIRST, 1000, DEAD_MS)
+    assert await store.claim_request(AGAIN, 1000, DEAD_MS) is not None
+    await place.advance(DEAD_MS)
+    assert await store.claim_request(AGAIN, 1000) is not None
+    assert await store.claim_request(AGAIN, 1000, DEAD_MS) is None
+    step = begin(place)
+    with pytest.raises(IdempotencyInProgress):
+        await store.create(step, room(step), ME, FIRST)
+    assert await store.live("t1") is None
+    await store.finish_request(FIRST, 201, "{}")
+    assert await store.forget_request(FIRST) == ""
+    env = await store.create(step, room(step), ME, AGAIN)
+    assert await store.forget_request(FIRST) == env.uid
 
 
 async def test_a_key_is_not_bound_by_a_create_that_failed(store: Store, place: Place) -> None:
     await create(store, place)
-    key = RequestKey("", "create", "k", "f1")
-    await store.claim_request(key, 1000)
+    await store.claim_request(FIRST, 1000)
     step = begin(place)
     with pytest.raises(TaskExists):
-        await store.create(step, room(step), ME, key)
-    before = await store.claim_request(key, 1000)
+        await store.create(step, room(step), ME, FIRST)
+    before = await store.claim_request(AGAIN, 1000)
     assert before is not None
     assert before.uid == ""
+    assert await store.forget_request(FIRST) == ""
+    assert await store.claim_request(AGAIN, 1000) is None
 
 
 async def test_secrets_are_kept_and_replaced(store: Store) -> None:
@@ -347,8 +452,7 @@ async def test_secrets_are_kept_and_replaced(store: Store) -> None:
 async def test_what_was_kept_long_enough_is_purged(store: Store, place: Place) -> None:
     old = await end(store, await create(store, place, "old"), place)
     live = await create(store, place, "live")
-    key = RequestKey("", "create", "k", "f1")
-    await store.claim_request(key, 500)
+    await store.claim_request(FIRST, 500)
     await place.advance(1000)
     fresh = await end(store, await create(store, place, "fresh"), place)
     assert await store.purge(500, 10) == 1
@@ -356,7 +460,7 @@ async def test_what_was_kept_long_enough_is_purged(store: Store, place: Place) -
     assert await store.facts_of(old.uid, 0, 10) == []
     assert await store.get(live.uid) is not None
     assert await store.get(fresh.uid) is not None
-    assert await store.claim_request(key, 500) is None
+    assert await store.claim_request(AGAIN, 500) is None
     await store.ping()
 
 
@@ -396,13 +500,23 @@ async def test_who_waits_for_a_place_comes_in_order_of_age(store: Store, place: 
     assert await store.usage_by_tenant() == {"": SMALL}
 
 
+async def test_tenants_take_turns_in_the_line(store: Store, place: Place) -> None:
+    """Whoever brings many hides nobody."""
+    many = [await queue(store, place, f"a{number}", tenant="x") for number in range(3)]
+    one = await queue(store, place, "b", tenant="y")
+    assert await store.queued(2) == [many[0], one]
+    assert await store.queued(10) == [many[0], one, *many[1:]]
+    assert await store.queued_after("", 2) == many[:2]
+    assert await store.queued_after(many[1].uid, 10) == [many[2], one]
+
+
 async def test_a_place_is_booked_with_the_commit(store: Store, place: Place) -> None:
     waiting = await queue(store, place)
     placed = await _place(store, waiting, place)
     assert placed.host_id == "h1"
     assert placed.pending is not None
     assert await store.queued(10) == []
-    assert await store.on_host("h1") == [placed]
+    assert await store.on_host("h1") == Reading((placed,))
     assert await store.renew([(placed.uid, placed.pending.seq)], ME) == {(placed.uid, placed.pending.seq)}
     host = await store.host("h1")
     assert host is not None
@@ -504,18 +618,24 @@ async def test_a_setup_is_not_saved_when_its_environment_is_not(store: Store, pl
     assert await store.get_secret("env:x", "setup") is None
 
 
-async def test_secrets_are_dropped_by_owner_and_resealed_only_if_unchanged(store: Store) -> None:
+async def test_secrets_that_are_sealed_otherwise_come_page_by_page(store: Store) -> None:
+    for owner, name, sealed in (("a", "1", "OLD-1"), ("a", "2", "NEW-2"), ("b", "1", "OLD-3"), ("c", "1", "OLD-4")):
+        await store.put_secret(owner, name, sealed)
+    first = await store.secrets_sealed_otherwise("NEW", ("", ""), 2)
+    assert [(row.owner, row.name, row.sealed) for row in first] == [("a", "1", "OLD-1"), ("b", "1", "OLD-3")]
+    rest = await store.secrets_sealed_otherwise("NEW", ("b", "1"), 2)
+    assert [(row.owner, row.sealed) for row in rest] == [("c", "OLD-4")]
+
+
+async def test_secrets_are_resealed_only_if_unchanged(store: Store) -> None:
     for owner, name in (("a", "1"), ("a", "2"), ("b", "1")):
         await store.put_secret(owner, name, "old")
     await store.reseal_secret("b", "1", "other", "new")
     assert await store.get_secret("b", "1") == "old"
     await store.reseal_secret("b", "1", "old", "new")
     assert await store.get_secret("b", "1") == "new"
-    await store.drop_secrets("a")
-    assert await store.get_secret("a", "1") is None
-    assert await store.get_secret("a", "2") is None
-    await store.reseal_secret("a", "1", "old", "new")
-    assert await store.get_secret("a", "1") is None
+    await store.reseal_secret("c", "1", "old", "new")
+    assert await store.get_secret("c", "1") is None
 
 
 # -- hosts that leave ----------------------------------------------------------------------------------------------
@@ -531,6 +651,35 @@ async def test_a_host_with_placements_stays(store: Store, place: Place) -> None:
     assert await store.hosts() == []
     with pytest.raises(HostNotFound):
         await store.drop_host("h1")
+
+
+async def test_a_host_and_its_token_are_saved_together_or_not_at_all(store: Store) -> None:
+    first = await store.save_host(make_host("h2"), SealedRow("host:h2", "token", "one"))
+    assert await store.get_secret("host:h2", "token") == "one"
+    await store.save_host(replace(first, url="elsewhere"), SealedRow("host:h2", "token", "two"))
+    for late in (replace(first, url="late"), make_host("h2")):
+        with pytest.raises(RevisionConflict):
+            await store.save_host(late, SealedRow("host:h2", "token", "late"))
+    assert await store.get_secret("host:h2", "token") == "two"
+
+
+async def test_a_host_leaves_with_its_token_and_without_the_others(store: Store) -> None:
+    for host_id in ("h2", "h3"):
+        await store.save_host(make_host(host_id), SealedRow(f"host:{host_id}", "token", "sealed"))
+    await store.drop_host("h2")
+    assert await store.get_secret("host:h2", "token") is None
+    assert await store.get_secret("host:h3", "token") == "sealed"
+
+
+async def test_only_the_revision_of_a_host_that_was_seen_is_dropped(store: Store) -> None:
+    seen = await store.save_host(make_host("h2"), SealedRow("host:h2", "token", "sealed"))
+    newer = await store.save_host(replace(seen, state=HostState.CORDONED))
+    with pytest.raises(RevisionConflict):
+        await store.drop_host("h2", seen.revision)
+    assert await store.host("h2") == newer
+    assert await store.get_secret("host:h2", "token") == "sealed"
+    await store.drop_host("h2", newer.revision)
+    assert await store.host("h2") is None
 
 
 async def test_a_create_and_the_removal_of_its_host_exclude_each_other(store: Store, place: Place) -> None:
@@ -554,10 +703,10 @@ async def test_texts_that_no_column_can_hold_find_nothing(store: Store, place: P
     assert await store.list_page(Query(task_id="t1\0")) == []
     assert await store.list_page(Query(tenant="\0")) == []
     assert await store.find_key("\0") is None
-    key = RequestKey("", "create", "\0\u2028'", "f1")
+    key = replace(FIRST, key="\0\u2028'")
     assert await store.claim_request(key, 1000) is None
     await store.finish_request(key, 200, '{"a":"\\u0000"}')
-    assert (await store.claim_request(key, 1000)) is not None
+    assert (await store.claim_request(replace(key, claimant="again"), 1000)) is not None
 
 
 async def test_a_record_with_odd_texts_is_read_as_it_was_written(store: Store, place: Place) -> None:

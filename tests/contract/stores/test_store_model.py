@@ -302,7 +302,8 @@ class StoreMachine(RuleBasedStateMachine):
         live = sorted(uid for uid, env in self.records.items() if not env.is_terminal)
         assert [env.uid for env in self.run(self.store.list_page(Query(limit=1000)))] == live
         waiting = [uid for uid in live if self.records[uid].is_queued]
-        assert [env.uid for env in self.run(self.store.queued(1000))] == waiting
+        assert [env.uid for env in self.run(self.store.queued_after("", 1000))] == waiting
+        assert sorted(env.uid for env in self.run(self.store.queued(1000))) == waiting
         listed = self.run(self.store.snapshots(SnapshotQuery(limit=1000)))
         assert [snapshot.id for snapshot in listed] == sorted(self.snapshots, reverse=True)
 

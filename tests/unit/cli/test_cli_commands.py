@@ -14,6 +14,7 @@ from fake_api import CUT, FakeApi, make_environment, to_json
 
 from fusevm import __version__
 from fusevm.model import errors
+from fusevm.wire.errors import ending_error
 from fusevm.wire.rest import EventBody
 
 
@@ -125,7 +126,7 @@ def test_version_names_everything_that_takes_part(fuse: Fuse, api: FakeApi) -> N
     api.hosts = [msgspec.structs.replace(api.hosts[0], driver="qemu (tcg)", **versions)]
     text = fuse("version").out
     assert f"client          {__version__}\n" in text
-    assert "9.9.9 (fuse at" in text
+    assert "9.9.9 (fuse-orchestrator at" in text
     for value in ("qemu (tcg)", *versions.values()):
         assert value in text
     assert json.loads(fuse("version", "-o", "json").out)["hosts"] == [
@@ -209,11 +210,19 @@ def test_run_never_destroys_what_was_there_before(fuse: Fuse, api: FakeApi) -> N
     assert list(api.environments) == ["fuse-mine"]
 
 
-def test_run_cleans_up_after_a_machine_that_did_not_start(fuse: Fuse, api: FakeApi) -> None:
-    api.script("POST", "/v1/environments", errors.BootFailed(id="x", problem="no init"))
+@pytest.mark.parametrize(
+    ("reason", "code"), [("boot_failed", 5), ("startup_failed", 2), ("boot_timeout", 7), ("deleted", 3)]
+)
+def test_a_machine_that_did_not_come_up_is_told_and_ends_by_itself(
+    fuse: Fuse, api: FakeApi, reason: str, code: int
+) -> None:
+    why = ending_error("fuse-x", "01x", state="failed", reason=reason, message="no init")
+    api.script("POST", "/v1/environments", why)
     done = fuse("run", "-n", "debian-12", "true")
-    assert done.code == 5
+    assert done.code == code
     assert "no init" in done.err
+    assert "`fuse env events fuse-x --uid 01x`" in done.err
+    assert [method for method, *_ in api.requests] == ["POST"]
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
@@ -334,7 +343,7 @@ def test_a_lost_create_is_repeated_under_one_key(fuse: Fuse, api: FakeApi) -> No
 def test_a_machine_that_never_comes_up_is_a_boot_failure(fuse: Fuse, api: FakeApi) -> None:
     early = make_environment("bad", "provisioning")
     api.script("POST", "/v1/environments", lambda: to_json(early, 201))
-    api.ended[early.uid] = make_environment("bad", "failed", error="no root")
+    api.ended[early.uid] = make_environment("bad", "failed", reason="boot_failed", error="no root")
     done = fuse("env", "create", "--task-id", "bad")
     assert done.code == 5
     assert "no root" in done.err

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import asyncpg
 import pytest
 from cli_outcome import Fuse, Outcome
 
 from fusevm.cli import main
 from fusevm.control.secrets import Sealer
 from fusevm.control.store.opening import open_store
-from fusevm.control.store.protocol import Claim, Reservation, SealedRow, Store
+from fusevm.control.store.protocol import Claim, RequestKey, Reservation, SealedRow, Store
 from fusevm.core import lifecycle
 from fusevm.core.lifecycle import Identity
 from fusevm.core.policy import Policy
@@ -30,11 +31,13 @@ from fusevm.model.event import (
     BootSucceeded,
     DestroyConfirmed,
     DestroyRequested,
+    DrainRequested,
     Event,
     SnapshotRequested,
     SnapshotTaken,
 )
 from fusevm.model.host import Host, Resources
+from fusevm.model.setup import Duties
 from fusevm.model.snapshot import Snapshot, SnapshotState
 from fusevm.testing.postgres import PostgresServer
 
@@ -61,10 +64,16 @@ async def _fill(store: Store) -> None:
     async def create(uid: str, host_id: str) -> Environment:
         identity = Identity(uid=uid, task_id=f"task-{uid}", machine_id=f"m-{uid}")
         spec = complete(POLICY, queue_seconds=1000)
-        step = lifecycle.begin(identity, spec, host_id, cause="c", now_ms=NOW_MS, policy=POLICY)
+        duties = Duties(setup=not host_id)
+        step = lifecycle.begin(identity, spec, host_id, cause="c", now_ms=NOW_MS, policy=POLICY, duties=duties)
         room = Reservation(host_id, resources_of(spec), lambda _host: True) if host_id else None
         sealed = SealedRow(f"env:{uid}", "setup", sealer.seal("{}", row=f"env:{uid}/setup"))
-        return await store.create(step, room, Claim("w", 1000), sealed=sealed)
+        key = RequestKey("", "create", f"key-{uid}", "f", "c")
+        await store.claim_request(key, 1 << 40)
+        made = await store.create(step, room, Claim("w", 1000), key, sealed)
+        answer = sealer.seal("{}", row=f"request::create/key-{uid}")
+        await store.finish_request(key, 201, answer, is_sealed=True)
+        return made
 
     async def feed(env: Environment, event: Event) -> Environment:
         return await store.commit(env.uid, env.revision, lifecycle.step(env, event, NOW_MS, POLICY), None)
@@ -155,7 +164,6 @@ DAMAGES = {
     "a placement of nobody": (f"{_ORPHAN} values ('u9', 'h1', '', 0, 0, 0, 0)", "invariant", "no such environment"),
     "a placement that is missing": ("delete from placements where uid = 'u1'", "invariant", "placed as None"),
     "a host's sum": ("update hosts set ram_mb = ram_mb + 1", "invariant", "its placements are"),
-    "a host beyond its limits": ("update hosts set vm_count = 99", "invariant", "beyond its limit"),
     "a host that is missing": ("delete from hosts", "invariant", "does not exist"),
     "an event of nobody": (
         """insert into events (uid, seq, task_id, tenant, doc) select 'u9', 1, 't', '', replace(doc, 'u1', 'u9')
@@ -206,6 +214,45 @@ DAMAGES = {
     "a host's revision": ("update hosts set revision = 77", "record", "the column revision"),
     "an API key": ("update api_keys set prefix = 'x'", "record", "the column prefix"),
     "an API key that cannot be read": ("update api_keys set doc = ''", "record", "cannot be read"),
+    "an event of another tenant": ("update events set tenant = 'x' where seq = 1", "record", "the column tenant"),
+    "an event of another task": ("update events set task_id = 'x' where seq = 1", "record", "the column task_id"),
+    "a placement of another tenant": ("update placements set tenant = 'x'", "record", "the column tenant"),
+    "a deadline that is missing": ("update environments set deadline_ms = null", "record", "the column deadline_ms"),
+    "a deadline of one that is over": (
+        "update environments set deadline_ms = 1 where uid = 'u2'",
+        "record",
+        "the column deadline_ms is 1",
+    ),
+    "a deadline that is too late": (
+        "update environments set deadline_ms = deadline_ms + 1 where uid = 'u3'",
+        "record",
+        "u3: the column deadline_ms",
+    ),
+    "the time of an action": (
+        "update environments set not_before_ms = 7 where uid = 'u3'",
+        "record",
+        "the column not_before_ms",
+    ),
+    "a lease without an end": (
+        "update environments set lease_owner = 'w', lease_until_ms = null where uid = 'u3'",
+        "record",
+        "leased to 'w' until None",
+    ),
+    "a host's lease without an end": ("update hosts set lease_owner = 'w'", "record", "leased to 'w'"),
+    "a snapshot's lease without an end": ("update snapshots set lease_owner = 'w'", "record", "leased to 'w'"),
+    "a snapshot's end": ("update snapshots set due_ms = 1", "record", "the column due_ms"),
+    "a snapshot's size": ("update snapshots set size_bytes = 7", "record", "the column size_bytes"),
+    "a snapshot's name": ("update snapshots set name = 'x'", "record", "the column name"),
+    "a setup that is missing": ("delete from secrets where owner = 'env:u3'", "record", "setup of u3 is missing"),
+    "an answer without a status": ("update idempotency set status = null", "record", "beside an answer"),
+    "a status without an answer": ("update idempotency set body = null", "record", "beside no answer"),
+    "a key that expired before it was claimed": ("update idempotency set expires_at_ms = 1", "record", "expires at 1"),
+    "a key bound to another tenant's": ("update idempotency set tenant = 'tenant:x'", "record", "is of tenant ''"),
+    "an answer in another's row": (
+        "update idempotency set key = 'x' where uid = 'u1'",
+        "secret",
+        "create x: the answer",
+    ),
     "two machines of one id": (
         "update environments set doc = replace(doc, 'm-u3', 'm-u1') where uid = 'u3'",
         "invariant",
@@ -227,6 +274,13 @@ def test_check_finds_damage(database: Database, fuse: Fuse, name: str) -> None:
     shown = fuse("db", "check")
     assert shown.code == 1
     assert f"{kind}: {matching[0]['problem']}\n  -> {matching[0]['remedy']}\n" in shown.out
+
+
+def test_a_host_whose_limits_have_shrunk_is_no_damage(database: Database, fuse: Fuse) -> None:
+    """Its bookings were right when they were made."""
+    database.execute("update hosts set doc = replace(doc, '10240', '128')")
+    done = fuse("db", "check")
+    assert (done.code, done.out) == (0, "The database is sound.\n")
 
 
 def test_following_the_remedy_for_an_orphan_cures_it(database: Database, fuse: Fuse) -> None:
@@ -259,7 +313,7 @@ def test_check_needs_the_right_key(database: Database, fuse: Fuse, environ: pyte
     environ.setenv("TOKEN_ENCRYPTION_KEY", "22" * 32)
     done = fuse("db", "check")
     assert done.code == 1
-    assert done.out.count("sealed with another key") == 3
+    assert done.out.count("sealed with another key") == 6
     environ.setenv("TOKEN_ENCRYPTION_KEY_PREVIOUS", KEY)
     assert fuse("db", "check").code == 0
 
@@ -338,6 +392,41 @@ def test_migrate_says_what_it_applied(tmp_path: Path, fuse: Fuse, postgres_url: 
         assert fuse("db", "migrate", "--database-url", url).out == "The schema is up to date.\n"
         assert json.loads(fuse("db", "migrate", "--database-url", url, "-o", "json").out) == {"applied": []}
         assert fuse("db", "check", "--database-url", url).code == 0
+
+
+def test_migrate_leaves_deadlines_to_the_control_plane(tmp_path: Path, fuse: Fuse, postgres_url: str) -> None:
+    """They follow its settings, which `fuse db` does not know."""
+    lasting = Policy(linger_ms=9 * POLICY.linger_ms)
+
+    async def fill(url: str) -> None:
+        store = await open_store(url, lasting, lambda: NOW_MS)
+        await _fill(store)
+        live = await store.get("u1")
+        assert live is not None
+        step = lifecycle.step(live, DrainRequested(cause="c"), NOW_MS, lasting)
+        await store.commit("u1", live.revision, step, None)
+        await store.close()
+
+    def deadlines(url: str) -> object:
+        async def read() -> object:
+            if "://" in url:
+                raw = await asyncpg.connect(url)
+                found = [tuple(row) for row in await raw.fetch("select uid, deadline_ms from environments")]
+                await raw.close()
+                return sorted(found)
+            db = sqlite3.connect(url)
+            found = db.execute("select uid, deadline_ms from environments").fetchall()
+            db.close()
+            return sorted(found)
+
+        return asyncio.run(read())
+
+    for url in (str(tmp_path / "fuse.db"), postgres_url):
+        asyncio.run(fill(url))
+        before = deadlines(url)
+        assert fuse("db", "migrate", "--database-url", url).code == 0
+        assert deadlines(url) == before
+        assert fuse("db", "check", "--database-url", url, "--token-encryption-key", KEY).code == 0
 
 
 def test_migrate_leaves_a_file_alone_that_is_in_use(tmp_path: Path, fuse: Fuse) -> None:

@@ -16,7 +16,8 @@ from fusevm.cli.host_settings import host_config
 from fusevm.cli.main import COMMANDS, cli
 from fusevm.cli.serve import control_config, unhonoured
 from fusevm.cli.settings import CONTROL, HOST, SECTIONS, Setting, load
-from fusevm.control.config import ControlConfig, check
+from fusevm.control.config import KEPT_LEASES, MAX_LEASE_S, ControlConfig, check
+from fusevm.host.rows import FENCE_LIFETIME_MS
 from fusevm.model.errors import BadSetting
 from fusevm.model.setup import Restart
 
@@ -55,6 +56,7 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "startup_script_timeout_seconds": ("55", 55, "0"),
     "max_startup_script_timeout_seconds": ("55", 55, "soon"),
     "retention_seconds": ("86400", 86_400, "0"),
+    "lease_seconds": ("600", 600, "601"),
     "log_level": ("debug", "debug", "loud"),
     "log_json": ("yes", True, "2"),
     "data_root": ("/data", Path("/data"), None),
@@ -182,6 +184,17 @@ def test_a_public_address_needs_a_token() -> None:
         configure({"ORCH_LISTEN": ":8080"})
     assert caught.value.setting == "ORCH_LISTEN"
     assert configure({"ORCH_LISTEN": ":8080", "ORCH_AUTH_TOKEN": "t"}).listen == ":8080"
+
+
+def test_nothing_is_forgotten_within_ten_leases() -> None:
+    """Whoever lost its lease may speak late: ended records, kept answers and the hosts' tombstones are still there."""
+    longest = {"FUSE_LEASE_SECONDS": f"{MAX_LEASE_S:.0f}"}
+    with pytest.raises(BadSetting) as caught:
+        configure(longest | {"FUSE_RETENTION_SECONDS": "5999"})
+    assert caught.value.setting == "FUSE_RETENTION_SECONDS"
+    assert "10 times FUSE_LEASE_SECONDS" in caught.value.problem
+    assert configure(longest | {"FUSE_RETENTION_SECONDS": "6000"}).retention_s == KEPT_LEASES * MAX_LEASE_S
+    assert FENCE_LIFETIME_MS >= KEPT_LEASES * MAX_LEASE_S * 1000
 
 
 def test_settings_that_act_later_are_kept() -> None:

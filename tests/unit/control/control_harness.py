@@ -54,6 +54,13 @@ class Running:
         assert answer.status_code == 201, answer.text
         return answer.json()
 
+    async def create_ends(self, task_id: str = "t1", **body: Any) -> dict[str, str]:
+        """A create whose environment ends instead of coming up: reason, id, uid, record."""
+        answer = await self.http.post("/v1/environments", json={"task_id": task_id, **body})
+        details: dict[str, str] = answer.json()["error"]["details"]
+        assert "record" in details, answer.text
+        return details
+
     async def get(self, task_id: str = "t1", **params: str) -> httpx.Response:
         return await self.http.get(f"/v1/environments/fuse-{task_id}", params=params)
 

@@ -1,17 +1,20 @@
 """Settings that are refused, and why."""
 
+import socket
+
 import pytest
 
 from fusevm.control.config import (
+    MAX_LEASE_S,
     ControlConfig,
     HostSetting,
     accepted_hosts,
     check,
-    database_path,
     effective_listen,
     parse_listen,
 )
 from fusevm.control.main import bind
+from fusevm.control.store.location import sqlite_path
 from fusevm.core.policy import Policy
 from fusevm.model.errors import BadSetting, PortInUse
 
@@ -84,6 +87,9 @@ def test_settings_that_are_fine(config: ControlConfig) -> None:
         (ControlConfig(database_pool=0), "database_pool", "greater"),
         (ControlConfig(wait_s=0), "wait_s", "greater"),
         (ControlConfig(lease_s=-1), "lease_s", "greater"),
+        (ControlConfig(lease_s=MAX_LEASE_S + 1), "lease_s", "600 s"),
+        (ControlConfig(lease_s=30, retention_s=299), "retention_s", "10 times lease_s"),
+        (ControlConfig(lease_s=30, idempotency_s=299), "idempotency_s", "10 times lease_s"),
         (ControlConfig(log_level="loud"), "log_level", "loud"),
         (ControlConfig(hosts=(HostSetting(id="a", url="http://10.0.0.1"),)), "firecracker_url", "https"),
         (ControlConfig(hosts=(HostSetting(id="a", url="https://x", token="s"),)), "FIRECRACKER_TOKEN", "64 hex"),
@@ -115,8 +121,8 @@ def test_the_default_address_depends_on_the_token() -> None:
 
 
 def test_the_database_is_a_path() -> None:
-    assert database_path(ControlConfig()) == ":memory:"
-    assert database_path(ControlConfig(database="sqlite:///var/fuse.db")) == "/var/fuse.db"
+    assert sqlite_path(ControlConfig().database) == ":memory:"
+    assert sqlite_path("sqlite:///var/fuse.db") == "/var/fuse.db"
 
 
 def test_local_names_are_always_accepted() -> None:
@@ -134,6 +140,15 @@ def test_a_taken_port_is_named() -> None:
 def test_an_address_of_another_machine_cannot_be_listened_on() -> None:
     with pytest.raises(BadSetting, match=r"203\.0\.113\.1"):
         bind(ControlConfig(listen="203.0.113.1:0", auth_token="t"))
+
+
+def test_answers_are_sent_without_delay() -> None:
+    """An answer is written in parts; its body must not wait until the client has acknowledged the headers."""
+    for listen in ("127.0.0.1:0", ":0"):
+        with bind(ControlConfig(listen=listen, auth_token="t")) as listener:
+            port = listener.getsockname()[1]
+            with socket.create_connection(("127.0.0.1", port)), listener.accept()[0] as accepted:
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_every_address_is_one_socket_for_both_families() -> None:

@@ -19,7 +19,7 @@ from fusevm.control.stub_host import StubHost
 from fusevm.core.spec import complete
 from fusevm.model.environment import State
 from fusevm.model.errors import BadSetting, HostNotFound, MachineNotFound, NotSupported, StaleIncarnation, WrongCluster
-from fusevm.model.host import HostState
+from fusevm.model.host import HostState, Resources
 from fusevm.model.machine import Fence, MachineSpec
 from fusevm.testing.fake_host import FakeHost
 from fusevm.wire.host_api import CreateMachine
@@ -53,13 +53,54 @@ async def test_a_registration_is_idempotent_and_never_disowns(tmp_path: Path) ->
         host = await at.store.host("default")
         assert host is not None
         await at.store.save_host(replace(host, state=HostState.CORDONED))
-    async with plane(path, replace(DEFAULT, url="http://127.0.0.1:2", region="north"), fake=fake) as at:
+    async with plane(path, replace(DEFAULT, url="http://127.0.0.1:2"), fake=fake) as at:
         again = await at.store.host("default")
         assert again is not None
-        assert (again.url, again.region, again.state) == ("http://127.0.0.1:2", "north", HostState.CORDONED)
+        assert (again.url, again.state) == ("http://127.0.0.1:2", HostState.CORDONED)
         assert again.created_at_ms == host.created_at_ms
         assert again.allocated.vm_count == 1
         assert (await at.store.get(env.uid)) is not None
+
+
+async def test_a_restart_keeps_what_was_declared_of_a_host_over_the_api(tmp_path: Path) -> None:
+    path, fake = str(tmp_path / "fuse.db"), FakeHost("default")
+    declared = {
+        "region": "north",
+        "labels": {"disk": "fast"},
+        "declared": Resources(cpus=2),
+        "capacity": Resources(cpus=2, ram_mb=1 << 20, storage_gb=10_000, vm_count=1000),
+    }
+    async with plane(path, DEFAULT, fake=fake) as at:
+        host = await at.store.host("default")
+        assert host is not None
+        await at.directory.save(replace(host, **declared), "")
+    async with plane(path, DEFAULT, fake=fake) as at:
+        again = await at.store.host("default")
+        assert again is not None
+        assert {name: getattr(again, name) for name in declared} == declared
+        asked = Asked(spec=complete(at.config.policy, region="north", labels={"disk": "fast"}))
+        assert (await at.entry.begin(at.entry.new_identity("t"), asked, cause="test")).host_id == "default"
+
+
+async def test_a_start_with_the_settings_of_the_last_one_changes_no_record(tmp_path: Path) -> None:
+    path, fake = str(tmp_path / "fuse.db"), FakeHost("default")
+    async with plane(path, DEFAULT, fake=fake, heartbeat_s=3_600.0) as at:
+        first = await at.store.host("default")
+        sealed = await at.store.get_secret("host:default", "token")
+    async with plane(path, DEFAULT, fake=fake, heartbeat_s=3_600.0) as at:
+        again = await at.store.host("default")
+        assert first is not None
+        assert again is not None
+        assert again.revision == first.revision
+        assert await at.store.get_secret("host:default", "token") == sealed
+
+
+async def test_a_new_token_replaces_one_that_no_key_opens_any_more(tmp_path: Path) -> None:
+    path, fake = str(tmp_path / "fuse.db"), FakeHost("default")
+    async with plane(path, DEFAULT, fake=fake):
+        pass
+    async with plane(path, DEFAULT, fake=fake, encryption_key="ab" * 32) as at:
+        assert await at.directory.token_of("default") == "hush-hush"
 
 
 async def test_a_token_is_kept_sealed_for_the_next_start(tmp_path: Path) -> None:

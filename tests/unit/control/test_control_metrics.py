@@ -3,12 +3,15 @@
 import asyncio
 from typing import NoReturn
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fusevm.control.fleet_gauges import FleetGauges, read_fleet
+from fusevm.control import fleet_gauges
+from fusevm.control.fleet_gauges import Fleet, FleetGauges, read_fleet
 from fusevm.control.metrics import MOST_VALUES, Bounded, Metrics
 from fusevm.control.store.protocol import Tally
-from fusevm.model.host import Resources
+from fusevm.model.host import Host, Resources
+from fusevm.testing.clock import FakeClock
 
 
 def samples(text: bytes, name: str) -> dict[tuple[str, ...], float]:
@@ -73,3 +76,35 @@ async def test_a_store_that_hangs_does_not_hold_up_a_scrape():
     text = Metrics().render(fleet)
     assert samples(text, "orchestrator_store_up") == {(): 0.0}
     assert samples(text, "orchestrator_queue_length") == {}
+
+
+class Counting:
+    """A store that counts how often it is read."""
+
+    def __init__(self) -> None:
+        self.readings = 0
+
+    async def tally(self) -> Tally:
+        self.readings += 1
+        await asyncio.sleep(0)
+        return Tally(live={"running": self.readings}, queued=0, queued_since_ms=None, snapshots={})
+
+    async def hosts(self) -> list[Host]:
+        return []
+
+    async def usage_by_tenant(self) -> dict[str, Resources]:
+        return {}
+
+
+async def test_whoever_asks_often_does_not_make_the_database_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Counting()
+    fleet = Fleet(store, FakeClock())
+    await asyncio.gather(*(fleet.gauges() for _ in range(100)))
+    text = Metrics().render(await fleet.gauges())
+    assert store.readings == 1
+    assert samples(text, "orchestrator_fleet_tracked_vms") == {("running",): 1.0}
+    monkeypatch.setattr(fleet_gauges, "FRESH_S", 0.0)
+    fleet = Fleet(store, FakeClock())
+    for _ in range(3):
+        await fleet.gauges()
+    assert store.readings == 4

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from fusevm.control.clock import SystemClock
 from fusevm.control.config import ControlConfig
-from fusevm.control.secrets import Sealer, load_key, load_secret, open_sealer, row_of
+from fusevm.control.secrets import BATCH, Sealer, load_key, load_secret, open_sealer, reseal_all, row_of
+from fusevm.control.store.sqlite import open_sqlite
+from fusevm.core.policy import Policy
 from fusevm.model.errors import BadSetting, NoEncryptionKey
 
 KEY = bytes(range(32))
@@ -103,6 +106,23 @@ async def test_what_is_sealed_with_the_present_key_is_left_alone() -> None:
     assert await load_secret(rows, Sealer(KEY, [NEW]), "host:a", "token") == "secret"
     assert rows.sealed == sealed
     assert await load_secret(Rows(None), Sealer(KEY), "host:a", "token") is None
+
+
+async def test_everything_is_sealed_with_the_present_key_without_being_used() -> None:
+    store = await open_sqlite(":memory:", Policy(), SystemClock().now_ms)
+    old, rotated, new = Sealer(KEY), Sealer(NEW, [KEY]), Sealer(NEW)
+    owners = [f"env:{number:03}" for number in range(BATCH + 5)]
+    try:
+        for owner in owners:
+            await store.put_secret(owner, "setup", old.seal(owner, row=row_of(owner, "setup")))
+        await store.put_secret("env:000", "damaged", Sealer(bytes(32)).seal("x", row="env:000/damaged"))
+        assert await reseal_all(store, Sealer(None)) == 0
+        assert await reseal_all(store, rotated) == len(owners)
+        assert await reseal_all(store, rotated) == 0
+        for owner in owners:
+            assert await load_secret(store, new, owner, "setup") == owner
+    finally:
+        await store.close()
 
 
 def test_without_a_key_nothing_is_sealed() -> None:

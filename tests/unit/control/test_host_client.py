@@ -14,27 +14,30 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from msgspec.structs import replace
 
-from fusevm.control import dial
+from fusevm.control import dial, host_client
 from fusevm.control.config import HostSetting
 from fusevm.control.dial import Endpoint
-from fusevm.control.host_api import GuestRequest, ReplyLost
+from fusevm.control.host_api import GuestRequest, Reading, ReplyLost
 from fusevm.control.host_client import HttpHost
 from fusevm.control.main import HttpServer
 from fusevm.model.errors import (
     BadSetting,
     BootFailed,
     HostRejected,
+    HostUnproven,
     HostUnreachable,
     Internal,
     MachineNotFound,
+    OrderExpired,
     StaleIncarnation,
     Timeout,
 )
 from fusevm.model.machine import Fence, MachineSpec
 from fusevm.testing.fake_host import FakeHost, fake_host_app
 from fusevm.wire.frames import Frame, FrameType, decode_message, encode_frame
-from fusevm.wire.host_api import CreateMachine
+from fusevm.wire.host_api import CreateMachine, TakeSnapshot
 from fusevm.wire.pin import spki_sha256
 
 FENCE = Fence(cluster="c", uid="u1", incarnation=1, action_seq=1)
@@ -101,6 +104,58 @@ async def test_the_life_of_a_machine() -> None:
             await client.create(FENCE, ORDER)
         assert caught.value.seen == 1
         assert host.calls[1][1][0] == FENCE
+
+
+def limited(reading: Reading, seconds: float) -> Fence:
+    """The fence of an order that is valid for so long."""
+    return replace(FENCE, valid_until=reading.at(asyncio.get_running_loop().time() + seconds))
+
+
+async def test_a_late_order_is_refused_and_the_hosts_clock_is_read_anew() -> None:
+    host = FakeHost("h1")
+    async with connected(host) as client:
+        reading = await client.read_clock()
+        assert await client.read_clock() is reading
+        assert host.count("info") == 1
+        shown = reading.at(asyncio.get_running_loop().time())
+        assert shown.clock == host.clock
+        assert shown.ms <= host.now().ms
+        with pytest.raises(OrderExpired):
+            await client.create(limited(reading, -0.5), ORDER)
+        assert host.table == {}
+        assert await client.read_clock() is not reading
+        host.clock, host.ahead_s = "after a restart", 0.0
+        with pytest.raises(OrderExpired):
+            await client.create(limited(reading, 60), ORDER)
+        await client.create(limited(await client.read_clock(), 60), ORDER)
+        assert list(host.table) == ["m-1"]
+
+
+async def test_an_old_reading_of_a_hosts_clock_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = FakeHost("h1")
+    async with connected(host) as client:
+        reading = await client.read_clock()
+        monkeypatch.setattr(host_client, "READING_S", 0.0)
+        assert (await client.read_clock()).heard_s > reading.heard_s
+        assert host.count("info") == 2
+
+
+async def test_every_order_of_an_action_has_its_limit() -> None:
+    host = FakeHost("h1")
+    async with connected(host) as client:
+        await client.create(FENCE, ORDER)
+        late = limited(await client.read_clock(), -1)
+        guest = GuestRequest(fence=late, machine_id="m-1", method="POST", target="guest/agent/drain", body=b"{}")
+        orders: list[Callable[[], Awaitable[object]]] = [
+            lambda: client.take_snapshot(late, "m-1", TakeSnapshot(snapshot_id="s-1")),
+            lambda: client.restore_snapshot(late, "m-1", "s-1"),
+            lambda: client.relay(guest),
+            lambda: client.destroy(late, "m-1"),
+        ]
+        for order in orders:
+            with pytest.raises(OrderExpired):
+                await order()
+        assert (list(host.table), host.snapshots) == (["m-1"], {})
 
 
 async def test_errors_arrive_as_the_class_that_was_raised() -> None:
@@ -310,7 +365,7 @@ async def test_a_pinned_host_is_spoken_to_and_another_is_not(tmp_path: Path) -> 
         await client.close()
         calls = len(host.calls)
         other = HttpHost(Endpoint("h1", url, f"s.{'0' * 64}"))
-        with pytest.raises(HostUnreachable, match="token names"):
+        with pytest.raises(HostUnproven):
             await other.info()
         assert len(host.calls) == calls  # the secret was not sent
 

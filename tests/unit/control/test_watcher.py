@@ -1,21 +1,47 @@
 """Heartbeats, reconciliation, lost hosts."""
 
 import asyncio
+import contextlib
+import logging
 import tempfile
+from collections.abc import AsyncIterator, Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import pytest
-from control_harness import Running, running, until
+import structlog
+from control_harness import Running, config, running, until
 from msgspec.structs import replace
 
+from fusevm.control.config import HostSetting
+from fusevm.control.entry import Asked
+from fusevm.control.main import open_plane
+from fusevm.control.plane import Plane
+from fusevm.control.secrets import Sealer
+from fusevm.control.store.opening import open_store
+from fusevm.control.store.protocol import Claim, Store
 from fusevm.control.watcher import LIST_PAUSE_S
 from fusevm.core.policy import Policy
-from fusevm.model.errors import HostRejected, Internal
+from fusevm.core.reconcile import STUCK_ATTEMPTS
+from fusevm.core.spec import complete
+from fusevm.model.environment import State
+from fusevm.model.errors import Error, HostRejected, Internal, ShuttingDown, StoreUnreachable, WrongCluster
 from fusevm.model.host import Resources
 from fusevm.model.machine import MachineSpec, Phase
 from fusevm.testing.clock import FakeClock
 from fusevm.testing.fake_host import CREATED_AT, FakeHost
 from fusevm.wire.host_api import MachineBody
+
+#: A step of the clock in which heartbeats are close enough together to count.
+STEP_MS = 15_000
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[MutableMapping[str, Any]]]:
+    before, capture = structlog.get_config(), structlog.testing.LogCapture()
+    structlog.configure(processors=[capture], wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    yield capture.entries
+    structlog.configure(**before)
 
 
 async def _ends(server: Running, uid: str, reason: str) -> bool:
@@ -78,24 +104,35 @@ async def test_an_orphan_that_cannot_be_destroyed_is_tried_again() -> None:
         assert server.host.count("destroy") == 2
 
 
+async def test_an_orphan_that_stays_becomes_a_dead_letter_once_and_is_tried_again() -> None:
+    async with running() as server:
+        server.host.plant(_planted(server.plane.store.cluster))
+        metrics = server.plane.metrics
+        server.host.script("destroy", *[Internal(problem="busy")] * (STUCK_ATTEMPTS + 3))
+        await until(lambda: "m-stray" not in server.host.table)
+        assert metrics.orphans_failed._value.get() == STUCK_ATTEMPTS + 3
+        assert metrics.orphans_dead_lettered._value.get() == 1
+
+
 async def test_a_silent_host_becomes_unreachable_then_lost_and_comes_back() -> None:
     clock = FakeClock()
     async with running(clock=clock, policy=Policy(backoff_first_ms=10)) as server:
         made = await server.create()
         server.host.is_down = True
-        await _one_heartbeat(server.host)
-        clock.advance(15_000)
+        await _pass(server.host, clock, 15_000)
         await until(lambda: _health(server, "unreachable"))
+        assert "does not answer" in str((await _host(server))["problem"])
         assert (await server.get()).json()["state"] == "running"  # silence is not absence
         refused = (await server.http.post("/v1/environments", json={"task_id": "t2"})).json()
         assert "unreachable" in refused["error"]["message"]
-        clock.advance(110_000)
+        await _pass(server.host, clock, 110_000)
         await until(lambda: _health(server, "lost"))
         await until(lambda: _ends(server, made["uid"], "host_lost"))
         assert (await _host(server))["allocated"]["vm_count"] == 0  # type: ignore[index]
         assert len(server.host.table) == 1
         server.host.is_down = False
         await until(lambda: _health(server, "ok"))
+        assert "problem" not in await _host(server)
         await until(lambda: not server.host.table)  # its machine was given up
 
 
@@ -105,7 +142,7 @@ async def test_a_deletion_on_a_lost_host_is_finished() -> None:
         made = await server.create()
         server.host.is_down = True
         assert (await server.delete()).status_code == 202
-        clock.advance(130_000)
+        await _pass(server.host, clock, 130_000)
 
         async def is_over() -> bool:
             body = (await server.get(uid=made["uid"])).json()
@@ -115,9 +152,17 @@ async def test_a_deletion_on_a_lost_host_is_finished() -> None:
 
 
 async def _one_heartbeat(host: FakeHost) -> None:
-    """Silence counts from the first heartbeat that gets no answer: wait until one has begun and ended."""
+    """Wait until one has begun and ended."""
     beats = host.count("info")
     await until(lambda: host.count("info") > beats + 1)
+
+
+async def _pass(host: FakeHost, clock: FakeClock, ms: int) -> None:
+    """Let time pass with heartbeats in it: without them, it does not count."""
+    await _one_heartbeat(host)
+    for _ in range(0, ms, STEP_MS):
+        clock.advance(STEP_MS)
+        await _one_heartbeat(host)
 
 
 async def test_a_dead_host_does_not_stop_the_others() -> None:
@@ -149,17 +194,162 @@ async def test_a_host_of_another_cluster_is_not_used() -> None:
     async with running(host, clock=clock) as server:
         refused = await server.http.post("/v1/environments", json={"task_id": "t"})
         assert refused.status_code == 503
-        clock.advance(15_000)
+        await _pass(host, clock, 15_000)
         await until(lambda: _health(server, "unreachable"))
 
 
-async def test_a_rejected_token_makes_a_host_unreachable() -> None:
+REFUSALS = (
+    HostRejected(id="h1"),
+    WrongCluster(cluster="other", asked="ours"),
+    Internal(problem="a bug of the daemon"),
+    ShuttingDown(),
+)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.reason)
+async def test_a_host_that_refuses_is_unreachable_for_a_visible_cause_and_never_lost(
+    refusal: Error, warnings: list[MutableMapping[str, Any]]
+) -> None:
+    clock = FakeClock()
+    async with running(clock=clock, heartbeat_s=0.02) as server:
+        made = await server.create(spec={"max_runtime_seconds": -1})
+        server.host.script("info", *[refusal] * 10_000)
+        await _pass(server.host, clock, 300_000)
+        await until(lambda: _health(server, "unreachable"))
+        assert (await _host(server))["problem"] == refusal.message
+        warned = {line["reason"] for line in warnings if line["event"] == "host_refuses"}
+        assert warned == {refusal.reason}
+        assert (await server.get(uid=made["uid"])).json()["state"] == "running"
+        assert len(server.host.table) == 1
+        server.host._faults["info"].clear()
+        await until(lambda: _health(server, "ok"))
+        assert "problem" not in await _host(server)
+
+
+async def test_silence_with_an_answer_in_between_is_counted_anew() -> None:
     clock = FakeClock()
     async with running(clock=clock) as server:
-        server.host.script("info", *[HostRejected(id="h1")] * 10_000)
+        made = await server.create(spec={"max_runtime_seconds": -1})
+        server.host.is_down = True
+        await _pass(server.host, clock, 100_000)
+        server.host.is_down = False
+        server.host.script("info", HostRejected(id="h1"))
         await _one_heartbeat(server.host)
-        clock.advance(15_000)
-        await until(lambda: _health(server, "unreachable"))
+        server.host.is_down = True
+        await _pass(server.host, clock, 100_000)
+        assert not await _health(server, "lost")
+        assert (await server.get(uid=made["uid"])).json()["state"] == "running"
+
+
+class LameStore:
+    """A store of which some calls fail: the database is away."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.broken: set[str] = set()
+        self.failures = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.broken:
+            self.failures += 1
+            raise StoreUnreachable(problem="the connection was lost")
+        return getattr(self._store, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("listener", "waker"):
+            setattr(self._store, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+class Watched:
+    """A control plane that watches one host with a token, and what can be done to both."""
+
+    def __init__(self, plane: Plane, store: LameStore, host: FakeHost, clock: FakeClock) -> None:
+        self.plane = plane
+        self.store = store
+        self.host = host
+        self.clock = clock
+
+    async def health(self) -> str:
+        host = await self.plane.store.host("h1")
+        assert host is not None
+        return str(host.health)
+
+    async def is_running(self, uid: str) -> bool:
+        env = await self.plane.store.get(uid)
+        return env is not None and env.state is State.RUNNING
+
+    async def is_over(self, uid: str) -> bool:
+        env = await self.plane.store.get(uid)
+        return env is not None and env.is_terminal
+
+    async def create(self) -> str:
+        asked = Asked(spec=replace(complete(self.plane.config.policy), max_runtime_seconds=-1))
+        env = await self.plane.entry.begin(self.plane.entry.new_identity("t1"), asked, cause="test")
+        await until(lambda: self.is_running(env.uid))
+        return env.uid
+
+    async def fail(self, *methods: str) -> None:
+        """Let the store fail for five minutes, and a round of the watch with it, each fifteen seconds."""
+        self.store.broken = set(methods)
+        for _ in range(0, 300_000, STEP_MS):
+            self.clock.advance(STEP_MS)
+            failures = self.store.failures
+            await until(lambda failures=failures: self.store.failures > failures + 1)
+        self.store.broken = set()
+
+
+@contextlib.asynccontextmanager
+async def watched() -> AsyncIterator[Watched]:
+    host, clock = FakeHost("h1"), FakeClock()
+    settings = config(
+        {}, heartbeat_s=0.02, hosts=(HostSetting(id="h1", url="http://127.0.0.1:1", token="s"),), lease_s=1.0
+    )
+    store = LameStore(await open_store(":memory:", settings.policy, clock.now_ms))
+    async with open_plane(settings, clock=clock, store=store, dial=lambda _: host) as plane:  # type: ignore[arg-type]
+        yield Watched(plane, store, host, clock)
+
+
+async def test_a_store_that_is_away_gives_no_host_up() -> None:
+    """What is needed to ask cannot be read, and the rest of the store can: nobody was asked, so nobody was silent."""
+    async with watched() as at:
+        uid = await at.create()
+        await at.fail("get_secret")
+        await _one_heartbeat(at.host)
+        assert await at.health() == "ok"
+        assert await at.is_running(uid)
+
+
+async def test_silence_is_counted_from_zero_after_the_store_was_away() -> None:
+    async with watched() as at:
+        uid = await at.create()
+        at.host.is_down = True
+        await _pass(at.host, at.clock, 100_000)
+        await at.fail("host", "get_secret")
+        await _pass(at.host, at.clock, 100_000)
+        assert await at.health() == "unreachable"
+        assert await at.is_running(uid)
+        await _pass(at.host, at.clock, 30_000)
+        await until(lambda: at.is_over(uid))
+        assert await at.health() == "lost"
+
+
+async def test_a_host_whose_token_only_other_replicas_can_read_is_left_to_them() -> None:
+    """Keys were rotated in the wrong order: what this replica must open is sealed with a key that it does not have."""
+    async with watched() as at:
+        uid = await at.create()
+        mine, at.plane.directory._sealer = at.plane.directory._sealer, Sealer(bytes(32))
+        at.clock.advance(STEP_MS)
+        await until(lambda: "h1" not in at.plane.metrics.views)
+        assert await at.plane.store.acquire_host("h1", Claim("w-other", 60_000))
+        at.clock.advance(30_000)
+        assert await at.health() == "ok"
+        assert await at.is_running(uid)
+        await at.plane.store.release("w-other")
+        at.plane.directory._sealer = mine
+        await _one_heartbeat(at.host)
+        assert await at.health() == "ok"
 
 
 async def test_our_own_silence_is_not_the_hosts() -> None:

@@ -6,12 +6,14 @@ import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from control_harness import FAST, TIMEOUT_S, observed, running, until, world
 from msgspec.structs import replace
 
 from fusevm.control import performer as performer_module
 from fusevm.control import worker as module
+from fusevm.control.clock import DatabaseClock
 from fusevm.control.collector import Collector
 from fusevm.control.entry import Asked, Entry
 from fusevm.control.metrics import Metrics
@@ -27,8 +29,17 @@ from fusevm.control.worker import Worker
 from fusevm.core.invariants import violations
 from fusevm.core.policy import Policy
 from fusevm.core.spec import complete
-from fusevm.model.environment import Environment, State
-from fusevm.model.errors import BootFailed, HostNotFound, HostRejected, StaleIncarnation, StoreFull, WrongCluster
+from fusevm.model.environment import Action, Environment, State
+from fusevm.model.errors import (
+    BadSetting,
+    BootFailed,
+    HostNotFound,
+    HostRejected,
+    OrderExpired,
+    StaleIncarnation,
+    StoreFull,
+    WrongCluster,
+)
 from fusevm.model.event import BootSucceeded, DestroyRequested, MachineExited
 from fusevm.model.host import Host, Resources
 from fusevm.model.machine import Phase
@@ -39,10 +50,37 @@ POLICY = Policy(backoff_first_ms=100)
 CAPACITY = Resources(cpus=100, ram_mb=1 << 20, storage_gb=1000, vm_count=100)
 
 
+HOUR_MS = 3_600_000
+
+
+class WrongClock:
+    """A replica's clock that is off by so much. Implements `control.clock.Clock`."""
+
+    def __init__(self, right: FakeClock, off_ms: int) -> None:
+        self._right = right
+        self._off_ms = off_ms
+
+    def now_ms(self) -> int:
+        return self._right.now_ms() + self._off_ms
+
+    def steady_ms(self) -> int:
+        return self._right.steady_ms()
+
+    async def sleep_until(self, at_ms: int) -> None:
+        await self._right.sleep_until(at_ms - self._off_ms)
+
+
+def the_action(env: Environment) -> Action:
+    assert env.pending is not None
+    return env.pending
+
+
 class Replica:
     """Entry and worker of one process."""
 
-    def __init__(self, name: str, store: SqlStore, hosts: dict[str, FakeHost], clock: FakeClock, lease_ms: int) -> None:
+    def __init__(
+        self, name: str, store: SqlStore, hosts: dict[str, FakeHost], clock: DatabaseClock, lease_ms: int
+    ) -> None:
         async def host_of(host_id: str) -> FakeHost:
             if host_id not in hosts:
                 raise HostNotFound(id=host_id)
@@ -52,7 +90,7 @@ class Replica:
         claim = Claim(name, lease_ms)
         self.entry = Entry(store, Signals(), POLICY, clock, claim)
         vault = Vault(store, Sealer(secrets.token_bytes(32)))
-        performer = Performer(host_of, vault, self.entry, cluster=store.cluster, clock=clock)
+        performer = Performer(host_of, vault, self.entry, cluster=store.cluster, database_ms=store.now_ms)
         collector = Collector(store, host_of, cluster=store.cluster, claim=claim, metrics=self.metrics)
         self.worker = Worker(
             store,
@@ -84,9 +122,10 @@ class Bench:
         for replica in self.replicas:
             replica.worker.notice(committed.record, committed.leased_to)
 
-    def replica(self, name: str, lease_ms: int = 600) -> Replica:
-        self.replicas.append(Replica(name, self.store, self.hosts, self.clock, lease_ms))
-        return self.replicas[-1]
+    def replica(self, name: str, lease_ms: int = 600, clock: DatabaseClock | None = None) -> Replica:
+        found = Replica(name, self.store, self.hosts, clock or DatabaseClock(self.clock), lease_ms)
+        self.replicas.append(found)
+        return found
 
     async def is_in(self, uid: str, *states: State) -> bool:
         found = await self.store.get(uid)
@@ -131,6 +170,63 @@ async def test_the_replica_that_takes_a_create_performs_it() -> None:
         assert order.machine_id == env.machine_id
         fence = at.host.calls[0][1][0]
         assert (fence.cluster, fence.uid, fence.incarnation, fence.action_seq) == (at.store.cluster, env.uid, 1, 1)
+
+
+async def test_an_order_is_valid_until_its_action_is_given_up_whoever_sends_it() -> None:
+    async with bench() as at:
+        wrong = DatabaseClock(WrongClock(at.clock, HOUR_MS))
+        dead, heir = at.replica("dead"), at.replica("heir", clock=wrong)
+        first, second = await dead.create("t1"), await dead.create("t2")
+        at.clock.advance(50_000)
+        before_ms = at.host.now().ms
+        async with at_work(heir):
+            for env in (first, second):
+                await until(lambda env=env: at.is_in(env.uid, State.RUNNING))  # type: ignore[misc]
+        after_ms = at.host.now().ms
+        for name, (fence, _order) in at.host.calls:
+            assert (name, fence.valid_until.clock) == ("create", at.host.clock)
+            left_ms = POLICY.boot_deadline_ms - 50_000
+            assert before_ms + left_ms - 1 <= fence.valid_until.ms <= after_ms + left_ms
+
+
+async def test_what_holds_an_order_up_before_it_is_sent_makes_it_end_sooner() -> None:
+    async with bench() as at:
+        replica = at.replica("r")
+        env = await replica.create()
+        asked = asyncio.Event()
+
+        async def slow_database_ms() -> int:
+            now_ms = await at.store.now_ms()
+            asked.set()
+            await asyncio.sleep(0.2)
+            return now_ms
+
+        replica.worker._performer._database_ms = slow_database_ms
+        performing = asyncio.create_task(replica.worker._performer.perform(env, the_action(env)))
+        await asked.wait()
+        asked_ms = at.host.now().ms
+        await performing
+        ((_name, (fence, _order)),) = at.host.calls
+        assert at.host.now().ms >= asked_ms + 190
+        assert fence.valid_until.ms <= asked_ms + POLICY.boot_deadline_ms
+
+
+async def test_an_order_that_the_host_refuses_as_late_is_given_again_while_there_is_time() -> None:
+    async with bench() as at:
+        replica = at.replica("r")
+        at.host.script("create", OrderExpired(uid="u", action_seq=1))
+        async with at_work(replica):
+            env = await replica.create()
+            await until(lambda: at.host.count("create") == 1)
+
+            async def is_waiting() -> bool:
+                found = await at.store.get(env.uid)
+                return found is not None and found.pending is not None and found.pending.attempt == 1
+
+            await until(is_waiting)
+            at.clock.advance(1_000)
+            await until(lambda: at.is_in(env.uid, State.RUNNING))
+        assert [fence.action_seq for name, (fence, _order) in at.host.calls if name == "create"] == [1, 2]
 
 
 async def test_two_workers_on_one_store_never_both_act() -> None:
@@ -248,6 +344,81 @@ async def test_the_runtime_limit_ends_an_environment() -> None:
             await until(lambda: at.is_in(env.uid, State.DESTROYED))
 
 
+@pytest.mark.parametrize("off_ms", [-HOUR_MS, HOUR_MS])
+async def test_a_replica_whose_clock_is_wrong_goes_by_the_databases(off_ms: int) -> None:
+    """It ends nothing early or late, and saves nothing in vain."""
+    async with bench() as at:
+        clock = DatabaseClock(WrongClock(at.clock, off_ms))
+        await clock.follow(at.store.now_ms)
+        replica = at.replica("r", lease_ms=10_000_000, clock=clock)
+        at.host.script("create", lose_reply)
+        async with at_work(replica):
+            env = await replica.create()
+            await until(lambda: at.clock.advance(100) or at.is_in(env.uid, State.RUNNING))
+            running = await at.store.get(env.uid)
+            assert running is not None
+            at.clock.advance(env.created_at_ms + env.spec.max_runtime_seconds * 1000 - at.clock.now_ms() - 1)
+            asked = at.host.count("create")
+            for _ in range(3):
+                await replica.worker._look()
+            assert await at.store.get(env.uid) == running
+            at.clock.advance(1)
+            await until(lambda: at.is_in(env.uid, State.DESTROYED))
+        ended = await at.store.get(env.uid)
+        assert ended is not None
+        assert (asked, ended.revision) == (2, running.revision + 2)
+
+
+async def test_an_action_begins_when_the_database_says_so() -> None:
+    """Of two replicas whose clocks are two hours apart, the one goes on where the other has died."""
+    async with bench() as at:
+        fast, slow = (
+            at.replica(name, clock=DatabaseClock(WrongClock(at.clock, off_ms)))
+            for name, off_ms in (("fast", HOUR_MS), ("slow", -HOUR_MS))
+        )
+        for replica in (fast, slow):
+            await replica.worker._clock.follow(at.store.now_ms)
+        at.host.script("create", lose_reply)
+        async with at_work(fast):
+            env = await fast.create()
+
+            async def has_failed() -> bool:
+                found = await at.store.get(env.uid)
+                return found is not None and found.pending is not None and found.pending.attempt == 1
+
+            await until(has_failed)
+        at.clock.advance(1_000)
+        async with at_work(slow):
+            await until(lambda: at.is_in(env.uid, State.RUNNING))
+
+
+async def _write(at: Bench, uid: str, doc: str) -> None:
+    await at.store._engine.apply(Statement("", (uid, doc), "update environments set doc = $2 where uid = $1"))
+
+
+async def test_a_record_that_cannot_be_read_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_LIMIT", 1)
+    async with bench() as at:
+        taker, replica = at.replica("taker"), at.replica("r", lease_ms=10_000_000)
+        broken = [await taker.create(f"broken{n}") for n in range(3)]
+        env = await taker.create()
+        for record in broken:
+            await _write(at, record.uid, '{"state":"of a newer program"}')
+        at.clock.advance(600)
+        async with at_work(replica):
+            await until(lambda: at.is_in(env.uid, State.RUNNING))
+            at.clock.advance(env.spec.max_runtime_seconds * 1000)
+            await until(lambda: at.is_in(env.uid, State.DESTROYED))
+            failures = replica.metrics.loop_failures.labels
+            assert failures("record")._value.get() == 6  # once per look that was not too soon, not in every one
+            assert failures("worker")._value.get() == 0
+            for record in broken:
+                await _write(at, record.uid, msgspec.json.encode(record).decode())
+            at.clock.advance(module.TROUBLE_PAUSE_MS)
+            for record in broken:
+                await until(lambda uid=record.uid: at.is_in(uid, State.FAILED, State.DESTROYED))  # type: ignore[misc]
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -277,6 +448,16 @@ async def test_a_bug_on_the_way_to_a_host_is_an_attempt_that_failed() -> None:
         async with at_work(replica):
             env = await replica.create()
             await until(lambda: replica.metrics.loop_failures.labels("action")._value.get() == 1)
+            await until(lambda: at.clock.advance(100) or at.is_in(env.uid, State.RUNNING))
+
+
+async def test_a_key_that_this_replica_lacks_costs_no_environment() -> None:
+    async with bench() as at:
+        replica = at.replica("r", lease_ms=10_000_000)
+        at.host.script("create", BadSetting(setting="encryption_key", problem="the secret was sealed with another key"))
+        async with at_work(replica):
+            env = await replica.create()
+            await until(lambda: at.host.count("create") == 1)
             await until(lambda: at.clock.advance(100) or at.is_in(env.uid, State.RUNNING))
 
 

@@ -5,7 +5,7 @@ import base64
 import msgspec
 import pytest
 
-from fusevm.core.manifest import DEFAULT, Manifest, parse_manifest
+from fusevm.core.manifest import Manifest, parse_manifest
 from fusevm.model.errors import BadField, Unimplemented
 
 SECRETS = {"pg_password": "hunter2", "nul": "a\x00b"}
@@ -20,7 +20,10 @@ def read(**fields: object) -> Manifest:
 
 
 def test_no_manifest_is_the_default_one():
-    assert parse_manifest("", SECRETS) == Manifest(DEFAULT, "", {})
+    found = parse_manifest("", SECRETS)
+    assert (found.workspace, found.env) == ("/workspace", {})
+    assert found == parse_manifest(base64.b64encode(found.text.encode()).decode(), SECRETS)
+    assert msgspec.json.decode(found.text) == {"version": "1", "workspace": "/workspace"}
 
 
 @pytest.mark.parametrize("version", ["1", 1])

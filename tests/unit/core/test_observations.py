@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from fusevm.core.lifecycle import Step, step
 from fusevm.model.environment import Environment, State
-from fusevm.model.event import AgentDrained, AgentSeen, HealthSeen, Reported
+from fusevm.model.event import AgentDrained, AgentSeen, CommandEnd, CommandsEnded, HealthSeen, OutputSeen, Reported
 from fusevm.model.fact import Kind
 from fusevm.model.setup import AgentState, AgentStatus, HealthStatus, Verdict
 
@@ -81,7 +81,9 @@ def test_the_verdict_of_the_health_check_is_told_when_it_changes():
     assert [(fact.reason, fact.message, fact.data) for fact in worse.facts] == [
         ("failing", "status 500", {"failures": "3"})
     ]
-    assert health(worse.record, replace(failing, failures=4, since_ms=3)) == Step(worse.record)
+    assert health(worse.record, failing) == Step(worse.record)
+    more = replace(failing, failures=4)
+    assert health(worse.record, more) == Step(replace(worse.record, health=more))
     other = health(worse.record, replace(failing, message="connection refused"))
     assert len(other.facts) == 1
 
@@ -114,3 +116,41 @@ def test_what_is_reported_becomes_a_fact_until_the_end(state: State, kind: Kind)
 def test_a_state_cannot_be_reported(maker):
     with pytest.raises(AssertionError, match="a state is told by entering it"):
         step(maker(), Reported(cause="x", kind=Kind.STATE), LATER, POLICY)
+
+
+# -- output and commands -------------------------------------------------------------------------------------------
+
+
+def output(env: Environment, offset: int, text: str, stream: str = "stdout") -> Step:
+    event = OutputSeen(cause="action 2", stream=stream, offset=offset, end=offset + len(text), text=text)
+    return step(env, event, LATER, POLICY)
+
+
+def test_output_is_told_and_how_far_it_was_told_is_kept_with_it():
+    first = output(setting_up(), 0, "hello")
+    assert first.record.startup_told == {"stdout": 5}
+    (fact,) = first.facts
+    assert (fact.kind, fact.message, fact.data) == (Kind.STARTUP_OUTPUT, "hello", {"stream": "stdout", "offset": "0"})
+    assert output(first.record, 0, "hello") == Step(first.record)
+    assert output(first.record, 3, "lo, world") == Step(first.record)
+    both = output(output(first.record, 5, ", world").record, 0, "oops", "stderr").record
+    assert both.startup_told == {"stdout": 12, "stderr": 4}
+    assert output(both, 20, "what came after a gap").record.startup_told["stdout"] == 41
+
+
+def test_commands_are_told_together_and_in_their_order():
+    ends = tuple(CommandEnd(cause=f"request {number}", message="it ended", data={"exit_code": "0"}) for number in "ab")
+    found = step(running(), CommandsEnded(cause="commands", commands=ends), LATER, POLICY)
+    assert [(fact.kind, fact.cause, fact.seq) for fact in found.facts] == [
+        (Kind.EXEC, f"request {name}", running().event_seq + number) for number, name in enumerate("ab", 1)
+    ]
+    assert found.record == replace(running(), event_seq=running().event_seq + 2, updated_at_ms=LATER)
+    assert step(running(), CommandsEnded(cause="commands", commands=()), LATER, POLICY) == Step(running())
+
+
+@pytest.mark.parametrize("maker", [destroyed, failed])
+def test_after_the_end_nothing_is_told(maker):
+    env = maker()
+    assert output(env, 0, "late") == Step(env)
+    ends = (CommandEnd(cause="request a", message="late"),)
+    assert step(env, CommandsEnded(cause="commands", commands=ends), LATER, POLICY) == Step(env)

@@ -19,6 +19,7 @@ from making import (
 )
 from msgspec.structs import replace
 
+from fusevm.core.endings import CUT_OFF
 from fusevm.core.lifecycle import Step, next_deadline_ms, step
 from fusevm.core.record import action_name
 from fusevm.model.environment import (
@@ -179,7 +180,7 @@ def test_a_refusal_leaves_the_machine_alone_and_is_told(name: str):
 
 
 @EVERY_OPERATION
-def test_an_unknown_outcome_repeats_the_action_until_its_deadline(name: str):
+def test_an_unknown_outcome_repeats_the_action_and_gives_nothing_up_before_its_deadline(name: str):
     env = BUSY[name]()
     found = step(env, OutcomeUnknown(cause="call", seq=env.action_seq, message="no answer"), LATER, POLICY)
     again = found.record.pending
@@ -188,7 +189,11 @@ def test_an_unknown_outcome_repeats_the_action_until_its_deadline(name: str):
     assert (found.actions, found.facts, found.snapshots) == ((again,), (), ())
     assert found.record.error == "no answer"
     late = NOW + 2_000 + DEADLINES[name] - 1
-    over = step(found.record, OutcomeUnknown(cause="call", seq=again.seq, message="still nothing"), late, POLICY)
+    waits = step(found.record, OutcomeUnknown(cause="call", seq=again.seq, message="still nothing"), late, POLICY)
+    assert waits.record.pending is not None
+    assert waits.record.pending.not_before_ms > late + 1
+    assert waits.facts == ()
+    over = step(waits.record, Tick(cause="deadline"), late + 1, POLICY)
     assert (over.record.state, over.record.pending, over.record.error) == (env.state, None, "still nothing")
     assert [fact.reason for fact in over.facts] == [TIMEOUTS[name]]
 
@@ -278,7 +283,8 @@ def test_a_drained_daemon_is_told_with_its_exit_code():
     drained = AgentStatus(state=AgentState.DRAINED, restarts=2, exit_code=0, since_ms=LATER)
     assert (found.record.agent, found.record.state, found.record.error) == (drained, State.DRAINING, "")
     (fact,) = found.facts
-    assert (fact.kind, fact.reason, fact.data) == (Kind.AGENT, "drained", {"exit_code": "0"})
+    assert (fact.kind, fact.reason) == (Kind.AGENT, "drained")
+    assert fact.data == {"action": "drain_agent", "asked_by": "drain", "exit_code": "0"}
 
 
 def test_a_daemon_that_did_not_end_by_itself_is_told_with_the_problem():
@@ -289,7 +295,8 @@ def test_a_daemon_that_did_not_end_by_itself_is_told_with_the_problem():
     )
     assert found.record.error == "killed after 30 s"
     (fact,) = found.facts
-    assert (fact.reason, fact.message, fact.data) == ("drain_failed", "killed after 30 s", {})
+    assert (fact.reason, fact.message) == ("drain_failed", "killed after 30 s")
+    assert fact.data == {"action": "drain_agent", "asked_by": "drain"}
 
 
 def test_a_drained_environment_still_ends_by_its_linger_limit():
@@ -308,6 +315,15 @@ def test_a_new_token_is_delivered():
     assert (found.facts, found.record.updated_at_ms) == ((), LATER)
     done = step(found.record, TokenRotated(cause="action", seq=found.record.action_seq), LATER, POLICY)
     assert [(fact.kind, fact.reason) for fact in done.facts] == [(Kind.AGENT, "token_rotated")]
+    assert done.facts[0].data == {"action": "rotate_token", "asked_by": "rotate"}
+
+
+def test_what_became_of_a_new_token_names_the_request_also_after_several_attempts():
+    env = step(rotating(), OutcomeUnknown(cause="call", seq=2, message="silent"), LATER, POLICY).record
+    assert env.pending is not None
+    refused = ActionRefused(cause="call", seq=env.pending.seq, reason="daemon_failed", message="no such file")
+    (fact,) = step(env, refused, LATER, POLICY).facts
+    assert (fact.reason, fact.data) == ("daemon_failed", {"action": "rotate_token", "asked_by": "rotate"})
 
 
 def test_a_second_new_token_is_refused_while_the_first_is_under_way():
@@ -343,7 +359,9 @@ def test_the_same_request_again_changes_nothing_while_it_is_under_way():
     env = snapshotting()
     assert step(env, SnapshotRequested(cause="again", snapshot=creating(env)), LATER, POLICY) == Step(env)
     env = restoring()
-    assert step(env, RestoreRequested(cause="again", snapshot=ready(env)), LATER, POLICY) == Step(env)
+    assert step(env, RestoreRequested(cause="restore", snapshot=ready(env)), LATER, POLICY) == Step(env)
+    with pytest.raises(ActionUnderWay):
+        step(env, RestoreRequested(cause="another", snapshot=ready(env)), LATER, POLICY)
 
 
 @pytest.mark.parametrize(
@@ -355,9 +373,14 @@ def test_the_same_request_again_changes_nothing_while_it_is_under_way():
     ],
 )
 def test_a_snapshot_that_an_end_comes_before_is_worthless(end):
-    (snapshot,) = step(snapshotting(), end, LATER, POLICY).snapshots
+    found = step(snapshotting(), end, LATER, POLICY)
+    (snapshot,) = found.snapshots
     assert snapshot.state is SnapshotState.ERROR
     assert snapshot.last_error.startswith("the environment ended (")
+    told, state = found.facts
+    assert (told.kind, told.reason, told.state) == (Kind.SNAPSHOT, CUT_OFF, State.RUNNING)
+    assert (told.message, told.data) == (snapshot.last_error, {"snapshot_id": snapshot.id})
+    assert (state.kind, state.state, state.seq) == (Kind.STATE, found.record.state, told.seq + 1)
 
 
 def test_a_snapshot_that_failed_says_why():

@@ -186,6 +186,17 @@ def test_only_the_host_of_the_snapshot_is_asked():
         place([host("h1"), host("h2", allocated=FULL)], SEEDED, POLICY, pinned_to="h2")
 
 
+def test_the_host_that_is_kept_free_takes_nobody_and_is_still_known():
+    assert place([host("h1"), host("h2")], SPEC, POLICY, kept_free="h1") == "h2"
+    for spec in (SPEC, replace(SPEC, host_id="h1")):
+        with pytest.raises(NoCapacity, match="1 kept_for_queue"):
+            place([host("h1")], spec, POLICY, kept_free="h1")
+    with pytest.raises(NoCapacity, match="1 kept_for_queue"):
+        place([host("h1")], SEEDED, POLICY, pinned_to="h1", kept_free="h1")
+    with pytest.raises(NoCapacity, match="1 memory"):
+        place([host("h1", allocated=FULL)], SPEC, POLICY, kept_free="h1")
+
+
 def test_an_unknown_pin_is_named_even_where_there_is_no_host():
     with pytest.raises(HostNotFound):
         place([], replace(SPEC, host_id="h1"), POLICY)

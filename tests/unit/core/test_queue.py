@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from making import NOW, POLICY, host, queued
 from msgspec.structs import replace
 
-from fusevm.core.queue import open_to_newcomers, plan_placements
+from fusevm.core.queue import plan_placements
 from fusevm.model.environment import Environment
 from fusevm.model.host import Host, HostState, Resources
 
@@ -37,7 +37,13 @@ def plan(
     now_ms: int = SOON,
     seeds: Mapping[str, str] | None = None,
 ) -> list[tuple[str, str]]:
-    return list(plan_placements(those, hosts, usage or {}, POLICY, now_ms=now_ms, seeds=seeds or {}))
+    return list(plan_placements(those, hosts, usage or {}, POLICY, now_ms=now_ms, seeds=seeds or {}).placed)
+
+
+def kept_free(
+    those: Sequence[Environment], hosts: Sequence[Host], now_ms: int = LATE, seeds: Mapping[str, str] | None = None
+) -> str:
+    return plan_placements(those, hosts, {}, POLICY, now_ms=now_ms, seeds=seeds or {}).kept_free
 
 
 def test_nobody_waits_for_nothing():
@@ -100,23 +106,24 @@ def test_the_emptiest_host_that_could_take_it_is_kept_free():
         small("h3", 1),
         small("h4", 4, state=HostState.CORDONED),
     ]
-    left = open_to_newcomers([large], hosts, {}, POLICY, now_ms=LATE)
-    assert [host.id for host in left] == ["h1", "h3", "h4"]
-    assert open_to_newcomers([large], hosts, {}, POLICY, now_ms=LATE - 1) == hosts
-    assert open_to_newcomers([], hosts, {}, POLICY, now_ms=LATE) == hosts
+    assert kept_free([large], hosts) == "h2"
+    assert kept_free([large], hosts, LATE - 1) == ""
+    assert kept_free([], hosts) == ""
 
 
 def test_one_host_at_a_time_is_kept_free():
     those = [waiting("x", ram_mb=1024), waiting("y", "blue", ram_mb=1024)]
     hosts = [small("h1", 2, allocated=full(1)), small("h2", 2, allocated=full(1))]
-    assert len(open_to_newcomers(those, hosts, {}, POLICY, now_ms=LATE)) == 1
+    assert kept_free(those, hosts) == "h1"
+    newer = waiting("small", "blue", since_ms=LATE)
+    assert plan([*those, newer], hosts, now_ms=LATE) == [("small", "h2")]
 
 
 def test_what_fits_no_host_even_if_empty_keeps_none_free():
     those = [waiting("huge", ram_mb=1 << 20), waiting("elsewhere", region="moon"), waiting("small")]
     assert plan(those, [small(machines=1)], now_ms=LATE) == [("small", "h1")]
     full_host = small(machines=1, allocated=full(1))
-    assert open_to_newcomers(those[:2], [full_host], {}, POLICY, now_ms=LATE) == [full_host]
+    assert kept_free(those[:2], [full_host]) == ""
 
 
 def test_who_starts_from_a_snapshot_goes_where_its_bytes_are():
@@ -126,8 +133,7 @@ def test_who_starts_from_a_snapshot_goes_where_its_bytes_are():
     assert plan([seeded], hosts, seeds={"snap-1": "h9"}) == []
     assert plan([seeded], hosts) == []
     busy = [small("h1"), small("h2", allocated=full(2))]
-    left = open_to_newcomers([seeded], busy, {}, POLICY, now_ms=LATE, seeds={"snap-1": "h2"})
-    assert [host.id for host in left] == ["h1"]
+    assert kept_free([seeded], busy, seeds={"snap-1": "h2"}) == "h2"
 
 
 def test_a_fleet_without_any_capacity_gives_no_places():

@@ -23,17 +23,24 @@ from msgspec.structs import replace
 from fusevm.core.reconcile import (
     STRIKES_TO_ACT,
     STUCK_ATTEMPTS,
+    Heartbeat,
     ObservedMachine,
     Plan,
+    Silence,
     Strikes,
     expectations,
+    heard,
     host_health,
+    observe_host,
     plan,
 )
 from fusevm.model.environment import Environment
 from fusevm.model.event import MachineExited, MachineMissing
-from fusevm.model.host import HostHealth
+from fusevm.model.host import Host, HostHealth, Resources
 from fusevm.model.machine import Phase
+
+HOST = Host(id="h1", url="u", capacity=Resources(), created_at_ms=1, updated_at_ms=1)
+ANSWERED, REFUSED, SILENT = Heartbeat.ANSWERED, Heartbeat.REFUSED, Heartbeat.SILENT
 
 
 def machine(uid: str = "u1", **fields: object) -> ObservedMachine:
@@ -179,6 +186,15 @@ def test_an_orphan_that_stays_is_a_case_for_a_person_once():
     assert [plan.stuck for plan in found] == [()] * (rounds - 1) + [(machine("u9"),)] + [()] * 2
 
 
+def test_a_machine_whose_record_cannot_be_read_is_nobodys_orphan():
+    strikes = Strikes()
+    for _ in range(STRIKES_TO_ACT + 1):
+        seen = [machine("u1"), machine("u9")]
+        found = plan("h1", "c1", [], seen, strikes, known={}, unreadable={"u1"}, cause="watch")
+        strikes = found.strikes
+    assert found.destroy == (machine("u9"),)
+
+
 def test_one_bad_machine_does_not_hide_another():
     expected = [running("u1"), running("u2"), running("u3")]
     seen = [machine("u1"), machine("u2", phase=Phase.FAILED, error="x"), machine("u9")]
@@ -198,4 +214,51 @@ def test_one_bad_machine_does_not_hide_another():
     ],
 )
 def test_the_silence_of_a_host_is_named(silent_ms: int, health: HostHealth):
-    assert host_health(silent_ms, POLICY) is health
+    assert host_health(Silence(unwell_ms=silent_ms, silent_ms=silent_ms), POLICY) is health
+
+
+GAP_MS = 20_000
+
+
+def beats(*found: tuple[int, Heartbeat]) -> Silence:
+    """What heartbeats at these times come to."""
+    silence = Silence()
+    for at_ms, beat in found:
+        silence = heard(silence, beat, at_ms, GAP_MS)
+    return silence
+
+
+def test_silence_is_counted_from_the_first_heartbeat_without_an_answer_to_the_last():
+    one = beats((0, ANSWERED), (5_000, SILENT))
+    assert (one.unwell_ms, one.silent_ms) == (0, 0)
+    more = beats((0, ANSWERED), (5_000, SILENT), (10_000, SILENT), (15_000, SILENT))
+    assert (more.unwell_ms, more.silent_ms) == (10_000, 10_000)
+    assert heard(more, ANSWERED, 20_000, GAP_MS) == Silence(asked_ms=20_000)
+
+
+def test_a_host_that_refuses_is_unreachable_however_long_and_never_lost():
+    refusing = beats(*((at_s * 1000, REFUSED) for at_s in range(0, 3_600, 10)))
+    assert refusing.silent_ms == 0
+    assert host_health(refusing, POLICY) is HostHealth.UNREACHABLE
+
+
+def test_a_refusal_among_silences_shows_that_the_host_is_there():
+    found = beats(*((at_s * 1000, SILENT) for at_s in range(0, 110, 10)), (110_000, REFUSED), (120_000, SILENT))
+    assert (found.unwell_ms, found.silent_ms) == (120_000, 0)
+    assert host_health(found, POLICY) is HostHealth.UNREACHABLE
+
+
+def test_the_time_in_which_nobody_asked_is_not_the_hosts_silence():
+    found = beats((0, SILENT), (3_600_000, SILENT))
+    assert (found.unwell_ms, found.silent_ms) == (GAP_MS, GAP_MS)
+
+
+@pytest.mark.parametrize("before", HostHealth)
+@pytest.mark.parametrize("beat", [REFUSED, SILENT])
+def test_without_a_good_answer_a_host_is_never_better_than_before(before: HostHealth, beat: Heartbeat):
+    host = replace(HOST, health=before)
+    first = observe_host(host, beats((0, beat)), "no", POLICY)
+    assert first.health is before
+    later = observe_host(host, beats((0, beat), (15_000, beat)), "no", POLICY)
+    assert later.health is (HostHealth.LOST if before is HostHealth.LOST else HostHealth.UNREACHABLE)
+    assert (later.problem, later.is_refusing) == ("no", beat is REFUSED)

@@ -15,6 +15,7 @@ from fusevm.core.setup import (
     complete_healthcheck,
     prepare,
     render_env,
+    secret_values,
     with_token,
 )
 from fusevm.model.errors import BadField, PayloadTooLarge, Unimplemented
@@ -153,13 +154,23 @@ def test_a_token_of_its_own_is_kept():
     assert below_fuse(found)["auth-token"] == "mine"
 
 
-def test_a_gateway_of_its_own_goes_before_the_requests_one_token_included():
+def test_a_gateway_of_its_own_goes_before_the_requests_one():
     own = replace(DAEMON, gateway="https://own")
-    found = prepared(agent=own, gateway_url="https://gw", gateway_token="gt")
-    assert (agent(found).gateway, agent(found).gateway_token) == ("https://own", "")
-    assert msgspec.json.decode(below_fuse(found)["gateway.json"]) == {"url": "https://own", "token": ""}
+    found = prepared(agent=replace(own, gateway_token="own"), gateway_url="https://gw", gateway_token="gt")
+    assert (agent(found).gateway, agent(found).gateway_token) == ("https://own", "own")
+    assert msgspec.json.decode(below_fuse(found)["gateway.json"]) == {"url": "https://own", "token": "own"}
     found = prepared(agent=replace(DAEMON, gateway_token="own"), gateway_url="https://gw", gateway_token="gt")
     assert (agent(found).gateway, agent(found).gateway_token) == ("https://gw", "own")
+
+
+def test_a_gateway_token_is_never_dropped_and_never_goes_to_another_gateway():
+    own = replace(DAEMON, gateway="https://own")
+    for url in ("", "https://own"):
+        found = prepared(agent=own, gateway_url=url, gateway_token="gt")
+        assert (agent(found).gateway, agent(found).gateway_token) == ("https://own", "gt")
+    refused = refusal(agent=own, gateway_url="https://gw", gateway_token="gt")
+    assert refused.field == "gateway_token"
+    assert "agent.gateway_token" in refused.problem
 
 
 def test_what_is_downloaded_is_what_is_run():
@@ -196,7 +207,7 @@ def test_the_daemons_files_go_with_the_others_and_those_below_fuse_into_memory()
         ({"drain_command": ("",)}, "agent.drain_command", "the program's name is empty"),
         ({"auth_token": "a b"}, "agent.auth_token", "visible ASCII"),
         ({"auth_token": "x" * 4097}, "agent.auth_token", "visible ASCII"),
-        ({"gateway_token": "a\nb"}, "gateway_token", "visible ASCII"),
+        ({"gateway_token": "a\nb"}, "agent.gateway_token", "visible ASCII"),
         ({"gateway": "https://x", "gateway_token": "a\nb"}, "agent.gateway_token", "visible ASCII"),
         ({"gateway": "a b"}, "agent.gateway", "is no address"),
         ({"gateway": "x" * 4097}, "agent.gateway", "is no address"),
@@ -374,3 +385,23 @@ def test_a_health_check_that_cannot_work_is_refused(asked: dict[str, Any], sente
         complete_healthcheck(**asked)
     assert caught.value.field.startswith("healthcheck")
     assert sentence in caught.value.problem
+
+
+# -- what nobody may read ------------------------------------------------------------------------------------------
+
+
+def test_all_values_that_nobody_may_read_are_found():
+    manifest = '{"version":"1","env":{"MODE":"from the manifest","KEY":{"secret":"s"}}}'
+    daemon = replace(DAEMON, env={"OWN": "of the daemon"}, auth_token="its-own-token")
+    found = prepared(
+        manifest_inline=b64(manifest),
+        secrets={"s": "a secret", "unused": "another secret"},
+        gateway_url="https://gw",
+        gateway_token="gate-token",
+        agent=daemon,
+    )
+    everything = {"a secret", "another secret", "from the manifest", "of the daemon", "its-own-token", "gate-token"}
+    assert everything <= secret_values(found.setup)
+    assert not {value for value in secret_values(found.setup) if "/fuse/" in value or "https" in value}
+    assert "a-fresh-one" in secret_values(prepare(POLICY, auth_token="a-fresh-one", secrets={"a": "b"}).setup)
+    assert secret_values(Setup()) == {""}

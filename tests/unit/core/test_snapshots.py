@@ -8,6 +8,7 @@ from fusevm.core.snapshots import (
     MAX_RETENTION_SECONDS,
     begin_delete,
     begin_snapshot,
+    check_seed,
     check_usable,
     given_up,
     made,
@@ -15,7 +16,7 @@ from fusevm.core.snapshots import (
     restoring,
     stranded,
 )
-from fusevm.model.errors import ActionUnderWay, BadField, SnapshotNotReady
+from fusevm.model.errors import ActionUnderWay, BadField, SnapshotNotReady, WrongState
 from fusevm.model.snapshot import Snapshot, SnapshotKind, SnapshotState
 
 LATER = NOW + 10_000
@@ -115,6 +116,14 @@ def test_only_a_ready_one_can_be_used(state: SnapshotState):
     else:
         with pytest.raises(SnapshotNotReady, match=f"snap-1 is {state}"):
             check_usable(snapshot)
+
+
+def test_another_environment_starts_from_a_ready_disk_snapshot():
+    check_seed(numbered(1))
+    with pytest.raises(WrongState, match="snap-1 is live; "):
+        check_seed(numbered(1, kind=SnapshotKind.LIVE))
+    with pytest.raises(SnapshotNotReady):
+        check_seed(numbered(1, state=SnapshotState.DELETING))
 
 
 @pytest.mark.parametrize("state", [SnapshotState.READY, SnapshotState.ERROR])

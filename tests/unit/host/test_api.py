@@ -18,12 +18,14 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from fusevm.host.api import HANDLERS, make_router
 from fusevm.host.boundary import Boundary
+from fusevm.host.clock import read_moment
 from fusevm.host.config import Listen
 from fusevm.host.daemon import Daemon
 from fusevm.host.listeners import bind_tcp, bind_unix, serving
 from fusevm.host.tls import ensure_identity, make_ssl_context
 from fusevm.model.errors import Error
-from fusevm.model.machine import Phase
+from fusevm.model.machine import Moment, Phase
+from fusevm.testing.fake_answer import FakeAnswer
 from fusevm.testing.host_world import SPEC, World, fence, until
 from fusevm.wire.errors import parse_error
 from fusevm.wire.frames import Frame, FrameType, decode_message, encode_frame
@@ -287,6 +289,61 @@ async def test_orders_without_a_fence_touch_no_machine_of_a_cluster(api: Api):
         assert (await api.fails("GET", target, local)).reason == "bad_field"
 
 
+def _order(ms: int, action_seq: int = 1, clock: str = "") -> dict[str, str]:
+    """Headers of an order of the control plane that is valid for so long."""
+    now = read_moment()
+    until = Moment(clock=clock or now.clock, ms=now.ms + ms)
+    return fence_headers(msgspec.structs.replace(fence(action_seq=action_seq), valid_until=until))
+
+
+async def test_info_tells_the_clock_that_limits_go_by(api: Api):
+    _, content = await api.call("GET", "/info")
+    told, now = msgspec.json.decode(content, type=HostFacts).clock, read_moment()
+    assert told.clock == now.clock
+    assert 0 <= now.ms - told.ms < 60_000
+
+
+async def test_an_order_to_the_guest_is_judged_like_one_about_the_machine(api: Api):
+    await api.create()
+    target = "/machines/m-1/guest/health"
+    assert (await api.fails("GET", target, _order(-1))).reason == "order_expired"
+    assert (await api.fails("GET", target, _order(60_000, clock="another boot"))).reason == "order_expired"
+    assert (await api.call("GET", target, _order(60_000, action_seq=4)))[0] == 200
+    assert (await api.call("GET", target, _order(60_000, action_seq=4)))[0] == 200
+    assert (await api.fails("GET", target, _order(60_000, action_seq=3))).reason == "stale_action"
+    assert (await api.fails("POST", "/machines/m-1/stop", _order(60_000, action_seq=3))).reason == "stale_action"
+    assert (await api.call("GET", target, FENCE))[0] == 200  # what users send is no order
+
+
+async def test_an_order_whose_body_stalls_beyond_its_limit_does_not_reach_the_guest(api: Api):
+    await api.create()
+    heard = asyncio.Event()
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b"half"
+        await heard.wait()
+        yield b" and the rest"
+
+    headers, target = _order(1_000), "/machines/m-1/guest/files?path=/late"
+    asyncio.get_running_loop().call_later(1.1, heard.set)
+    assert (await api.fails("PUT", target, headers, stalled())).reason == "order_expired"
+    assert (await api.fails("GET", target, FENCE)).reason == "file_not_found"
+
+
+async def test_a_create_whose_body_stalls_beyond_its_limit_makes_nothing(api: Api):
+    body = json.dumps({"machine_id": "m-1", "spec": msgspec.to_builtins(SPEC)}).encode()
+    heard = asyncio.Event()
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield body[:10]
+        await heard.wait()
+        yield body[10:]
+
+    asyncio.get_running_loop().call_later(0.3, heard.set)
+    assert (await api.fails("POST", "/machines", _order(200), stalled())).reason == "order_expired"
+    assert api.daemon.machines.records() == []
+
+
 async def test_a_user_of_the_contract_needs_no_fence(api: Api):
     body = json.dumps({"machine_id": "box", "spec": {"image": "debian-12"}}).encode()
     status, content = await api.call("POST", "/machines", None, body)
@@ -437,10 +494,7 @@ async def test_an_error_without_a_body_keeps_its_status_for_head(api: Api, monke
     """Nobody can tell what it was but by its status; an answer that may have a body and has none is a fault."""
     await api.create()
 
-    async def answer(self, connection, path):
-        await connection.answer(status, b"")
-
-    monkeypatch.setattr("fusevm.testing.fake_agent.FakeAgent._send_file", answer)
+    monkeypatch.setattr("fusevm.testing.fake_files.FakeFiles.answer", lambda *_: FakeAnswer(status))
     target = "/machines/m-1/guest/files?path=/x"
     assert await api.call("HEAD", target, FENCE) == (status, b"")
     error = await api.fails("GET", target, FENCE)
@@ -591,6 +645,10 @@ async def test_the_end_of_the_console_and_what_follows(api: Api):
     assert await api.call("GET", "/machines/m-1/logs?tail_bytes=4", FENCE) == (200, b"two\n")
     assert await api.call("GET", "/machines/m-1/logs?tail_bytes=10", FENCE) == (200, b"d\none\ntwo\n"[-10:])
     assert await api.call("GET", "/machines/m-1/logs", FENCE) == (200, b"old\none\ntwo\n")
+    for tail, lost in ((4, "8"), (10, "2"), (12, "0")):
+        async with api.exchange("GET", f"/machines/m-1/logs?tail_bytes={tail}", FENCE) as response:
+            assert response.headers["x-fuse-lost"] == lost, "who masks secrets must know that the beginning is cut"
+            await response.read()
     async with api.exchange("GET", "/machines/m-1/logs?follow=true&tail_bytes=4", FENCE) as response:
         chunks = response.chunks()
         assert await anext(chunks) == b"two\n"

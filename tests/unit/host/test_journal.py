@@ -26,12 +26,13 @@ from fusevm.model.errors import (
     MachineExists,
     MachineNotFound,
     NoSpace,
+    OrderExpired,
     SchemaTooNew,
     StaleAction,
     StaleIncarnation,
     WrongCluster,
 )
-from fusevm.model.machine import Fence, Isolation, Machine, MachineSpec, Phase
+from fusevm.model.machine import Fence, Isolation, Machine, MachineSpec, Moment, Phase
 
 GIB = 1 << 30
 LIMITS = Limits(
@@ -193,6 +194,91 @@ async def test_a_delayed_create_with_an_older_action_is_refused(journal: Journal
     with pytest.raises(StaleAction):
         await create(journal, fence(action_seq=4))
     assert (await create(journal, fence(action_seq=5))).phase is Phase.CREATING
+
+
+class HostClock:
+    """What limits of orders go by."""
+
+    def __init__(self) -> None:
+        self.now = Moment(clock="b1", ms=1_000)
+
+    def __call__(self) -> Moment:
+        return self.now
+
+    def pass_by(self, ms: int) -> None:
+        self.now = Moment(clock="b1", ms=self.now.ms + ms)
+
+    def limited(self, ms: int, action_seq: int = 1) -> Fence:
+        """The fence of an order that is valid for so long."""
+        until = Moment(clock=self.now.clock, ms=self.now.ms + ms)
+        return msgspec.structs.replace(fence(action_seq=action_seq), valid_until=until)
+
+
+@pytest.fixture
+def clock() -> HostClock:
+    return HostClock()
+
+
+@pytest.fixture
+async def limiting(tmp_path: Path, time: Time, clock: HostClock) -> AsyncIterator[Journal]:
+    """A journal whose clock stands still."""
+    journal = await Journal.open(tmp_path / "limiting", NoFault(), time, clock)
+    yield journal
+    await journal.close()
+
+
+async def test_an_order_that_comes_too_late_is_not_taken_up(limiting: Journal, clock: HostClock):
+    order = clock.limited(50)
+    clock.pass_by(51)
+    with pytest.raises(OrderExpired):
+        await create(limiting, order)
+    assert await limiting.cluster() == ""
+    await create_running(limiting, clock.limited(1))
+    late = clock.limited(50, action_seq=2)
+    clock.pass_by(51)
+    with pytest.raises(OrderExpired):
+        await limiting.begin_stop("m-1", late, nothing)
+    with pytest.raises(OrderExpired):
+        await start(limiting, late)
+    with pytest.raises(OrderExpired):
+        await limiting.note_order("m-1", late, nothing)
+    with pytest.raises(OrderExpired):
+        await delete(limiting, late)
+    with pytest.raises(OrderExpired):
+        await delete(limiting, late, "m-2")
+    assert await limiting.tombstones() == 0
+    (entry,) = await limiting.entries()
+    assert (entry.machine.phase, entry.machine.fence, entry.operation) == (Phase.RUNNING, fence(), None)
+    await delete(limiting, clock.limited(1, action_seq=3))
+    assert await limiting.entries() == []
+
+
+async def test_a_limit_by_the_clock_of_another_boot_is_past(limiting: Journal, clock: HostClock):
+    order = clock.limited(1_000_000)
+    clock.now = Moment(clock="b2", ms=5)
+    with pytest.raises(OrderExpired):
+        await create(limiting, order)
+
+
+async def test_a_create_that_comes_again_too_late_still_says_what_there_is(limiting: Journal, clock: HostClock):
+    order = clock.limited(50)
+    made = await create(limiting, order)
+    clock.pass_by(51)
+    assert await create(limiting, order) == made
+
+
+async def test_every_accepted_order_makes_older_ones_stale(journal: Journal):
+    await create_running(journal, fence(action_seq=1))
+    await create(journal, fence(action_seq=3))
+    with pytest.raises(StaleAction):
+        await journal.begin_stop("m-1", fence(action_seq=2), nothing)
+    noted = await journal.note_order("m-1", fence(action_seq=5), nothing)
+    assert noted.fence.action_seq == 5
+    assert await journal.note_order("m-1", fence(action_seq=5), nothing) == noted
+    for stale in (journal.note_order, journal.begin_stop):
+        with pytest.raises(StaleAction):
+            await stale("m-1", fence(action_seq=4), nothing)
+    assert await create(journal, fence(action_seq=2)) == noted
 
 
 async def test_fences_outlive_the_daemon_and_expire_after_a_day(tmp_path: Path, time: Time):

@@ -103,4 +103,5 @@ def test_only_what_may_go_away_by_itself_is_worth_a_retry():
         "idempotency_in_progress",
         "action_under_way",
         "rate_limited",
+        "order_expired",
     }

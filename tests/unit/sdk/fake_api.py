@@ -199,10 +199,10 @@ class FakeApi:
         return handle
 
     async def ready(self, request: Request) -> Response:
-        return to_json({"status": "ready", "checks": {"store": "ok"}})
+        return to_json({"status": "ready", "checks": {"state_store": "ok", "fleet": "1 of 1 answer"}})
 
     async def version(self, request: Request) -> Response:
-        return to_json({"service": "fuse", "version": "9.9.9", "api": "v1"})
+        return to_json({"service": "fuse-orchestrator", "version": "9.9.9", "api": "v1"})
 
     async def list_hosts(self, request: Request) -> Response:
         return to_json({"hosts": self.hosts})

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 from fake_api import CUT, TOKEN, FakeApi, make_environment, to_json
 
-from fusevm.model.errors import CommandNotFound, EnvironmentNotFound, TaskExists, Timeout
+from fusevm.model.errors import CommandNotFound, EnvironmentNotFound, StartupFailed, TaskExists, Timeout
 from fusevm.sdk import AsyncFuse
 from fusevm.sdk.failures import ConnectionLost, ServerUnreachable
 from fusevm.wire.rest import EventBody
@@ -53,6 +53,15 @@ async def test_create_gives_up_waiting_at_its_deadline(api: FakeApi, fuse: Async
     api.add("slow", "provisioning")
     with pytest.raises(Timeout):
         await fuse.environments.create("slow", deadline_s=0.01)
+
+
+async def test_create_of_what_ends_instead_of_coming_up_raises_why(api: FakeApi, fuse: AsyncFuse) -> None:
+    early = make_environment("bad", "provisioning")
+    api.script("POST", "/v1/environments", lambda: to_json(early, 201))
+    api.ended[early.uid] = make_environment("bad", "failed", reason="startup_failed", error="exit status 3")
+    with pytest.raises(StartupFailed, match="exit status 3") as caught:
+        await fuse.environments.create("bad")
+    assert caught.value.details["uid"] == early.uid
 
 
 async def test_nobody_listening_is_server_unreachable() -> None:

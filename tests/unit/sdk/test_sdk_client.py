@@ -10,11 +10,14 @@ from fake_api import CUT, TOKEN, FakeApi, make_environment, to_json
 from fusevm.model.errors import (
     BootFailed,
     CommandNotFound,
+    EnvironmentEnded,
     EnvironmentNotFound,
+    Error,
     FileNotFound,
     IdempotencyInProgress,
     NoCapacity,
     ShuttingDown,
+    StartupFailed,
     TaskExists,
     Unauthorized,
 )
@@ -54,13 +57,27 @@ def test_create_waits_when_the_server_answers_before_the_machine_runs(api: FakeA
     assert fuse.environments.create("slow").state == "running"
 
 
-def test_create_of_a_machine_that_does_not_come_up_is_a_boot_failure(api: FakeApi, fuse: Fuse) -> None:
+@pytest.mark.parametrize(
+    ("reason", "error"),
+    [
+        ("boot_failed", BootFailed),
+        ("startup_failed", StartupFailed),
+        ("deleted", EnvironmentEnded),
+        ("x", EnvironmentEnded),
+    ],
+)
+def test_create_of_what_ends_instead_of_coming_up_raises_why(
+    api: FakeApi, fuse: Fuse, reason: str, error: type[Error]
+) -> None:
     early = make_environment("bad", "provisioning")
     api.script("POST", "/v1/environments", lambda: to_json(early, 201))
-    api.ended[early.uid] = make_environment("bad", "failed", error="no init")
+    api.ended[early.uid] = make_environment("bad", "failed", reason=reason, error="no init")
 
-    with pytest.raises(BootFailed, match="no init"):
+    with pytest.raises(error, match="no init") as caught:
         fuse.environments.create("bad")
+    details = caught.value.details
+    assert (details["id"], details["uid"], details["reason"]) == (early.id, early.uid, error.reason)
+    assert details["record"] == f"/v1/environments/{early.id}?uid={early.uid}"
 
 
 def test_create_is_repeated_with_the_same_key_when_the_answer_is_lost(api: FakeApi, fuse: Fuse) -> None:

@@ -4,13 +4,13 @@ A client that goes away ends the command, unless its request has an Idempotency-
 """
 
 import base64
-import binascii
 
 import msgspec
 from starlette.responses import Response
 
 from fusevm.control.activity import in_use
 from fusevm.control.call import Call, reply
+from fusevm.control.command_log import EXEC
 from fusevm.control.host_api import GuestRequest
 from fusevm.control.outcome import fence_of
 from fusevm.control.plane import Plane
@@ -35,8 +35,11 @@ async def exec_command(plane: Plane, call: Call) -> Response:
 
 async def _run(plane: Plane, call: Call, body: rest.ExecBody, order: ExecRequest) -> rest.ExecAnswer:
     env = await usable_environment(plane, call.caller, call.params["id"])
-    async with in_use(plane, env, f"request {call.request_id}"):
-        result = await _ask(plane, env, order)
+    cause = f"request {call.request_id}"
+    async with in_use(plane, env, cause):
+        with plane.commands.noting_loss(env, EXEC, cause):
+            result = await _ask(plane, env, order)
+        plane.commands.ended(env, EXEC, cause, result)
     return render_result(result, wants_base64=body.encoding == "base64")
 
 
@@ -77,7 +80,7 @@ def guest_order(body: rest.ExecBody) -> ExecRequest:
     if body.stdin_b64 is not None:
         try:
             base64.b64decode(body.stdin_b64, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # not base64, or not even ASCII
             raise BadField(field="stdin_b64", problem=f"this is not base64: {error}") from error
     return ExecRequest(
         cmd=body.cmd or [],

@@ -7,6 +7,7 @@ from starlette.responses import Response
 from fusevm.control.call import Call, empty, reply
 from fusevm.control.create_order import new_token, read_order
 from fusevm.control.handlers.pages import page_limit, parse_cursor, render_cursor
+from fusevm.control.handlers.told import ended, error_of, find_fact
 from fusevm.control.plane import Plane
 from fusevm.control.render import render_environment
 from fusevm.control.resolve import any_environment, live_environment, usable_environment
@@ -14,22 +15,24 @@ from fusevm.control.signals import Subscription
 from fusevm.control.store.protocol import Query, SealedRow
 from fusevm.core.setup import with_token
 from fusevm.model.environment import TERMINAL, Desired, DrainAgent, Environment, RotateToken, State
-from fusevm.model.errors import BadField, DaemonFailed
+from fusevm.model.errors import BadField, Timeout
 from fusevm.model.event import DestroyRequested, DrainRequested, Event, RotateRequested
-from fusevm.model.fact import Kind
 from fusevm.model.ids import environment_id, parse_task_id
 from fusevm.wire import rest
+from fusevm.wire.errors import ending_error
+from fusevm.wire.routes import errors_of
 
 
 async def create_environment(plane: Plane, call: Call) -> Response:
     body, _ = await call.json(rest.CreateRequest)
     task_id = parse_task_id(body.task_id)
-    if call.bound_uid:
-        return await _join(plane, call, environment_id(task_id), call.bound_uid)
+    if call.acted_on:
+        return await _join(plane, call, environment_id(task_id), call.acted_on)
     identity = plane.entry.new_identity(task_id, call.caller.tenant)
     asked = await read_order(plane, call.caller.tenant, identity.uid, body)
     with plane.signals.subscribe(identity.uid) as news:
         record = await plane.entry.begin(identity, asked, cause=_cause(call), key=call.request_key)
+        call.acted_on = record.uid
         return await _created(plane, call, record, news)
 
 
@@ -40,12 +43,15 @@ async def _join(plane: Plane, call: Call, id_: str, uid: str) -> Response:
 
 
 async def _created(plane: Plane, call: Call, record: Environment, news: Subscription) -> Response:
-    """Wait until it runs, or not; then tell what it is."""
+    """Wait until it runs; then tell what it is. Raises the error of its ending where it ends instead."""
     if call.prefers_async():
         return _shown(call, record, 202)
     record = await plane.entry.wait_for(
         record, lambda env: env.state is not State.PROVISIONING, plane.config.wait_s, news=news, closing=plane.closing
     )
+    if record.ending is not None:
+        state, reason, message = record.ending.state, record.ending.reason, record.ending.message
+        raise ending_error(record.id, record.uid, state=state, reason=reason, message=message)
     return _shown(call, record, 201)
 
 
@@ -80,6 +86,9 @@ async def delete_environment(plane: Plane, call: Call) -> Response:
     only = call.expected(env.id, env.uid, env.revision)
     if env.desired is Desired.DESTROYED:
         return _shown(call, env, 202)
+    if only is None:
+        # What has ended is told before the end; with If-Match, that would be another revision.
+        await plane.commands.tell(env.uid)
     with plane.signals.subscribe(env.uid) as news:
         env = await plane.entry.feed(env.uid, DestroyRequested(cause=_cause(call)), known=env, only=only)
         if not call.prefers_async():
@@ -98,10 +107,10 @@ async def drain_environment(plane: Plane, call: Call) -> Response:
 
 
 async def rotate_token(plane: Plane, call: Call) -> Response:
-    """Without a daemon there is no token, and nothing to do."""
+    """An environment that brought nothing has no token, and there is nothing to do."""
     env = await usable_environment(plane, call.caller, call.params["id"])
     call.expected(env.id, env.uid, env.revision)
-    if not env.duties.agent:
+    if not env.duties.setup:
         return empty()
     setup = with_token(await plane.vault.load(env.uid), new_token())
     sealed = plane.vault.seal(env.uid, setup)
@@ -111,10 +120,14 @@ async def rotate_token(plane: Plane, call: Call) -> Response:
     )
     if isinstance(after.pending, RotateToken):
         return empty(202)
-    for stored in await plane.store.facts_of(env.uid, before.event_seq, 100):
-        fact = stored.fact
-        if fact.kind is Kind.AGENT and fact.reason != "token_rotated" and fact.message:
-            raise DaemonFailed(problem=fact.message)
+    told = await find_fact(plane, before, lambda fact: fact.data.get("asked_by") == event.cause)
+    if told is None:
+        raise ended(after)
+    if told.reason == "rotate_timeout":
+        limit_s = plane.config.policy.rotate_deadline_ms // 1000
+        raise Timeout(what=f"giving {env.id} its new token ({told.message})", limit_s=limit_s)
+    if told.reason != "token_rotated":
+        raise error_of(told, errors_of(call.route), id=env.id)
     return empty()
 
 
@@ -130,6 +143,7 @@ async def _until(
     only = call.expected(env.id, env.uid, env.revision)
     with plane.signals.subscribe(env.uid) as news:
         before = await plane.entry.feed(env.uid, event, known=env, only=only, sealed=sealed)
+        call.acted_on = env.uid
         if call.prefers_async():
             return before, before
         after = await plane.entry.wait_for(before, is_done, plane.config.wait_s, news=news, closing=plane.closing)

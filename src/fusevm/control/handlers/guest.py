@@ -4,19 +4,22 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from urllib.parse import quote, urlencode
 
+import msgspec
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fusevm.control.activity import in_use
 from fusevm.control.call import Call
+from fusevm.control.caller import Caller
 from fusevm.control.host_api import Body, GuestRequest, Upstream
 from fusevm.control.middleware import Handler
 from fusevm.control.outcome import fence_of
 from fusevm.control.plane import Plane
+from fusevm.control.race import first_of
 from fusevm.control.resolve import READABLE, RUNS, usable_environment
+from fusevm.control.standing import keep_checking
 from fusevm.model.environment import Environment, State
 from fusevm.wire.routes import NO_LIMIT, Payload, Route
-from fusevm.wire.routes import Scope as Right
 
 #: Seconds until the head of an answer; an upload's answer comes after its last byte.
 ANSWER_TIMEOUT_S, UPLOAD_TIMEOUT_S = 60.0, 86_400.0
@@ -29,30 +32,35 @@ _OWN_PARAMETERS = frozenset({"action", "uid"})
 
 
 class RelayedResponse(StreamingResponse):
-    """An answer from the host, passed on as it arrives. The environment is in use until it has ended."""
+    """An answer from the host, passed on as it arrives. The environment is in use until it has ended. It is cut off
+    when its caller's key is good no longer."""
 
-    def __init__(self, upstream: Upstream, use: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+    def __init__(
+        self, plane: Plane, caller: Caller, upstream: Upstream, use: Callable[[], AbstractAsyncContextManager[None]]
+    ) -> None:
         headers = {name: value for name, value in upstream.headers.items() if _is_passed_on(name)}
         super().__init__(upstream.chunks(), upstream.status, headers=headers)
+        self._plane = plane
+        self._caller = caller
         self._upstream = upstream
         self._use = use
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with self._use():
-                await super().__call__(scope, receive, send)
+                await first_of(super().__call__(scope, receive, send), keep_checking(self._plane, self._caller))
         finally:
             await self._upstream.close()
 
 
-def relay_to(path: str, states: frozenset[State], *, to_guest: bool = True) -> Handler:
-    """A handler that passes its request on to `path` below the machine; braces are filled from the public path."""
+def relay_to(path: str, states: frozenset[State]) -> Handler:
+    """A handler that passes its request on to `path` of the guest agent; braces are filled from the public path."""
 
     async def handler(plane: Plane, call: Call) -> Response:
         env = await usable_environment(plane, call.caller, call.params["id"], states)
         body = await _body(call)
         segments = {name: quote(value, safe="") for name, value in call.params.items()}
-        target = ("guest/" if to_guest else "") + path.format(**segments) + _query(call)
+        target = "guest/" + path.format(**segments) + _query(call)
 
         def use() -> AbstractAsyncContextManager[None]:
             return in_use(plane, env, f"request {call.request_id}")
@@ -62,8 +70,8 @@ def relay_to(path: str, states: frozenset[State], *, to_guest: bool = True) -> H
             if call.route.gives is Payload.NONE:
                 return await _without_body(upstream, is_head=call.route.method == "HEAD")
             if _is_short(upstream):
-                return await _whole(upstream)
-        return RelayedResponse(upstream, use)
+                return _noted(plane, env, call, await _whole(upstream))
+        return RelayedResponse(plane, call.caller, upstream, use)
 
     return handler
 
@@ -131,6 +139,18 @@ async def _without_body(upstream: Upstream, *, is_head: bool) -> Response:
     return response
 
 
+def _noted(plane: Plane, env: Environment, call: Call, response: Response) -> Response:
+    """An answer that tells of a new background process is told as an event, too."""
+    if call.route.name == "start_process" and response.status_code == 201:
+        pid = msgspec.json.decode(response.body, type=_Started).pid
+        plane.commands.started(env, f"request {call.request_id}", pid)
+    return response
+
+
+class _Started(msgspec.Struct):
+    pid: int = 0
+
+
 def _query(call: Call) -> str:
     items = [item for item in call.connection.query_params.multi_items() if item[0] not in _OWN_PARAMETERS]
     return "?" + urlencode(items, quote_via=quote) if items else ""
@@ -142,9 +162,10 @@ def _is_passed_on(name: str) -> bool:
 
 def states_for(route: Route) -> frozenset[State]:
     """Reading is possible while an environment drains, starting and changing is not."""
-    return READABLE if route.scope is Right.READ else RUNS
+    return READABLE if route.method in ("GET", "HEAD") or route.name in _READING_POSTS else RUNS
 
 
+_READING_POSTS = frozenset({"stat_path", "list_path"})
 _PATHS = {
     "start_process": "processes",
     "list_processes": "processes",

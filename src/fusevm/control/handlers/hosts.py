@@ -2,25 +2,21 @@
 
 from collections.abc import Callable
 
+import msgspec
 from msgspec.structs import replace
 from starlette.responses import Response
 
 from fusevm.control.call import Call, empty, reply
 from fusevm.control.draining import drain_environments
+from fusevm.control.etag import etag_of
 from fusevm.control.handlers.pages import page_limit, parse_cursor, render_cursor
 from fusevm.control.plane import Plane
 from fusevm.control.registration import accept_host
 from fusevm.control.render import render_host
-from fusevm.control.store.protocol import SnapshotQuery
-from fusevm.core.snapshots import stranded
-from fusevm.model.errors import HostInUse, HostNotFound, RevisionConflict
+from fusevm.model.errors import HostInUse, HostNotFound, PreconditionFailed, RevisionConflict
 from fusevm.model.event import HostLost
-from fusevm.model.host import Host, HostHealth, HostState
-from fusevm.model.snapshot import SnapshotState
+from fusevm.model.host import Host, HostState, can_be_given_up
 from fusevm.wire import rest, rest_fleet
-
-#: Snapshots looked at together.
-PAGE = 100
 
 
 async def register_host(plane: Plane, call: Call) -> Response:
@@ -30,13 +26,13 @@ async def register_host(plane: Plane, call: Call) -> Response:
         body = replace(body, token=await plane.directory.token_of(body.id))
     accepted = await accept_host(body, plane.directory)
     host = await plane.directory.save(accepted.host, accepted.token)
-    call.mark(_key(host), host.revision)
+    _mark(call, host)
     return reply(replace(render_host(host), warnings=list(accepted.warnings)), 201)
 
 
 async def list_hosts(plane: Plane, call: Call) -> Response:
     after, limit = parse_cursor(call.text("cursor")), page_limit(call)
-    found = [host for host in await plane.store.hosts() if host.id > after]
+    found = await plane.store.host_page(after, limit + 1)
     page = rest.HostPage(
         hosts=[render_host(host) for host in found[:limit]],
         next_cursor=render_cursor(found[limit - 1].id) if len(found) > limit else "",
@@ -46,7 +42,7 @@ async def list_hosts(plane: Plane, call: Call) -> Response:
 
 async def get_host(plane: Plane, call: Call) -> Response:
     host = await _host(plane, call)
-    call.mark(_key(host), host.revision)
+    _mark(call, host)
     return reply(render_host(host))
 
 
@@ -70,27 +66,24 @@ async def drain_host(plane: Plane, call: Call) -> Response:
 
 async def delete_host(plane: Plane, call: Call) -> Response:
     host = await _host(plane, call)
-    call.expected(host.id, _key(host), host.revision)
-    placed = await plane.store.on_host(host.id)
-    if placed and not (call.flag("force") and host.health is HostHealth.LOST):
+    revision = call.expected(host.id, _key(host), host.revision)
+    placed = (await plane.store.on_host(host.id)).records
+    if placed and not (call.flag("force") and can_be_given_up(host)):
         raise HostInUse(id=host.id, machines=len(placed))
     for env in placed:
         await plane.entry.feed(env.uid, HostLost(cause=f"request {call.request_id}", host_id=host.id))
-    await plane.store.drop_host(host.id)
+    try:
+        await plane.store.drop_host(host.id, revision)
+    except RevisionConflict as conflict:
+        now = await _host(plane, call)
+        raise PreconditionFailed(id=now.id, etag=etag_of(_key(now), now.revision)) from conflict
     await plane.directory.forget(host.id)
-    await _strand_snapshots(plane, host.id)
     return empty()
 
 
-async def _strand_snapshots(plane: Plane, host_id: str) -> None:
-    """Nobody reaches the bytes any more; the records stay until they are deleted, and say why they cannot be used."""
-    query = SnapshotQuery(host_id=host_id, state=SnapshotState.READY, limit=PAGE)
-    while found := await plane.store.snapshots(query):
-        for snapshot in found:
-            try:
-                await plane.store.save_snapshot(stranded(snapshot, plane.clock.now_ms()))
-            except RevisionConflict:
-                continue  # somebody deletes it: it is read again, and then is not ready any more
+def _mark(call: Call, host: Host) -> None:
+    """Bookings and the last answer change without a new revision, so that it alone is no ETag."""
+    call.mark(_key(host), host.revision, msgspec.json.encode(render_host(host)))
 
 
 def _key(host: Host) -> str:

@@ -1,23 +1,24 @@
 """Logs: the machine's console, what the startup script wrote, what the user's daemon writes.
 
-The console is kept by the host and relayed as it is. The other two are kept by the guest agent, as two streams each;
-here they are one text.
+The console is kept by the host. The other two are kept by the guest agent, as two streams each; here they are one text.
+Values of the environment's setup are masked in all of them: who may read logs, may not read secrets.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 from starlette.responses import Response
 
 from fusevm.control.activity import in_use
 from fusevm.control.call import Call
 from fusevm.control.guest_calls import GuestCalls
-from fusevm.control.handlers.guest import RelayedResponse, relay_to
-from fusevm.control.host_api import Upstream
+from fusevm.control.handlers.guest import RelayedResponse
+from fusevm.control.host_api import GuestRequest, HostApi, Upstream
 from fusevm.control.outcome import fence_of
 from fusevm.control.plane import Plane
 from fusevm.control.resolve import usable_environment
+from fusevm.core.redaction import Redactor
 from fusevm.model.environment import Environment, State
 from fusevm.model.errors import BadField, LogNotFound, ProcessNotFound
 from fusevm.wire.routes import LOG_SOURCES
@@ -30,23 +31,21 @@ _BEHIND = 8
 _ALIVE = frozenset({State.PROVISIONING, State.RUNNING, State.DRAINING, State.DESTROYING})
 _PATHS = {"startup": "processes/@startup/output", "agent": "agent/output"}
 
-_console = relay_to("logs", _ALIVE, to_guest=False)
-
 
 async def read_logs(plane: Plane, call: Call) -> Response:
     source = call.text("source") or LOG_SOURCES[0]
     if source not in LOG_SOURCES:
         raise BadField(field="source", problem=f"{source[:40]!r} is none of {', '.join(LOG_SOURCES)}")
     follow = call.flag("follow")
-    if source not in _PATHS:
-        return await _console(plane, call)
     env = await usable_environment(plane, call.caller, call.params["id"], _ALIVE)
     _check(env, source)
 
     def use() -> AbstractAsyncContextManager[None]:
         return in_use(plane, env, f"request {call.request_id}")
 
-    return RelayedResponse(await _open(plane, env, source, follow=follow), use)
+    redactor = await plane.vault.redactor(env)
+    streams = await _open(plane, env, source, "follow=true" if follow else "follow=false")
+    return RelayedResponse(plane, call.caller, RedactedLog(streams, redactor, follow=follow), use)
 
 
 def _check(env: Environment, source: str) -> None:
@@ -58,51 +57,69 @@ def _check(env: Environment, source: str) -> None:
         raise LogNotFound(id=env.id, source=source, problem="it still waits for a place")
 
 
-async def _open(plane: Plane, env: Environment, source: str, *, follow: bool) -> "BothStreams":
+async def _open(plane: Plane, env: Environment, source: str, query: str) -> list[Upstream]:
     host = await plane.directory.client(env.host_id)
+    if source not in _PATHS:
+        return [await _open_console(plane, env, host, query)]
     guest = GuestCalls(host, fence_of(plane.store.cluster, env), env.machine_id)
-    opened: list[Upstream] = []
-    try:
-        for stream in ("stdout", "stderr"):
-            query = f"stream={stream}" + ("&follow=true" if follow else "")
-            opened.append(await guest.open("GET", f"{_PATHS[source]}?{query}"))
-    except BaseException as error:
-        for upstream in opened:
-            await upstream.close()
-        if isinstance(error, ProcessNotFound):
+    async with AsyncExitStack() as opened:
+        try:
+            out = await guest.open("GET", f"{_PATHS[source]}?stream=stdout&{query}")
+            opened.push_async_callback(out.close)
+            err = await guest.open("GET", f"{_PATHS[source]}?stream=stderr&{query}")
+        except ProcessNotFound as error:
             problem = "its startup script has not been started yet"
             raise LogNotFound(id=env.id, source=source, problem=problem) from error
-        raise
-    return BothStreams(opened, follow=follow)
+        opened.pop_all()
+    return [out, err]
 
 
-class BothStreams:
-    """Standard output and standard error as one text. Implements `host_api.Upstream`.
+async def _open_console(plane: Plane, env: Environment, host: HostApi, query: str) -> Upstream:
+    fence = fence_of(plane.store.cluster, env)
+    return await host.relay(GuestRequest(fence=fence, machine_id=env.machine_id, method="GET", target=f"logs?{query}"))
 
-    What is there already comes one after the other, since nobody knows how it was mixed; what is followed comes as it
-    is written, line by line.
+
+class RedactedLog:
+    """One text of one or two streams. Implements `host_api.Upstream`.
+
+    What is there already comes one stream after the other, since nobody knows how they were mixed; what is followed
+    comes as it is written, line by line.
     """
 
     status = 200
 
-    def __init__(self, streams: Sequence[Upstream], *, follow: bool) -> None:
+    def __init__(self, streams: Sequence[Upstream], redactor: Redactor, *, follow: bool) -> None:
         self._streams = streams
+        self._redactor = redactor
         self._follow = follow
-        lost = sum(int(stream.headers.get("x-fuse-lost", "0")) for stream in streams)
+        lost = sum(_number(stream, "x-fuse-lost") for stream in streams)
         self.headers: Mapping[str, str] = {"content-type": "text/plain; charset=utf-8", "x-fuse-lost": str(lost)}
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        if self._follow:
-            async for piece in mixed([stream.chunks() for stream in self._streams]):
+        if self._follow and len(self._streams) > 1:
+            async for piece in mixed([self._redacted(stream) for stream in self._streams]):
                 yield piece
             return
         for stream in self._streams:
-            async for piece in stream.chunks():
+            async for piece in self._redacted(stream):
                 yield piece
+
+    async def _redacted(self, stream: Upstream) -> AsyncIterator[bytes]:
+        begins_at = max(_number(stream, "x-fuse-offset"), _number(stream, "x-fuse-lost"))
+        masked = self._redactor.stream(begins_at)
+        async for chunk in stream.chunks():
+            if content := masked.feed(chunk):
+                yield content
+        if content := masked.end():
+            yield content
 
     async def close(self) -> None:
         for stream in self._streams:
             await stream.close()
+
+
+def _number(stream: Upstream, header: str) -> int:
+    return int(stream.headers.get(header, "0"))
 
 
 async def mixed(streams: Sequence[AsyncIterator[bytes]]) -> AsyncIterator[bytes]:

@@ -5,7 +5,6 @@ import asyncio
 from starlette.responses import Response
 
 from fusevm.control.call import Call, reply
-from fusevm.control.fleet_gauges import read_fleet
 from fusevm.control.plane import Plane
 from fusevm.core.invariants import violations
 from fusevm.model.host import HostHealth
@@ -27,27 +26,26 @@ async def ready(plane: Plane, _call: Call) -> Response:
             await plane.store.ping()
             hosts = await plane.store.hosts()
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer to this question
-        return reply(rest.Ready(status="not_ready", checks={"store": str(error) or type(error).__name__}), 503)
+        return reply(rest.Ready(status="not_ready", checks={"state_store": str(error) or type(error).__name__}), 503)
     well = sum(host.health is HostHealth.OK for host in hosts)
-    checks = {"store": "ok", "hosts": f"{well} of {len(hosts)} answer"}
+    checks = {"state_store": "ok", "fleet": f"{well} of {len(hosts)} answer"}
     if plane.closing.is_set():
         return reply(rest.Ready(status="not_ready", checks={**checks, "server": "shutting down"}), 503)
     return reply(rest.Ready(status="ready", checks=checks))
 
 
 async def metrics(plane: Plane, _call: Call) -> Response:
-    fleet = await read_fleet(plane.store, plane.clock.now_ms())
-    return Response(plane.metrics.render(fleet), media_type=METRICS_TYPE)
+    return Response(plane.metrics.render(await plane.fleet.gauges()), media_type=METRICS_TYPE)
 
 
 async def version(plane: Plane, _call: Call) -> Response:
-    return reply(rest.Version(service="fuse", version=plane.version))
+    return reply(rest.Version(service=rest.SERVICE, version=plane.version))
 
 
 async def check_invariants(plane: Plane, _call: Call) -> Response:
     """One reading of the store. What hosts list is left out: a list of another moment would raise false alarms."""
     world = await plane.store.world()
-    found = await asyncio.to_thread(violations, world, plane.config.policy)
+    found = await asyncio.to_thread(violations, world, None)
     return reply(rest.Invariants(violations=found, environments=len(world.environments), hosts=len(world.hosts)))
 
 

@@ -6,16 +6,17 @@ from starlette.responses import Response
 
 from fusevm.control.call import Call, empty, reply
 from fusevm.control.handlers.pages import page_limit, parse_cursor, render_cursor
+from fusevm.control.handlers.told import ended, find_fact
 from fusevm.control.plane import Plane
 from fusevm.control.render import render_snapshot
 from fusevm.control.resolve import live_environment
 from fusevm.control.store.protocol import SnapshotQuery
 from fusevm.core import snapshots as rules
+from fusevm.core.endings import CUT_OFF
 from fusevm.model import ids
 from fusevm.model.environment import Environment, RestoreMachine, SnapshotMachine
 from fusevm.model.errors import BadField, NotSupported, RevisionConflict, SnapshotFailed, SnapshotNotFound
 from fusevm.model.event import Event, RestoreRequested, SnapshotRequested
-from fusevm.model.fact import Kind
 from fusevm.model.host import HostHealth
 from fusevm.model.snapshot import Snapshot, SnapshotKind, SnapshotState
 from fusevm.wire import rest_fleet
@@ -33,6 +34,8 @@ async def create_snapshot(plane: Plane, call: Call) -> Response:
     made = await plane.store.snapshot(snapshot.id)
     if made is None:
         raise SnapshotNotFound(id=snapshot.id)
+    if made.state is SnapshotState.ERROR:
+        raise SnapshotFailed(id=made.id, problem=made.last_error)
     return reply(render_snapshot(made), 201 if made.state is SnapshotState.READY else 202)
 
 
@@ -59,9 +62,11 @@ async def _described(plane: Plane, env: Environment, body: rest_fleet.SnapshotRe
 
 
 async def _order(plane: Plane, call: Call, env: Environment, event: Event, snapshot: Snapshot) -> bool:
-    """Give the action and wait for its end; False: it goes on. Raises what it was refused for."""
+    """Give the action and wait for its end; False: it goes on. Raises RevisionConflict when the snapshot to restore is
+    not as it was read, EnvironmentEnded when the environment ends first, and what the action was refused for."""
     with plane.signals.subscribe(env.uid) as news:
         before = await plane.entry.feed(env.uid, event, known=env)
+        call.acted_on = env.uid
         if call.prefers_async():
             return False
         after = await plane.entry.wait_for(
@@ -73,12 +78,13 @@ async def _order(plane: Plane, call: Call, env: Environment, event: Event, snaps
         )
     if _is_at(after, snapshot.id):
         return False
-    for stored in await plane.store.facts_of(env.uid, before.event_seq, 100):
-        fact = stored.fact
-        if fact.kind is Kind.SNAPSHOT and fact.message and fact.data.get("snapshot_id") == snapshot.id:
-            if fact.reason == NotSupported.reason:
-                raise NotSupported(feature=f"a snapshot of a machine on host {env.host_id}")
-            raise SnapshotFailed(id=snapshot.id, problem=fact.message)
+    told = await find_fact(plane, before, lambda fact: fact.data.get("snapshot_id") == snapshot.id)
+    if told is None or told.reason == CUT_OFF:
+        raise ended(after)
+    if told.reason == NotSupported.reason:
+        raise NotSupported(feature=f"a snapshot of a machine on host {env.host_id}")
+    if told.message:
+        raise SnapshotFailed(id=snapshot.id, problem=told.message)
     return True
 
 
@@ -145,13 +151,17 @@ async def get_snapshot(plane: Plane, call: Call) -> Response:
 
 
 async def restore_snapshot(plane: Plane, call: Call) -> Response:
-    snapshot = await _snapshot(plane, call)
-    call.expected(snapshot.id, snapshot.id, snapshot.revision)
-    env = await live_environment(plane, call.caller, ids.environment_id(snapshot.task_id))
-    rules.check_restorable(snapshot, env)
-    event = RestoreRequested(cause=f"request {call.request_id}", snapshot=snapshot)
-    is_over = await _order(plane, call, env, event, snapshot)
-    return empty() if is_over else empty(202)
+    while True:
+        snapshot = await _snapshot(plane, call)
+        call.expected(snapshot.id, snapshot.id, snapshot.revision)
+        env = await live_environment(plane, call.caller, ids.environment_id(snapshot.task_id))
+        rules.check_restorable(snapshot, env)
+        event = RestoreRequested(cause=f"request {call.request_id}", snapshot=snapshot)
+        try:
+            is_over = await _order(plane, call, env, event, snapshot)
+        except RevisionConflict:
+            continue  # the snapshot was deleted, used or stranded since it was read
+        return empty() if is_over else empty(202)
 
 
 async def delete_snapshot(plane: Plane, call: Call) -> Response:

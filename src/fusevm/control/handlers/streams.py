@@ -1,11 +1,14 @@
 """Event streams."""
 
+from collections.abc import AsyncGenerator
+
 from starlette.responses import Response, StreamingResponse
 
 from fusevm.control.call import Call
 from fusevm.control.events import parse_last_id, start_position, stream_all, stream_environment
 from fusevm.control.plane import Plane
 from fusevm.control.resolve import any_environment
+from fusevm.control.standing import while_standing
 from fusevm.model.environment import Environment
 from fusevm.model.errors import EnvironmentEnded
 
@@ -18,7 +21,7 @@ async def stream_environment_events(plane: Plane, call: Call) -> Response:
     after: tuple[str, int] | None = parse_last_id(last_id) if last_id else None
     env = await _streamed(plane, call, after)
     seq = after[1] if after is not None and after[0] == env.uid else None
-    return StreamingResponse(stream_environment(plane, env.uid, seq), headers=_HEADERS, media_type=_TYPE)
+    return _streaming(plane, call, stream_environment(plane, env.uid, seq))
 
 
 async def _streamed(plane: Plane, call: Call, after: tuple[str, int] | None) -> Environment:
@@ -36,7 +39,11 @@ async def _streamed(plane: Plane, call: Call, after: tuple[str, int] | None) -> 
 
 async def stream_events(plane: Plane, call: Call) -> Response:
     position = await start_position(plane, _last_id(call))
-    return StreamingResponse(stream_all(plane, position, call.caller.sees), headers=_HEADERS, media_type=_TYPE)
+    return _streaming(plane, call, stream_all(plane, position, call.caller.sees))
+
+
+def _streaming(plane: Plane, call: Call, messages: AsyncGenerator[bytes, None]) -> Response:
+    return StreamingResponse(while_standing(plane, call.caller, messages), headers=_HEADERS, media_type=_TYPE)
 
 
 def _last_id(call: Call) -> str:

@@ -27,9 +27,5 @@ def list_all() -> Transaction[list[ApiKey]]:
     return [_decode(row) for row in (yield from rows("list_keys"))]
 
 
-def revoke(id_: str, now_ms: int) -> Transaction[bool]:
-    return (yield from one("revoke_key", id_, now_ms)) is not None
-
-
 def _decode(row: Row) -> ApiKey:
     return replace(_key.decode(row[0]), revoked_at_ms=row[1], last_used_at_ms=row[2])

@@ -31,12 +31,12 @@ class Opened(NamedTuple):
 
 
 def open_database(
-    dialect: Dialect, policy: Policy, *, new_cluster: str, now_ms: int, is_alone: bool
+    dialect: Dialect, policy: Policy | None, *, new_cluster: str, now_ms: int, is_alone: bool
 ) -> Transaction[Opened]:
     """Bring the schema up to date and make the data ready for use.
 
-    `is_alone`: nobody else works on this database. Raises BadSetting for one of a newer or foreign program, which is
-    left as it is.
+    `policy` None: deadlines are left as they are. `is_alone`: nobody else works on this database. Raises BadSetting for
+    one of a newer or foreign program, which is left as it is.
     """
     if dialect is Dialect.POSTGRES:
         # Others may be migrating for as long as that takes.
@@ -51,7 +51,8 @@ def open_database(
             yield from rows(name)
     if dialect is Dialect.POSTGRES and (yield from rows("restored_events")):
         yield from rows("rebase_events")
-    yield from tx.refresh_deadlines(policy)
+    if policy is not None:
+        yield from tx.refresh_deadlines(policy)
     ((cluster,),) = yield from rows("get_meta", "cluster")
     return Opened(str(cluster), applied)
 

@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 
 from fusevm.control.store.check import Finding, Opener, examine
-from fusevm.control.store.opening import is_postgres, sqlite_path
+from fusevm.control.store.location import MEMORY, is_postgres, sqlite_path
 from fusevm.control.store.sql import Dialect
-from fusevm.control.store.sqlite import MEMORY, SqliteEngine, connect_to_read, drive_moment
-from fusevm.core.policy import Policy
+from fusevm.control.store.sqlite import SqliteEngine, connect_to_read, drive_moment
 from fusevm.model.errors import BadSetting
 
 
@@ -30,24 +29,24 @@ def file_of(database: str) -> Path:
 # -- check ---------------------------------------------------------------------------------------------------------
 
 
-async def check(database: str, policy: Policy, sealer: Opener | None) -> list[Finding]:
+async def check(database: str, sealer: Opener | None) -> list[Finding]:
     """Everything that is wrong with a database. Raises BadSetting for one that cannot be named."""
     if is_postgres(database):
-        return await _check_postgres(database, policy, sealer)
+        return await _check_postgres(database, sealer)
     path = file_of(database)
     if not path.exists():
         return [Finding("file", f"there is no file {path}", "run `fuse db migrate`, or name another", is_fatal=True)]
     try:
         connection = connect_to_read(path, _now_ms)
         try:
-            return drive_moment(connection, examine(Dialect.SQLITE, policy, sealer))
+            return drive_moment(connection, examine(Dialect.SQLITE, sealer))
         finally:
             connection.close()
     except sqlite3.Error as error:
         return [Finding("file", f"{path} cannot be read: {error}", "restore a backup", is_fatal=True)]
 
 
-async def _check_postgres(database: str, policy: Policy, sealer: Opener | None) -> list[Finding]:
+async def _check_postgres(database: str, sealer: Opener | None) -> list[Finding]:
     from fusevm.control.store import postgres  # noqa: PLC0415 - asyncpg is only for those who use it
 
     try:
@@ -58,7 +57,7 @@ async def _check_postgres(database: str, policy: Policy, sealer: Opener | None) 
     try:
         async with connection.transaction(isolation="repeatable_read", readonly=True):
             await connection.execute("set local statement_timeout = '10min'")
-            return await postgres.drive(connection, examine(Dialect.POSTGRES, policy, sealer))
+            return await postgres.drive(connection, examine(Dialect.POSTGRES, sealer))
     except postgres.Failure as error:
         return [Finding("server", f"the server failed: {error}", "see its log", is_fatal=True)]
     finally:
@@ -68,13 +67,16 @@ async def _check_postgres(database: str, policy: Policy, sealer: Opener | None) 
 # -- migrate -------------------------------------------------------------------------------------------------------
 
 
-async def migrate(database: str, policy: Policy) -> tuple[str, ...]:
-    """Bring the schema up to date; the names of what was applied. Raises what opening the store raises."""
+async def migrate(database: str) -> tuple[str, ...]:
+    """Bring the schema up to date; the names of what was applied. Raises what opening the store raises.
+
+    Deadlines stay as they are: they follow the settings of the control plane, which refreshes them when it starts.
+    """
     if is_postgres(database):
         from fusevm.control.store.postgres import bring_up  # noqa: PLC0415 - as above
 
-        return (await bring_up(database, policy, _now_ms)).applied
-    engine = await SqliteEngine.open(str(file_of(database)), policy, _now_ms)
+        return (await bring_up(database, None, _now_ms)).applied
+    engine = await SqliteEngine.open(str(file_of(database)), None, _now_ms)
     await engine.close()
     return engine.applied
 

@@ -2,24 +2,14 @@
 
 from collections.abc import Callable
 
+from fusevm.control.store.location import is_postgres, sqlite_path
 from fusevm.control.store.measured import Meter
 from fusevm.control.store.protocol import Store
-from fusevm.control.store.sqlite import MEMORY, open_sqlite
+from fusevm.control.store.sqlite import open_sqlite
 from fusevm.core.policy import Policy
 
 #: Connections of one replica to PostgreSQL, beside the one that listens.
 POOL_SIZE = 10
-_POSTGRES = ("postgres://", "postgresql://")
-
-
-def is_postgres(database: str) -> bool:
-    """Does the setting name a PostgreSQL database?"""
-    return database.startswith(_POSTGRES)
-
-
-def sqlite_path(database: str) -> str:
-    """The file that the setting names: a path, or `sqlite://` and a path; or `:memory:`."""
-    return database.removeprefix("sqlite://") or MEMORY
 
 
 async def open_store(

@@ -291,8 +291,9 @@ async def open_postgres(
     return SqlStore(measured(PostgresEngine(url, pool, hearing), meter), policy, opened.cluster)
 
 
-async def bring_up(url: str, policy: Policy, now_ms: Callable[[], int]) -> Opened:
-    """Make the database ready, in one transaction. Raises BadSetting, leaving it as it was, and StoreUnreachable."""
+async def bring_up(url: str, policy: Policy | None, now_ms: Callable[[], int]) -> Opened:
+    """Make the database ready (see `open_database`), in one transaction. Raises BadSetting, leaving it as it was, and
+    StoreUnreachable."""
     try:
         connection = await connect(url, is_patient=True)
         try:

@@ -6,6 +6,7 @@ Rules every store keeps:
   pending action together, and gives up the placement with the terminal state.
 - Leases end by database time. A lease is about one action: a commit that replaces the action ends it.
 - Every committed record is shown to the listener, also when the caller was cancelled meanwhile.
+- A list leaves out a record that cannot be read, and says so; whoever asks for that one alone gets the error.
 - Where several replicas share a database, the waker of each hears what the others commit. It is only a hint to look
   again: it may come late, doubled, or, while the database is away, not at all; then `EVERYTHING` follows.
 """
@@ -72,6 +73,14 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
     limit: int = 50
 
 
+class Reading(msgspec.Struct, frozen=True):
+    """Environments as a list has them, and those that it leaves out."""
+
+    records: tuple[Environment, ...] = ()
+    #: uids of records that are there, but damaged, or of a newer program.
+    unreadable: frozenset[str] = frozenset()
+
+
 class SnapshotQuery(msgspec.Struct, frozen=True, kw_only=True):
     """One page of snapshots, newest first."""
 
@@ -118,23 +127,30 @@ class StoredFact(msgspec.Struct, frozen=True):
 
 
 class RequestKey(msgspec.Struct, frozen=True):
-    """An Idempotency-Key in its scope, and what the request was."""
+    """An Idempotency-Key in its scope, what the request was, and which of the equal requests this is."""
 
     tenant: str
     route: str
     key: str
-    #: SHA-256 over the body.
+    #: SHA-256 of what was asked.
     fingerprint: str
+    #: Unique to one request: only who holds the claim may bind, finish or forget the key.
+    claimant: str
+
+    @property
+    def row(self) -> str:
+        """What a sealed answer is bound to."""
+        return f"request:{self.tenant}:{self.route}/{self.key}"
 
 
 class StoredRequest(msgspec.Struct, frozen=True):
-    """What is known of a request that came before. `status` 0: no answer yet."""
+    """What is known of a request that came before. `status` 0: no answer yet. `uid`: what it made, if that is bound."""
 
     fingerprint: str
     uid: str
     status: int
     body: str
-    claimed_at_ms: int
+    is_sealed: bool
 
 
 class Tally(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,7 +178,8 @@ class Records(Protocol):
     ) -> Environment:
         """Insert a new environment, book its place, bind the request key and keep its setup, or do none of it.
 
-        Without a reservation it waits for a place. Raises TaskExists, ReservationLost, StoreFull.
+        Without a reservation it waits for a place. Raises TaskExists, ReservationLost, StoreFull, and
+        IdempotencyInProgress when the key is no longer the claimant's.
         """
         ...
 
@@ -187,7 +204,11 @@ class Records(Protocol):
         ...
 
     async def queued(self, limit: int) -> list[Environment]:
-        """Environments that wait for a place, oldest first."""
+        """Environments that wait for a place, in turns: the oldest of every tenant by age, then the second oldest."""
+        ...
+
+    async def queued_after(self, uid: str, limit: int) -> list[Environment]:
+        """Environments that wait for a place, of any tenant, by uid, which is by age."""
         ...
 
     async def usage_by_tenant(self) -> dict[str, Resources]:
@@ -218,6 +239,10 @@ class Records(Protocol):
 class Leases(Protocol):
     """Who works on what."""
 
+    async def now_ms(self) -> int:
+        """The time by which leases end: the database's."""
+        ...
+
     async def due(self, limit: int) -> Due:
         """What waits for a worker now, oldest first."""
         ...
@@ -230,8 +255,8 @@ class Leases(Protocol):
         """Prolong leases; the answer says which are still held."""
         ...
 
-    async def release(self, owner: str, held: Sequence[tuple[str, int]] | None = None) -> None:
-        """Give leases back; None: all of the owner's, those on hosts too."""
+    async def release(self, owner: str) -> None:
+        """Give all leases of the owner back, those on hosts and snapshots too."""
         ...
 
 
@@ -263,24 +288,32 @@ class Hosts(Protocol):
         """All hosts by id."""
         ...
 
+    async def host_page(self, after: str, limit: int) -> list[Host]:
+        """The hosts that follow an id, by id."""
+        ...
+
     async def host(self, id: str) -> Host | None:  # noqa: A002 - the record's field
         """One host."""
         ...
 
-    async def save_host(self, host: Host) -> Host:
-        """Insert (revision 0) or replace by compare-and-swap; `allocated` is ignored. Raises RevisionConflict."""
+    async def save_host(self, host: Host, sealed: SealedRow | None = None) -> Host:
+        """Insert (revision 0) or replace by compare-and-swap, with its token; `allocated` is ignored.
+
+        Raises RevisionConflict.
+        """
         ...
 
     async def touch_host(self, id: str, last_seen_ms: int) -> None:  # noqa: A002
         """Note that the host answered."""
         ...
 
-    async def on_host(self, host_id: str) -> list[Environment]:
+    async def on_host(self, host_id: str) -> Reading:
         """All live environments of a host."""
         ...
 
-    async def drop_host(self, id: str) -> None:  # noqa: A002
-        """Delete a host without placements. Raises HostInUse, HostNotFound."""
+    async def drop_host(self, id: str, revision: int | None = None) -> None:  # noqa: A002
+        """Delete a host without placements, with its sealed values (owner `host:<id>`); its ready snapshots cannot be
+        used any more. `revision`: only this one. Raises HostInUse, HostNotFound, RevisionConflict."""
         ...
 
     async def acquire_host(self, id: str, claim: Claim) -> bool:  # noqa: A002
@@ -339,16 +372,26 @@ class Keys(Protocol):
 class Requests(Protocol):
     """Answers under an Idempotency-Key."""
 
-    async def claim_request(self, key: RequestKey, keep_ms: int) -> StoredRequest | None:
-        """None: the key is yours. Else what came before under it."""
+    async def claim_request(
+        self, key: RequestKey, keep_ms: int, dead_after_ms: int | None = None
+    ) -> StoredRequest | None:
+        """None: the key is yours. Else what came before under it. Idempotent for one claimant.
+
+        A claim for the same that has bound nothing for `dead_after_ms` is taken over.
+        """
         ...
 
-    async def finish_request(self, key: RequestKey, status: int, body: str) -> None:
-        """Keep the answer."""
+    async def finish_request(
+        self, key: RequestKey, status: int, body: str, *, is_sealed: bool = False, uid: str = ""
+    ) -> None:
+        """Keep the answer, the first one; also of a request that only waited for `uid`, to which the key is bound."""
         ...
 
-    async def forget_request(self, key: RequestKey) -> None:
-        """Free the key: nothing has happened."""
+    async def forget_request(self, key: RequestKey) -> str:
+        """Free the key if it is the claimant's and bound to nothing; else what its request made, or empty.
+
+        Exact also while the answer to the commit that binds it is lost: it waits for that transaction's end.
+        """
         ...
 
 
@@ -367,8 +410,8 @@ class Secrets(Protocol):
         """Replace a sealed value if it is still `old`; a dropped one does not come back."""
         ...
 
-    async def drop_secrets(self, owner: str) -> None:
-        """Delete all of an owner's."""
+    async def secrets_sealed_otherwise(self, mark: str, after: tuple[str, str], limit: int) -> list[SealedRow]:
+        """Values that do not begin with `mark`, in the order of (owner, name), behind `after`."""
         ...
 
 
@@ -382,6 +425,8 @@ class Store(Records, Leases, Facts, Hosts, Snapshots, Keys, Requests, Secrets, P
     #: Called on the event loop with the uid of a record that another replica committed, with `GLOBAL_ORDER` or with
     #: `EVERYTHING`. SQLite, which belongs to one process, never calls it.
     waker: Callable[[str], None]
+    #: Called on the event loop with the uids that a list of environments has left out: their records cannot be read.
+    doubter: Callable[[frozenset[str]], None]
 
     async def ping(self) -> None:
         """Answer a trivial query. Raises Error."""

@@ -1,11 +1,13 @@
 """Transactions about snapshots."""
 
+import contextlib
+
 import msgspec
 from msgspec.structs import replace
 
 from fusevm.control.store.protocol import Claim, SnapshotQuery
 from fusevm.control.store.statements import Conditions, Transaction, one, rows
-from fusevm.core.snapshots import BUILD_MODE
+from fusevm.core.snapshots import BUILD_MODE, stranded
 from fusevm.model.errors import Internal, RevisionConflict
 from fusevm.model.snapshot import ALLOWED, Snapshot, SnapshotState
 
@@ -74,6 +76,15 @@ def follow(snapshot: Snapshot) -> Transaction[None]:
         yield from _replace(before, snapshot)
 
 
+def strand(host_id: str) -> Transaction[None]:
+    """Nobody reaches the bytes on a removed host any more: the records stay until they are deleted, and say so."""
+    ((now_ms,),) = yield from rows("now")
+    for (doc,) in (yield from rows("ready_snapshots_on", host_id)):
+        with contextlib.suppress(msgspec.MsgspecError):  # a damaged one cannot be used in any case
+            snapshot = _snapshot.decode(doc)
+            yield from _replace(snapshot, stranded(snapshot, now_ms))
+
+
 def acquire(id_: str, claim: Claim) -> Transaction[Snapshot | None]:
     """Take the deletion of a snapshot that is due."""
     row = yield from one("acquire_snapshot", id_, claim.owner, claim.lease_ms)
@@ -100,6 +111,7 @@ def _replace(before: Snapshot, after: Snapshot) -> Transaction[Snapshot]:
         saved.metadata.get("name", ""),
         saved.layer_key,
         saved.arch,
+        saved.size_bytes,
         saved.revision,
         due_ms(saved),
         _encode(saved).decode(),
@@ -120,6 +132,7 @@ def _insert(snapshot: Snapshot) -> Transaction[None]:
         snapshot.metadata.get("name", ""),
         snapshot.layer_key,
         snapshot.arch,
+        snapshot.size_bytes,
         snapshot.revision,
         due_ms(snapshot),
         _encode(snapshot).decode(),

@@ -13,6 +13,7 @@ from fusevm.control.store.protocol import (
     Due,
     Position,
     Query,
+    Reading,
     RequestKey,
     Reservation,
     SealedRow,
@@ -21,7 +22,7 @@ from fusevm.control.store.protocol import (
     StoredRequest,
     Tally,
 )
-from fusevm.control.store.statements import Begin, Statement, Transaction, one
+from fusevm.control.store.statements import Begin, Row, Statement, Transaction, one
 from fusevm.control.store.world import read_world
 from fusevm.core.invariants import World
 from fusevm.core.lifecycle import Step
@@ -67,8 +68,11 @@ class SqlStore:
     def __init__(self, engine: Engine, policy: Policy, cluster: str) -> None:
         self.cluster = cluster
         self.listener: Callable[[Committed], None] = lambda _committed: None
+        self.doubter: Callable[[frozenset[str]], None] = lambda _uids: None
         self._engine = engine
         self._policy = policy
+        #: As they were read last, by their rows.
+        self._hosts: dict[Row, Host] = {}
 
     @property
     def waker(self) -> Callable[[str], None]:
@@ -113,7 +117,10 @@ class SqlStore:
         self.listener(committed)
 
     async def queued(self, limit: int) -> list[Environment]:
-        return await self._engine.read(lambda: tx.queued(limit))
+        return list((await self._list(lambda: tx.queued(limit))).records)
+
+    async def queued_after(self, uid: str, limit: int) -> list[Environment]:
+        return list((await self._list(lambda: tx.queued_after(uid, limit))).records)
 
     async def usage_by_tenant(self) -> dict[str, Resources]:
         return await self._engine.read(host_rows.usage_by_tenant)
@@ -128,12 +135,21 @@ class SqlStore:
         return await self._engine.read(lambda: tx.get_last_ended(task_id))
 
     async def list_page(self, query: Query) -> list[Environment]:
-        return await self._engine.read(lambda: tx.list_page(query))
+        return list((await self._list(lambda: tx.list_page(query))).records)
+
+    async def _list(self, begin: Begin[Reading]) -> Reading:
+        reading = await self._engine.read(begin)
+        if reading.unreadable:
+            self.doubter(reading.unreadable)
+        return reading
 
     async def count_live(self) -> dict[str, int]:
         return await self._engine.read(tx.count_live)
 
     # -- leases ---------------------------------------------------------------------------------------------------
+
+    async def now_ms(self) -> int:
+        return await self._engine.read(tx.now_ms, is_row=True)
 
     async def due(self, limit: int) -> Due:
         return await self._engine.read(lambda: tx.due(limit))
@@ -144,8 +160,8 @@ class SqlStore:
     async def renew(self, held: Sequence[tuple[str, int]], claim: Claim) -> set[tuple[str, int]]:
         return await self._engine.write(lambda: tx.renew(held, claim))
 
-    async def release(self, owner: str, held: Sequence[tuple[str, int]] | None = None) -> None:
-        await self._engine.write(lambda: tx.release(owner, held))
+    async def release(self, owner: str) -> None:
+        await self._engine.write(lambda: tx.release(owner))
 
     # -- facts ----------------------------------------------------------------------------------------------------
 
@@ -168,22 +184,27 @@ class SqlStore:
     # -- hosts ----------------------------------------------------------------------------------------------------
 
     async def hosts(self) -> list[Host]:
-        return await self._engine.read(host_rows.list_all)
+        known = self._hosts
+        self._hosts = await self._engine.read(lambda: host_rows.list_all(known))
+        return list(self._hosts.values())
+
+    async def host_page(self, after: str, limit: int) -> list[Host]:
+        return await self._engine.read(lambda: host_rows.page(after, limit))
 
     async def host(self, id: str) -> Host | None:  # noqa: A002 - the record's field
         return await self._engine.read(lambda: host_rows.get(id), is_row=True)
 
-    async def save_host(self, host: Host) -> Host:
-        return await self._engine.write(lambda: host_rows.save(host))
+    async def save_host(self, host: Host, sealed: SealedRow | None = None) -> Host:
+        return await self._engine.write(lambda: host_rows.save(host, sealed))
 
     async def touch_host(self, id: str, last_seen_ms: int) -> None:  # noqa: A002
         await self._engine.apply(Statement("touch_host", (id, last_seen_ms)))
 
-    async def on_host(self, host_id: str) -> list[Environment]:
-        return await self._engine.read(lambda: tx.on_host(host_id))
+    async def on_host(self, host_id: str) -> Reading:
+        return await self._list(lambda: tx.on_host(host_id))
 
-    async def drop_host(self, id: str) -> None:  # noqa: A002
-        await self._engine.write(lambda: host_rows.drop(id))
+    async def drop_host(self, id: str, revision: int | None = None) -> None:  # noqa: A002
+        await self._engine.write(lambda: host_rows.drop(id, revision))
 
     async def acquire_host(self, id: str, claim: Claim) -> bool:  # noqa: A002
         return bool(await self._engine.apply(Statement("acquire_host", (id, claim.owner, claim.lease_ms))))
@@ -224,14 +245,19 @@ class SqlStore:
 
     # -- requests, secrets ----------------------------------------------------------------------------------------
 
-    async def claim_request(self, key: RequestKey, keep_ms: int) -> StoredRequest | None:
-        return await self._engine.write(lambda: tx.claim_request(key, keep_ms))
+    async def claim_request(
+        self, key: RequestKey, keep_ms: int, dead_after_ms: int | None = None
+    ) -> StoredRequest | None:
+        return await self._engine.write(lambda: tx.claim_request(key, keep_ms, dead_after_ms))
 
-    async def finish_request(self, key: RequestKey, status: int, body: str) -> None:
-        await self._engine.apply(Statement("finish_request", (key.tenant, key.route, key.key, status, body)))
+    async def finish_request(
+        self, key: RequestKey, status: int, body: str, *, is_sealed: bool = False, uid: str = ""
+    ) -> None:
+        where = (key.tenant, key.route, key.key, key.claimant, uid)
+        await self._engine.apply(Statement("finish_request", (*where, status, body, int(is_sealed))))
 
-    async def forget_request(self, key: RequestKey) -> None:
-        await self._engine.apply(Statement("forget_request", (key.tenant, key.route, key.key)))
+    async def forget_request(self, key: RequestKey) -> str:
+        return await self._engine.write(lambda: tx.forget_request(key))
 
     async def put_secret(self, owner: str, name: str, sealed: str) -> None:
         await self._engine.apply(Statement("put_secret", (owner, name, sealed)))
@@ -243,8 +269,8 @@ class SqlStore:
     async def reseal_secret(self, owner: str, name: str, old: str, new: str) -> None:
         await self._engine.apply(Statement("reseal_secret", (owner, name, old, new)))
 
-    async def drop_secrets(self, owner: str) -> None:
-        await self._engine.apply(Statement("drop_secrets", (owner,)))
+    async def secrets_sealed_otherwise(self, mark: str, after: tuple[str, str], limit: int) -> list[SealedRow]:
+        return await self._engine.read(lambda: tx.secrets_sealed_otherwise(mark, after, limit))
 
     # -- upkeep ---------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from fusevm.control.store.location import MEMORY
 from fusevm.control.store.measured import Meter, measured
 from fusevm.control.store.migrate import Opened, open_database
 from fusevm.control.store.sql import Dialect, load_queries
@@ -21,7 +22,6 @@ from fusevm.core.policy import Policy
 from fusevm.model.errors import BadSetting, DataRootInUse, StoreFull
 
 T = TypeVar("T")
-MEMORY = ":memory:"
 READERS = 2
 _BUSY_MS = 5_000
 _SQL = load_queries(Dialect.SQLITE)
@@ -81,7 +81,7 @@ def connect_to_read(path: Path, now_ms: Callable[[], int]) -> sqlite3.Connection
 
 
 def migrate_now(
-    connection: sqlite3.Connection, policy: Policy, now_ms: Callable[[], int], *, is_alone: bool = True
+    connection: sqlite3.Connection, policy: Policy | None, now_ms: Callable[[], int], *, is_alone: bool = True
 ) -> Opened:
     """Make a database ready in one transaction. Raises BadSetting, leaving it as it was."""
     connection.execute("begin immediate")
@@ -107,7 +107,7 @@ def migrate_now(
 class SqliteEngine:
     """Implements `sql_store.Engine`. Database time is `now_ms`: the database lives in this process."""
 
-    def __init__(self, path: str, policy: Policy, now_ms: Callable[[], int], meter: Meter | None = None) -> None:
+    def __init__(self, path: str, policy: Policy | None, now_ms: Callable[[], int], meter: Meter | None = None) -> None:
         self.waker: Callable[[str], None] = lambda _uid: None
         self.cluster = ""
         #: Migrations that opening has applied.
@@ -122,7 +122,9 @@ class SqliteEngine:
         self._connections: list[sqlite3.Connection] = []
 
     @classmethod
-    async def open(cls, path: str, policy: Policy, now_ms: Callable[[], int], meter: Meter | None = None) -> Self:
+    async def open(
+        cls, path: str, policy: Policy | None, now_ms: Callable[[], int], meter: Meter | None = None
+    ) -> Self:
         """Lock the file, update its schema, start the threads. Raises DataRootInUse, BadSetting, StoreFull."""
         engine = cls(path, policy, now_ms, meter)
         try:

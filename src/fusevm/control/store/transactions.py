@@ -17,6 +17,7 @@ from fusevm.control.store.protocol import (
     Committed,
     Due,
     Query,
+    Reading,
     RequestKey,
     Reservation,
     SealedRow,
@@ -24,11 +25,11 @@ from fusevm.control.store.protocol import (
     StoredRequest,
     Tally,
 )
-from fusevm.control.store.statements import Conditions, Row, Transaction, one, rows
+from fusevm.control.store.statements import Conditions, Row, Statement, Transaction, one, rows
 from fusevm.core.lifecycle import Step, next_deadline_ms
 from fusevm.core.policy import Policy
 from fusevm.model.environment import ALLOWED, Environment
-from fusevm.model.errors import Internal, RevisionConflict, TaskExists
+from fusevm.model.errors import IdempotencyInProgress, Internal, RevisionConflict, TaskExists
 from fusevm.model.fact import Fact
 
 _environment = msgspec.json.Decoder(Environment)
@@ -76,7 +77,7 @@ def create(
         raise TaskExists(id=record.id, state=other.state if other else "unknown")
     yield from _save_rest(record, step, sealed, 0)
     if key is not None:
-        yield from rows("bind_request", key.tenant, key.route, key.key, record.uid)
+        yield from _bind_request(key, record.uid)
     if reservation is not None:
         yield from host_rows.book(record.uid, record.tenant, reservation)
     return Committed(record, claim.owner if claim else None)
@@ -175,16 +176,32 @@ def get_last_ended(task_id: str) -> Transaction[Environment | None]:
     return _decode((yield from one("get_last_ended", task_id)))
 
 
-def on_host(host_id: str) -> Transaction[list[Environment]]:
-    return _decode_all((yield from rows("live_on_host", host_id)))
+def on_host(host_id: str) -> Transaction[Reading]:
+    return _decode_each((yield from rows("live_on_host", host_id)))
 
 
-def queued(limit: int) -> Transaction[list[Environment]]:
-    return _decode_all((yield from rows("queued", limit)))
+def queued(limit: int) -> Transaction[Reading]:
+    return _decode_each((yield from rows("queued", limit)))
 
 
-def list_page(query: Query) -> Transaction[list[Environment]]:
-    """One page."""
+def queued_after(uid: str, limit: int) -> Transaction[Reading]:
+    return _decode_each((yield from rows("queued_after", uid, limit)))
+
+
+def list_page(query: Query) -> Transaction[Reading]:
+    """One page. What cannot be read is made up for by what follows: a short page is the last one."""
+    page = Reading()
+    while True:
+        left = query.limit - len(page.records)
+        found = yield _page(replace(query, limit=left))
+        more = _decode_each(found)
+        page = Reading((*page.records, *more.records), page.unreadable | more.unreadable)
+        if not more.unreadable or len(found) < left:
+            return page
+        query = replace(query, after=str(found[-1][0]))
+
+
+def _page(query: Query) -> Statement:
     where = Conditions()
     where.given(task_id=query.task_id, state=query.state, host_id=query.host_id)
     if query.tenant is not None:
@@ -192,7 +209,7 @@ def list_page(query: Query) -> Transaction[list[Environment]]:
     if query.after:
         where.add("and uid <" if query.ended else "and uid >", query.after)
     where.add(f"order by uid {'desc' if query.ended else 'asc'} limit", query.limit)
-    return _decode_all((yield where.statement("list_ended" if query.ended else "list_live")))
+    return where.statement("list_ended" if query.ended else "list_live")
 
 
 def count_live() -> Transaction[dict[str, int]]:
@@ -202,7 +219,7 @@ def count_live() -> Transaction[dict[str, int]]:
 def tally() -> Transaction[Tally]:
     live = yield from count_live()
     ((waiting,),) = yield from rows("count_queued")
-    oldest = yield from queued(1)
+    oldest = (yield from queued(1)).records
     found = yield from rows("count_snapshots")
     return Tally(
         live=live,
@@ -216,11 +233,24 @@ def _decode(row: Row | None) -> Environment | None:
     return _environment.decode(row[0]) if row is not None else None
 
 
-def _decode_all(found: Sequence[Row]) -> list[Environment]:
-    return [_environment.decode(row[0]) for row in found]
+def _decode_each(found: Sequence[Row]) -> Reading:
+    """Rows of (uid, document), each by itself."""
+    records: list[Environment] = []
+    unreadable: set[str] = set()
+    for uid, doc in found:
+        try:
+            records.append(_environment.decode(doc))
+        except (msgspec.MsgspecError, UnicodeError):
+            unreadable.add(uid)
+    return Reading(tuple(records), frozenset(unreadable))
 
 
 # -- leases --------------------------------------------------------------------------------------------------------
+
+
+def now_ms() -> Transaction[int]:
+    ((now,),) = yield from rows("now")
+    return int(now)
 
 
 def due(limit: int) -> Transaction[Due]:
@@ -247,12 +277,9 @@ def renew(held: Sequence[tuple[str, int]], claim: Claim) -> Transaction[set[tupl
     return kept
 
 
-def release(owner: str, held: Sequence[tuple[str, int]] | None) -> Transaction[None]:
-    if held is None:
-        for name in ("release_leases", "release_hosts", "release_snapshots"):
-            yield from rows(name, owner)
-    for uid, seq in sorted(held or ()):
-        yield from rows("release_lease", uid, seq, owner)
+def release(owner: str) -> Transaction[None]:
+    for name in ("release_leases", "release_hosts", "release_snapshots"):
+        yield from rows(name, owner)
 
 
 # -- facts ---------------------------------------------------------------------------------------------------------
@@ -269,10 +296,11 @@ def facts(name: str, *values: object) -> Transaction[list[StoredFact]]:
 
 def refresh_deadlines(policy: Policy) -> Transaction[None]:
     """Recompute the stored deadlines: the policy may have changed since they were written."""
-    for doc, stored_ms in (yield from rows("live_deadlines")):
-        record = _environment.decode(doc)
+    found = yield from rows("live_deadlines")
+    stored = {uid: stored_ms for uid, _, stored_ms in found}
+    for record in _decode_each([(uid, doc) for uid, doc, _ in found]).records:
         deadline_ms = next_deadline_ms(record, policy)
-        if deadline_ms != stored_ms:
+        if deadline_ms != stored[record.uid]:
             yield from rows("update_deadline", record.uid, record.revision, deadline_ms)
 
 
@@ -287,13 +315,39 @@ def purge(keep_ms: int, limit: int) -> Transaction[int]:
     return count
 
 
-def claim_request(key: RequestKey, keep_ms: int) -> Transaction[StoredRequest | None]:
+def secrets_sealed_otherwise(mark: str, after: tuple[str, str], limit: int) -> Transaction[list[SealedRow]]:
+    found = yield from rows("secrets_sealed_otherwise", mark, *after, limit)
+    return [SealedRow(str(owner), str(name), str(sealed)) for owner, name, sealed in found]
+
+
+def claim_request(key: RequestKey, keep_ms: int, dead_after_ms: int | None) -> Transaction[StoredRequest | None]:
     """Claim a key, or say what came before under it."""
-    where = (key.tenant, key.route, key.key)
-    while (yield from one("claim_request", *where, key.fingerprint, keep_ms)) is None:
+    claim = (key.tenant, key.route, key.key, key.fingerprint, key.claimant, keep_ms, dead_after_ms)
+    while (yield from one("claim_request", *claim)) is None:
         # It may be freed between the two statements: then it is claimed after all.
-        found = yield from one("get_request", *where)
+        found = yield from _request(key)
         if found is not None:
-            fingerprint, uid, status, body, claimed_at_ms = found
-            return StoredRequest(fingerprint, uid or "", status or 0, body or "", claimed_at_ms)
+            return found
     return None
+
+
+def forget_request(key: RequestKey) -> Transaction[str]:
+    """Free a key that is bound to nothing; else say to what it is bound."""
+    if (yield from one("forget_request", key.tenant, key.route, key.key, key.claimant)) is not None:
+        return ""
+    found = yield from _request(key)
+    return found.uid if found is not None and found.fingerprint == key.fingerprint else ""
+
+
+def _request(key: RequestKey) -> Transaction[StoredRequest | None]:
+    found = yield from one("get_request", key.tenant, key.route, key.key)
+    if found is None:
+        return None
+    fingerprint, uid, status, body, is_sealed = found
+    return StoredRequest(fingerprint, uid or "", status or 0, body or "", bool(is_sealed))
+
+
+def _bind_request(key: RequestKey, uid: str) -> Transaction[None]:
+    """Raises IdempotencyInProgress when another request has taken the key over: that one acts."""
+    if (yield from one("bind_request", key.tenant, key.route, key.key, key.claimant, uid)) is None:
+        raise IdempotencyInProgress(key=key.key)

@@ -28,6 +28,8 @@ class Error(Exception):
             raise TypeError(f"{type(self).__name__} takes exactly {sorted(names)}, got {sorted(fields)}")
         for name, value in fields.items():
             setattr(self, name, value)
+        self._unsaid: frozenset[str] = frozenset()
+        self._more: dict[str, str] = {}
         super().__init__(self.template.format(**fields))
 
     @property
@@ -37,15 +39,19 @@ class Error(Exception):
 
     @property
     def details(self) -> dict[str, str]:
-        """Reason and fields as strings, as the contract wants them."""
-        return {"reason": self.reason, **{name: str(getattr(self, name)) for name in field_names(type(self))}}
+        """Reason and fields as strings, as the contract wants them; of an error from afar, what was said there."""
+        names = [name for name in field_names(type(self)) if name not in self._unsaid]
+        return {"reason": self.reason, **{name: str(getattr(self, name)) for name in names}, **self._more}
 
     @classmethod
     def rebuild(cls, message: str, details: Mapping[str, str]) -> Self:
-        """Make the error again on the far side of a wire, with the sender's sentence; missing fields become empty."""
-        error = cls.__new__(cls)
+        """Make the error again on the far side of a wire, with the sender's sentence and details; missing fields become
+        empty."""
+        error, fields = cls.__new__(cls), field_names(cls)
         Exception.__init__(error, message)
-        for name, kind in field_names(cls).items():
+        error._unsaid = frozenset(fields) - details.keys()
+        error._more = {name: text for name, text in details.items() if name not in fields and name != "reason"}
+        for name, kind in fields.items():
             raw = details.get(name, "")
             setattr(error, name, (int(raw) if _INTEGER.fullmatch(raw) else 0) if kind is int else raw)
         return error

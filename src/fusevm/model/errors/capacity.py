@@ -132,6 +132,36 @@ class BootFailed(Unavailable):
     problem: str
 
 
+class MachineEnded(Unavailable):
+    """The machine shut down or crashed before its environment was ready."""
+
+    reason = "machine_exited"
+    retryable = False
+    template = "The machine of {id} has ended: {problem}"
+    id: str
+    problem: str
+
+
+class MachineGone(Unavailable):
+    """The host no longer knows the machine of an environment that was being made."""
+
+    reason = "machine_missing"
+    retryable = False
+    template = "The machine of {id} is gone: {problem}"
+    id: str
+    problem: str
+
+
+class HostGone(Unavailable):
+    """The host of an environment that was being made was given up."""
+
+    reason = "host_lost"
+    retryable = False
+    template = "The host of {id} was lost: {problem}"
+    id: str
+    problem: str
+
+
 class ToolMissing(Unavailable):
     """A program that the host daemon needs is not installed."""
 
@@ -156,3 +186,23 @@ class Timeout(Error):
     template = "{what} took longer than {limit_s} s"
     what: str
     limit_s: int
+
+
+class BootTimeout(Error):
+    """The machine did not come up before the deadline of its environment. Ends the environment."""
+
+    reason = "boot_timeout"
+    code, status = "timeout", 504
+    template = "The machine of {id} did not come up in time: {problem}"
+    id: str
+    problem: str
+
+
+class SetupTimeout(Error):
+    """Files, startup script and daemon were not in place before the deadline. Ends the environment."""
+
+    reason = "setup_timeout"
+    code, status = "timeout", 504
+    template = "The setup of {id} was not done in time: {problem}"
+    id: str
+    problem: str

@@ -42,6 +42,16 @@ class StaleAction(Conflict):
     seen: int
 
 
+class OrderExpired(Conflict):
+    """Fencing: the order arrived after the moment until which it was valid, and was not carried out."""
+
+    reason = "order_expired"
+    retryable = True
+    template = "Action {action_seq} of {uid} came too late and was not carried out"
+    uid: str
+    action_seq: int
+
+
 class WrongCluster(Conflict):
     reason = "wrong_cluster"
     template = "This host belongs to cluster {cluster}; it takes no orders from {asked}"
@@ -164,7 +174,10 @@ class HostInUse(Conflict):
     """`machines`: how many environments are placed there."""
 
     reason = "host_in_use"
-    template = "Host {id} still has {machines} environments; delete them first, or remove a lost host with ?force=true"
+    template = (
+        "Host {id} still has {machines} environments; delete them first; "
+        "one that is lost or refuses us can be removed with ?force=true"
+    )
     id: str
     machines: int
 

@@ -28,6 +28,13 @@ class HostRejected(Error):
     id: str
 
 
+class HostUnproven(HostRejected):
+    """What answers is not the host that we know, or has another certificate than it had: it gets nothing of us."""
+
+    reason = "host_unproven"
+    template = "What answers as host {id} does not have the key that its token names; register it again with its token"
+
+
 class CommandFailed(Error):
     """A system command on the host failed; `command` can be pasted into a shell."""
 

@@ -7,8 +7,9 @@ from urllib.parse import quote
 import msgspec
 
 from fusevm.model.environment import State
-from fusevm.model.errors import BootFailed, NotFound
+from fusevm.model.errors import NotFound
 from fusevm.sdk.core.exchange import WAIT_TIMEOUT_S, Call, Request, Retry, get, json_reader, make_target, post, to_b64
+from fusevm.wire.errors import ending_error
 from fusevm.wire.rest import (
     CreateRequest,
     EnvironmentBody,
@@ -126,10 +127,15 @@ def get_environment(env_id: str, *, uid: str = "") -> Call[EnvironmentBody]:
 
 
 def raise_unless_up(environment: EnvironmentBody) -> None:
-    """Raise BootFailed for an environment that ended instead of coming up."""
+    """Raise the error of its ending for an environment that ended instead of coming up, as a create answers it."""
     if environment.state in (State.FAILED, State.DESTROYING, State.DESTROYED):
-        problem = environment.error or environment.reason or environment.state
-        raise BootFailed(id=environment.id, problem=problem)
+        raise ending_error(
+            environment.id,
+            environment.uid,
+            state=environment.state,
+            reason=environment.reason,
+            message=environment.error,
+        )
 
 
 def delete_environment(env_id: str, *, wait: bool = True) -> Call[bool]:

@@ -45,7 +45,7 @@ def drain_host(host_id: str) -> Call[None]:
 
 
 def delete_host(host_id: str, *, force: bool = False) -> Call[None]:
-    """Forget a host without environments; a lost one with them, by `force`. Safe to repeat."""
+    """Forget a host without environments; a lost or refusing one with them, by `force`. Safe to repeat."""
     target = make_target("hosts", host_id, query={"force": True if force else None})
     request = Request(method="DELETE", target=target)
     return Call(request=request, read=read_nothing, retry=Retry.ALWAYS, done_by=(HostNotFound,))

@@ -60,6 +60,8 @@ class Checker:
         self.promised: dict[str, str] = {}
         self._by_key: dict[str, str] = {}
         self._confirmed: dict[str, None] = {}
+        #: uid to the number of the newest action that is over, done or given up, while its machine went on.
+        self._over_seq: dict[str, int] = {}
         self._trace = trace
         self._now_s = now_s
         self._seen: dict[tuple[str, str], None] = {}
@@ -97,6 +99,8 @@ class Checker:
             self._given_up(replica, record)
         if record.is_terminal and before is not None:
             self._ended(before, record)
+        if before is not None and before.pending is not None and record.pending is None and not record.is_terminal:
+            self._over_seq[record.uid] = before.pending.seq
         if record.host_id and (before is None or not before.host_id):
             self._booked(record)
 
@@ -151,6 +155,11 @@ class Checker:
         if is_stale:
             self.broken(machine.uid, f"{machine.id} was put back by the superseded action {fence.action_seq}")
 
+    def accepted(self, host: SimHost, fence: Fence, what: str) -> None:
+        self._trace.note(fence.uid, f"{host.id}: {what} by {fence.action_seq}")
+        if fence.action_seq <= self._over_seq.get(fence.uid, -1):
+            self.broken(fence.uid, f"{what} by the action {fence.action_seq}, which was over")
+
     def changed(self, host: SimHost, what: str, subject: str) -> None:
         self._trace.note(subject, f"{host.id}: {what}")
 
@@ -179,7 +188,15 @@ class Checker:
         world = self.world()
         for rule in violations(world, POLICY):
             self.broken(_subject_of(rule, world), rule)
+        self._check_keys(world)
         return world
+
+    def _check_keys(self, world: World) -> None:
+        """Users write the Idempotency-Key under which they ask for a snapshot into its comment."""
+        made: dict[str, str] = {}
+        for snapshot in world.snapshots.values():
+            if snapshot.comment and made.setdefault(snapshot.comment, snapshot.id) != snapshot.id:
+                self.broken(snapshot.id, f"the Idempotency-Key {snapshot.comment} made this one, too")
 
     def unrest(self, world: World) -> list[tuple[str, str]]:
         """What is not at rest yet: (subject, sentence)."""

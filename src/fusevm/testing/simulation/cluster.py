@@ -203,7 +203,7 @@ class Cluster:
     def _be_good(self) -> None:
         self._be_bad(NO_FAULTS)
         self.trace.note("", "all is well from here on")
-        self.database.commits_to_lose = 0
+        self.database.fates.clear()
         for replica in self.replicas:
             replica.start()
 

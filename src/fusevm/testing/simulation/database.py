@@ -1,8 +1,10 @@
-"""The one database of a simulated cluster: the real transactions in memory, with stalls, lost answers, and a ledger of
-leases that is kept apart from it, so that a lease that is given out twice is seen."""
+"""The one database of a simulated cluster: the real transactions in memory, with stalls, outages and failing commits;
+and a ledger of leases that is kept apart from it, so that a lease that is given out twice is seen."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum, auto
 from random import Random
 from typing import Any, Protocol, TypeVar
 
@@ -35,6 +37,16 @@ class CommitWatch(Protocol):
         ...
 
 
+class Fate(Enum):
+    """What becomes of a commit."""
+
+    DONE = auto()
+    #: Carried out, and nobody hears of it.
+    SILENT = auto()
+    #: Not carried out. Whoever asked cannot tell it from `SILENT`.
+    UNDONE = auto()
+
+
 class SimDatabase:
     """The database, its clock and its moods."""
 
@@ -47,8 +59,11 @@ class SimDatabase:
         self.ledger = Ledger(now_ms, watch)
         #: Loop time until which nobody is answered.
         self.stalled_until_s = 0.0
-        #: How many of the next commits are carried out without an answer.
-        self.commits_to_lose = 0
+        #: Loop time until which nobody gets a connection.
+        self.away_until_s = 0.0
+        #: The fates of the next commits; and of the next ones of a method of the store, by its name.
+        self.fates: list[Fate] = []
+        self.fates_of: dict[str, list[Fate]] = {}
 
     def view(self, replica: str) -> "SimStore":
         """The store of one process of a replica."""
@@ -62,10 +77,17 @@ class SimDatabase:
         await asyncio.sleep(self.chance.uniform(0.0002, 0.002) if self.chance.random() < _SLOW else 0)
         while (stall_s := self.stalled_until_s - loop.time()) > 0:  # noqa: ASYNC110 - it may be prolonged meanwhile
             await asyncio.sleep(stall_s)
+        if self.away_until_s > loop.time():
+            raise StoreUnreachable(problem="no connection")
+
+    def next_fate(self, method: str) -> Fate:
+        """Of the commit that is about to be."""
+        fates = self.fates_of.get(method) or self.fates
+        return fates.pop(0) if fates else Fate.DONE
 
 
 class SimEngine(InlineEngine):
-    """Every statement takes a moment, and the end of a commit may never be heard of."""
+    """Every statement takes a moment, and may fail."""
 
     def __init__(self, database: SimDatabase, replica: str) -> None:
         super().__init__(database.inline)
@@ -74,27 +96,34 @@ class SimEngine(InlineEngine):
 
     async def write(self, begin: Begin[T], after: Callable[[T], None] | None = None) -> T:
         await self._sim.wait()
-        is_lost = False
+        with self._failing(begin.__qualname__.split(".")[1]) as fate:  # `SqlStore.create.<locals>...`
 
-        def heard(result: T) -> None:
-            nonlocal is_lost
-            if isinstance(result, Committed):
-                self._sim.ledger.committed(result)
-                self._sim.watch.committed(self._replica, result)
-                is_lost = self._sim.commits_to_lose > 0
-            if after is not None and not is_lost:
-                after(result)
+            def heard(result: T) -> None:
+                if isinstance(result, Committed):
+                    self._sim.ledger.committed(result)
+                    self._sim.watch.committed(self._replica, result)
+                # What is no record concerns the ledger alone, which knows what the database does.
+                if after is not None and (fate is Fate.DONE or not isinstance(result, Committed)):
+                    after(result)
 
-        result = await super().write(begin, heard)
-        if is_lost:
-            self._sim.commits_to_lose -= 1
-            raise StoreUnreachable(problem="the connection was lost while committing")
+            result = await super().write(begin, heard)
         await asyncio.sleep(0)
         return result
 
     async def apply(self, statement: Statement) -> Sequence[Sequence[Any]]:
         await self._sim.wait()
-        return await super().apply(statement)
+        with self._failing(statement.name):
+            return await super().apply(statement)
+
+    @contextlib.contextmanager
+    def _failing(self, method: str) -> Iterator[Fate]:
+        """A commit, with the fate it has. Raises StoreUnreachable."""
+        fate = self._sim.next_fate(method)
+        if fate is Fate.UNDONE:
+            raise StoreUnreachable(problem="the connection was lost before the commit")
+        yield fate
+        if fate is Fate.SILENT:
+            raise StoreUnreachable(problem="the connection was lost while committing")
 
     async def read(self, begin: Begin[T], *, is_row: bool = False) -> T:
         await self._sim.wait()
@@ -163,11 +192,11 @@ class SimStore(SqlStore):
         given = self._as_given(claim)
         return await self._sim_engine.write(lambda: tx.renew(held, given), kept)
 
-    async def release(self, owner: str, held: Sequence[tuple[str, int]] | None = None) -> None:
+    async def release(self, owner: str) -> None:
         def released(_nothing: None) -> None:
-            self._ledger.release(owner, held)
+            self._ledger.release(owner)
 
-        await self._sim_engine.write(lambda: tx.release(owner, held), released)
+        await self._sim_engine.write(lambda: tx.release(owner), released)
 
 
 class Ledger:
@@ -200,10 +229,6 @@ class Ledger:
             self._watch.broken(uid, f"action {seq} is leased to two workers at once")
         self._held[uid] = (seq, claim.owner, now_ms + claim.lease_ms)
 
-    def release(self, owner: str, held: Sequence[tuple[str, int]] | None) -> None:
-        """Leases were given back."""
-        if held is None:
-            held = [(uid, seq) for uid, (seq, whose, _) in self._held.items() if whose == owner]
-        for uid, seq in held:
-            if self._held.get(uid, (0, "", 0))[:2] == (seq, owner):
-                del self._held[uid]
+    def release(self, owner: str) -> None:
+        """All leases of an owner were given back."""
+        self._held = {uid: lease for uid, lease in self._held.items() if lease[1] != owner}

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from random import Random
 
-from fusevm.testing.simulation.database import SimDatabase
+from fusevm.testing.simulation.database import Fate, SimDatabase
 from fusevm.testing.simulation.host import SimHost
 from fusevm.testing.simulation.network import Network
 from fusevm.testing.simulation.replica import Replica
@@ -50,6 +50,9 @@ class Faults:
             "clock step": (luck.clock_steps * replicas, self._step_clock),
             "stall": (luck.stalls, self._stall),
             "lost commit": (luck.lost_commits, self._lose_commit),
+            "outage": (luck.outages, self._take_away),
+            "stuck way": (luck.stuck_ways * hosts, self._stick),
+            "refusal": (luck.refusals * hosts, self._refuse),
         }
         loop = asyncio.get_running_loop()
         until_s = loop.time() + for_s
@@ -78,6 +81,12 @@ class Faults:
         for one in who:
             self._network.cuts.pop((one.name, host.id), None)
 
+    async def _stick(self) -> None:
+        replica, host = self._chance.choice(self._replicas), self._chance.choice(self._hosts)
+        stuck_s = self._chance.choice((5.0, 40.0, 90.0)) * self._chance.uniform(0.5, 1.5)
+        self._trace.note(host.id, f"what {replica.name} sends gets stuck for {stuck_s:.0f} s")
+        self._network.stuck_until_s[replica.name, host.id] = asyncio.get_running_loop().time() + stuck_s
+
     async def _crash_daemon(self) -> None:
         host = self._chance.choice(self._hosts)
         if host.is_up and not host.is_gone:
@@ -91,6 +100,14 @@ class Faults:
             host.reboot()
             await asyncio.sleep(self._chance.uniform(10.0, 90.0))
             host.start()
+
+    async def _refuse(self) -> None:
+        host = self._chance.choice(self._hosts)
+        refuse_s = self._chance.choice((10.0, 100.0)) * self._chance.uniform(0.5, 1.5)
+        self._trace.note(host.id, f"takes no token for {refuse_s:.0f} s")
+        host.refusing += 1
+        await asyncio.sleep(refuse_s)
+        host.refusing -= 1
 
     async def _shorten_list(self) -> None:
         self._chance.choice(self._hosts).shorten_next_list()
@@ -131,8 +148,14 @@ class Faults:
         self._trace.note("database", f"answers nobody for {stall_s:.1f} s")
 
     async def _lose_commit(self) -> None:
-        self._database.commits_to_lose += self._chance.randrange(1, 4)
-        self._trace.note("database", "the answers to the next commits are lost")
+        fates = self._chance.choices((Fate.SILENT, Fate.UNDONE, Fate.DONE), k=self._chance.randrange(1, 6))
+        self._database.fates += fates
+        self._trace.note("database", f"the next commits will be {', '.join(fate.name.lower() for fate in fates)}")
+
+    async def _take_away(self) -> None:
+        away_s = self._chance.choice((0.1, 2.0, 15.0)) * self._chance.uniform(0.5, 1.5)
+        self._database.away_until_s = asyncio.get_running_loop().time() + away_s
+        self._trace.note("database", f"is away for {away_s:.1f} s")
 
 
 async def _carry_out(fault: Fault) -> None:

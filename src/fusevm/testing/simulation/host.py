@@ -1,7 +1,7 @@
 """A host with a life of its own: slow, refusing, crashing, rebooting, forgetful where a safeguard is off.
 
-What it is asked runs as a task of the host, so that an order is carried out although its caller has gone. Fences and
-tombstones are the real host daemon's (`fusevm.host.fencing`).
+What it is asked runs as a task of the host, so that an order is carried out although its caller has gone. Fences,
+tombstones and limits of orders are judged as every host does (`fusevm.model.fencing`); its clock is its own.
 """
 
 import asyncio
@@ -13,11 +13,11 @@ from msgspec.structs import replace
 
 from fusevm.control.host_api import GuestRequest, ReplyLost
 from fusevm.control.pretended_guest import PretendedGuest
-from fusevm.host.fencing import Seen, check_new
 from fusevm.model.errors import (
     Error,
     GuestUnreachable,
     HostFull,
+    HostRejected,
     HostUnreachable,
     ImageNotFound,
     MachineNotFound,
@@ -25,6 +25,7 @@ from fusevm.model.errors import (
     StaleAction,
     StaleIncarnation,
 )
+from fusevm.model.fencing import Seen, check_new, check_valid
 from fusevm.model.host import Resources
 from fusevm.model.machine import Fence, Phase
 from fusevm.testing.fake_host import CREATED_AT, FakeAnswer, FakeHost
@@ -36,6 +37,10 @@ T = TypeVar("T")
 FULL_LISTS, QUIET_S = 4, 60.0
 
 
+class DisguisedRefusal(HostUnreachable):
+    """A refusal that looks like silence: the safeguard is off."""
+
+
 class HostWatch(Protocol):
     """Who sees what really happens on hosts."""
 
@@ -45,6 +50,10 @@ class HostWatch(Protocol):
 
     def put_back(self, host: "SimHost", machine: MachineBody, fence: Fence, *, is_stale: bool) -> None:
         """A machine's disk was replaced; `is_stale`: by an order that a newer one had superseded, or a second time."""
+        ...
+
+    def accepted(self, host: "SimHost", fence: Fence, what: str) -> None:
+        """An order to do something to a machine is about to be carried out."""
         ...
 
     def changed(self, host: "SimHost", what: str, subject: str) -> None:
@@ -73,11 +82,13 @@ class SimHost(FakeHost):
         self.is_up = True
         #: Will never answer again.
         self.is_gone = False
+        #: How many faults make it refuse every token.
+        self.refusing = 0
         self._chance = chance
         self._watch = watch
         self._safeguards = safeguards
         self._spawn = spawn
-        self._fences: dict[str, Seen] = {}
+        self.ahead_s = chance.uniform(0.0, 1e7)
         self._work: dict[asyncio.Future[Any], asyncio.Task[None]] = {}
         #: Machine to the end of what is being done to it.
         self._busy: dict[str, asyncio.Future[None]] = {}
@@ -100,6 +111,7 @@ class SimHost(FakeHost):
 
     async def _carry_out(self, work: Callable[[], Awaitable[T]], answer: "asyncio.Future[T]") -> None:
         try:
+            self._check_token()
             result = await work()
         except Error as error:
             if not answer.done():
@@ -109,6 +121,12 @@ class SimHost(FakeHost):
                 answer.set_result(result)
         finally:
             self._work.pop(answer, None)
+
+    def _check_token(self) -> None:
+        if self.refusing and self._safeguards.refusals:
+            raise HostRejected(id=self.id)
+        if self.refusing:
+            raise DisguisedRefusal(id=self.id, problem="it refused the token")
 
     async def events(self) -> AsyncIterator[MachineEvent]:
         if not self.is_up or self.is_gone:
@@ -157,8 +175,9 @@ class SimHost(FakeHost):
         self._watch.changed(self, "the daemon is back", self.id)
 
     def reboot(self) -> None:
-        """Like `die`, with every VMM."""
+        """Like `die`, with every VMM. Its clock begins anew."""
         self.die()
+        self.clock, self.ahead_s = f"{self.clock}'", -asyncio.get_running_loop().time()
         for machine in list(self.table.values()):
             if machine.phase in (Phase.RUNNING, Phase.CREATING, Phase.STOPPED):
                 self._become(machine.id, Phase.FAILED, "the host was restarted")
@@ -204,12 +223,13 @@ class SimHost(FakeHost):
         return made
 
     def _admit_new(self, fence: Fence, body: CreateMachine) -> None:
-        seen = self._fences.get(fence.uid, Seen())
+        seen = self.seen.get(fence.uid, Seen())
         try:
             check_new(seen, fence)
         except StaleAction:
             if self._safeguards.fences:
                 raise
+        self._check_valid(fence)
         if body.snapshot_id and body.snapshot_id not in self.snapshots:
             raise SnapshotNotFound(id=body.snapshot_id)
         if self._chance.random() < self.luck.refused_boot:
@@ -231,7 +251,7 @@ class SimHost(FakeHost):
             created_at=CREATED_AT,
         )
         self.table[machine.id] = machine
-        self._fences[fence.uid] = self._fences.get(fence.uid, Seen()).with_order(fence)
+        self.seen[fence.uid] = self.seen.get(fence.uid, Seen()).with_order(fence)
         self._watch.made(self, machine)
         self._begin(machine.id, lambda: self._boot(machine.id, body.boot_timeout_ms / 1000))
 
@@ -248,8 +268,9 @@ class SimHost(FakeHost):
 
     async def destroy(self, fence: Fence, machine_id: str) -> None:
         self._check_cluster(fence)
+        self._check_valid(fence)
         machine = self.table.get(machine_id)
-        seen = self._fences.get(fence.uid, Seen())
+        seen = self.seen.get(fence.uid, Seen())
         if machine is None:
             self._bury(fence, seen.with_deletion(fence))
             raise MachineNotFound(id=machine_id)
@@ -268,20 +289,23 @@ class SimHost(FakeHost):
 
     def _bury(self, fence: Fence, seen: Seen) -> None:
         if self._safeguards.tombstones:
-            self._fences[fence.uid] = seen
+            self.seen[fence.uid] = seen
         else:
-            self._fences.pop(fence.uid, None)
+            self.seen.pop(fence.uid, None)
 
     # -- snapshots ------------------------------------------------------------------------------------------------
 
     async def take_snapshot(self, fence: Fence, machine_id: str, body: TakeSnapshot) -> SnapshotBody:
-        self._order(fence, machine_id)
+        self._accept(fence, machine_id)
+        if body.snapshot_id not in self.snapshots | dict.fromkeys(self.freed):
+            self._watch.accepted(self, fence, f"snapshot {body.snapshot_id} is taken")
         await asyncio.sleep(self._chance.uniform(0.5, 5.0))
         self._usable(machine_id)
-        return await super().take_snapshot(fence, machine_id, body)
+        return self._take_snapshot(machine_id, body)
 
     async def restore_snapshot(self, fence: Fence, machine_id: str, snapshot_id: str) -> None:
-        is_stale = self._order(fence, machine_id)
+        is_stale = self._is_stale(fence)
+        self._accept(fence, machine_id)
         if snapshot_id not in self.snapshots:
             raise SnapshotNotFound(id=snapshot_id)
         is_second = self._put_back.get(machine_id, 0) >= fence.action_seq
@@ -289,6 +313,8 @@ class SimHost(FakeHost):
             await self._settled(machine_id)
             return
         await self._settled(machine_id)
+        self._check_valid(fence)
+        self._watch.accepted(self, fence, f"{machine_id} is put back")
         self._put_back[machine_id] = max(fence.action_seq, self._put_back.get(machine_id, 0))
         self._watch.put_back(self, self._find(machine_id), fence, is_stale=is_stale or is_second)
         self._become(machine_id, Phase.STOPPED)
@@ -301,16 +327,21 @@ class SimHost(FakeHost):
         self.guests[machine_id] = PretendedGuest("fake")
         self._become(machine_id, Phase.RUNNING)
 
-    def _order(self, fence: Fence, machine_id: str) -> bool:
-        """Accept an order about a machine. True: it is older than one before, and only tolerated."""
+    def _accept(self, fence: Fence, machine_id: str) -> None:
         self._check_cluster(fence)
         self._usable(machine_id)
-        seen = self._fences.get(fence.uid, Seen())
-        is_stale = fence.action_seq < seen.action_seq
-        if is_stale and self._safeguards.fences:
+        seen = self.seen.get(fence.uid, Seen())
+        if self._is_stale(fence) and self._safeguards.fences:
             raise StaleAction(uid=fence.uid, action_seq=fence.action_seq, seen=seen.action_seq)
-        self._fences[fence.uid] = seen.with_order(fence)
-        return is_stale
+        self._check_valid(fence)
+        self._note(fence)
+
+    def _is_stale(self, fence: Fence) -> bool:
+        return fence.action_seq < self.seen.get(fence.uid, Seen()).action_seq
+
+    def _check_valid(self, fence: Fence) -> None:
+        if self._safeguards.deadlines:
+            check_valid(fence, self.now())
 
     # -- guests ---------------------------------------------------------------------------------------------------
 

@@ -1,15 +1,16 @@
-"""The way from one replica to one host: slow, lossy, doubling, holding orders back for minutes, cut."""
+"""The way from one replica to one host: slow, lossy, doubling, holding orders back for minutes, stuck, cut."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from random import Random
 from typing import TypeVar
 
-from fusevm.control.host_api import GuestRequest, ReplyLost, Upstream
-from fusevm.model.errors import HostUnreachable, NotSupported
+from fusevm.control.host_api import GuestRequest, Reading, ReplyLost, Upstream, read_now
+from fusevm.control.host_client import READING_S
+from fusevm.model.errors import HostRejected, HostUnreachable, NotSupported, OrderExpired
 from fusevm.model.machine import Fence
 from fusevm.testing.fake_host import FakeTerminal
-from fusevm.testing.simulation.host import SimHost, Spawn
+from fusevm.testing.simulation.host import DisguisedRefusal, SimHost, Spawn
 from fusevm.testing.simulation.scale import NO_FAULTS
 from fusevm.testing.simulation.trace import Trace
 from fusevm.wire.host_api import (
@@ -36,6 +37,9 @@ class Network:
         self.luck = NO_FAULTS
         #: Replica and host that do not reach each other.
         self.cuts: dict[tuple[str, str], None] = {}
+        #: Replica and host between which everything gets stuck, and the moment at which orders go on: a stream that
+        #: stalls, or a replica that stands still.
+        self.stuck_until_s: dict[tuple[str, str], float] = {}
         #: Replica and host to the last moment at which the host answered a heartbeat.
         self.heard_s: dict[tuple[str, str], float] = {}
         self.chance = chance
@@ -59,13 +63,32 @@ class Way:
         self._replica = replica
         self._host = host
         self._is_alive = is_alive
+        self._reading: Reading | None = None
 
     # -- HostApi --------------------------------------------------------------------------------------------------
 
     async def info(self) -> HostFacts:
-        facts = await self._read(self._host.info)
-        self._network.heard_s[self._replica, self._host.id] = asyncio.get_running_loop().time()
+        try:
+            facts, _ = await self._ask()
+        except (HostRejected, DisguisedRefusal):
+            self._hear()  # a refusal is an answer
+            raise
+        self._hear()
         return facts
+
+    def _hear(self) -> None:
+        self._network.heard_s[self._replica, self._host.id] = asyncio.get_running_loop().time()
+
+    async def _ask(self) -> tuple[HostFacts, Reading]:
+        facts = await self._read(self._host.info)
+        self._reading = reading = read_now(facts.clock)
+        return facts, reading
+
+    async def read_clock(self) -> Reading:
+        reading = self._reading
+        if reading is not None and asyncio.get_running_loop().time() - reading.heard_s < READING_S:
+            return reading
+        return (await self._ask())[1]
 
     async def machines(self) -> MachineList:
         return await self._read(self._host.machines)
@@ -120,6 +143,10 @@ class Way:
         network = self._network
         late_s = network.chance.uniform(1.0, network.chance.choice(LATE_S))
         subject, number = (about.uid, f" {about.action_seq}") if isinstance(about, Fence) else (about, "")
+        if (stuck_s := self._stuck_s()) > 0 and self._is_open():
+            network.trace.note(subject, f"{name}{number} of {self._replica} is stuck for {stuck_s:.0f} s")
+            network.spawn(self._deliver_late(stuck_s, work, f"{name}{number}", subject))
+            return await self._within(limit_s, asyncio.get_running_loop().create_future())
         if self._is_open() and network.meets(network.luck.late):
             network.trace.note(subject, f"{name}{number} of {self._replica} is held back for {late_s:.0f} s")
             network.spawn(self._deliver_late(late_s, work, f"{name}{number}", subject))
@@ -128,7 +155,16 @@ class Way:
         if self._is_open() and network.meets(network.luck.duplicate):
             network.trace.note(subject, f"{name}{number} of {self._replica} will come again after {late_s:.0f} s")
             network.spawn(self._deliver_late(late_s, work, f"{name}{number}", subject))
-        return await self._within(limit_s, self._exchange(work))
+        try:
+            return await self._within(limit_s, self._exchange(work))
+        except OrderExpired:
+            self._reading = None
+            raise
+
+    def _stuck_s(self) -> float:
+        """How long what is sent now is under way."""
+        until_s = self._network.stuck_until_s.get((self._replica, self._host.id), 0.0)
+        return until_s - asyncio.get_running_loop().time()
 
     async def _deliver_late(self, late_s: float, work: Callable[[], Awaitable[T]], what: str, subject: str) -> None:
         await asyncio.sleep(late_s)
@@ -145,7 +181,7 @@ class Way:
 
     async def _exchange(self, work: Callable[[], Awaitable[T]]) -> T:
         network = self._network
-        await asyncio.sleep(network.latency_s())
+        await asyncio.sleep(max(network.latency_s(), self._stuck_s()))
         if not self._is_open():
             await self._silence()
             raise HostUnreachable(id=self._host.id, problem="no route to host")

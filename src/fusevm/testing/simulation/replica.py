@@ -56,8 +56,8 @@ class Answer(msgspec.Struct, frozen=True):
 
     @property
     def reason(self) -> str:
-        """The stable reason of an error."""
-        details = self.body.get("error", {}).get("details", {})
+        """The stable reason of an error; empty for a success."""
+        details = self.body["error"]["details"] if self.status >= 400 else {}
         return str(details.get("reason", ""))
 
 

@@ -36,6 +36,10 @@ class Safeguards(msgspec.Struct, frozen=True, kw_only=True):
     leases: bool = True
     #: A suspicion of reconcile is acted upon at its second strike.
     strikes: bool = True
+    #: Hosts refuse orders that come after the moment until which they are valid.
+    deadlines: bool = True
+    #: A host that refuses us is told apart from one that is silent.
+    refusals: bool = True
 
 
 class Luck(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,9 +65,13 @@ class Luck(msgspec.Struct, frozen=True, kw_only=True):
     clock_steps: float = 0.6
     #: Of the database, per minute.
     stalls: float = 0.40
-    lost_commits: float = 0.6
+    lost_commits: float = 1.2
+    outages: float = 0.3
     #: Part of the hosts that are lost for ever.
     lost_hosts: float = 0.15
+    #: Per host and minute.
+    stuck_ways: float = 0.1
+    refusals: float = 0.1
 
 
 ALL_ON = Safeguards()
@@ -91,8 +99,8 @@ POLICY = Policy(
     setup_deadline_ms=45_000,
     drain_deadline_ms=20_000,
     rotate_deadline_ms=20_000,
-    snapshot_deadline_ms=60_000,
-    restore_deadline_ms=60_000,
+    snapshot_deadline_ms=30_000,
+    restore_deadline_ms=30_000,
     linger_ms=60_000,
     host_unreachable_ms=15_000,
     host_lost_ms=60_000,

@@ -2,6 +2,7 @@
 same Idempotency-Key, ask another replica, and come back under the same task."""
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from random import Random
 from typing import Any
@@ -12,6 +13,10 @@ from fusevm.testing.simulation.replica import Answer, Gone, Replica
 #: A user gives up after this many attempts at one thing.
 ATTEMPTS = 8
 _OVER = frozenset({404, 410})
+#: The only fault of their own that users meet: hosts refuse a boot for it (`Luck.refused_boot`).
+_BAD_LUCK = frozenset({"image_not_found"})
+#: What a create under a key never meets, unless it acts twice.
+_TWICE = frozenset({"task_exists", "idempotency_key_reused"})
 
 
 class Crowd:
@@ -35,7 +40,8 @@ class Crowd:
         replica = self.chance.choice(self.replicas)
         answer = await replica.ask(method, path, headers=headers, patience_s=patience_s, **options)
         self.answers[answer.status] = self.answers.get(answer.status, 0) + 1
-        if answer.status >= 500 and answer.reason == "internal":
+        is_mistaken = answer.status == 400 and answer.reason not in _BAD_LUCK
+        if is_mistaken or answer.reason == "internal":
             self.checker.broken(replica.name, f"{method} {path} was answered with {answer.body}")
         return answer
 
@@ -54,6 +60,8 @@ class User:
         self._task_id = task_id
         self._path = f"/v1/environments/fuse-{task_id}"
         self._snapshots: list[str] = []
+        #: Nobody else makes environments of this task.
+        self._had_one = False
 
     async def live(self, begin_s: float, end_s: float) -> None:
         """Come at `begin_s`, and be gone by about `end_s`."""
@@ -83,12 +91,16 @@ class User:
                 )
             except Gone:
                 if not key and await self._is_there():
+                    self._had_one = True
                     return True
             else:
                 if answer.status in (201, 202):
                     crowd.checker.told(answer.body["uid"], self._task_id, key)
+                    self._had_one = True
                     return True
-                if answer.status in (400, 404, 409, 501) and answer.reason != "idempotency_in_progress":
+                if answer.status in (404, 409, 501) and answer.reason != "idempotency_in_progress":
+                    if key and not self._had_one and answer.reason in _TWICE:
+                        crowd.checker.broken("", f"the create of {self._task_id} under {key} got {answer.reason}")
                     return False
             await asyncio.sleep(self._chance.uniform(0.5, 10.0))
         return False
@@ -97,7 +109,7 @@ class User:
         chance = self._chance
         spec: dict[str, Any] = {"max_runtime_seconds": chance.randrange(60, 400) if chance.random() < 0.8 else 7_200}
         if chance.random() < 0.1:
-            spec["idle_timeout_seconds"] = chance.randrange(20, 60)
+            spec["idle_timeout_seconds"] = chance.randrange(60, 120)
         if chance.random() < 0.3:
             spec |= {"cpus": 2, "ram_mb": 1_024}
         body: dict[str, Any] = {"task_id": self._task_id, "spec": spec}
@@ -156,7 +168,9 @@ class User:
             await self._try("DELETE", f"/v1/snapshots/{self._snapshots.pop(0)}")
 
     async def _snapshot(self, key: str) -> None:
-        body = {"retention_seconds": self._chance.randrange(30, 300)} if self._chance.random() < 0.3 else {}
+        body: dict[str, Any] = {"comment": key}
+        if self._chance.random() < 0.3:
+            body["retention_seconds"] = self._chance.randrange(30, 300)
         wait = self._chance.random() < 0.5
         answer = await self._try("POST", f"{self._path}/snapshots", key=key, wait=wait, body=body)
         if answer is not None and answer.status in (201, 202):
@@ -175,8 +189,12 @@ class User:
                 return
             await asyncio.sleep(self._chance.uniform(0.5, 10.0))
 
-    async def _try(self, method: str, path: str, **options: Any) -> Answer | None:
-        try:
-            return await self._crowd.ask(method, path, **options)
-        except Gone:
-            return None
+    async def _try(self, method: str, path: str, *, key: str = "", **options: Any) -> Answer | None:
+        """Ask; under a key, again while it is not clear what became of it."""
+        for _ in range(ATTEMPTS if key else 1):
+            with contextlib.suppress(Gone):
+                answer = await self._crowd.ask(method, path, key=key, **options)
+                if answer.status < 500:
+                    return answer
+            await asyncio.sleep(self._chance.uniform(0.1, 3.0))
+        return None

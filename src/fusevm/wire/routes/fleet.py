@@ -26,10 +26,12 @@ FLEET: tuple[Route, ...] = (
         request=rest_fleet.RegisterHost,
         answer=rest.HostBody,
         is_versioned=True,
+        makes=_HOST,
         statuses=(201,),
         errors=(
             e.HostUnreachable,
             e.HostRejected,
+            e.HostUnproven,
             e.HostMismatch,
             e.WrongCluster,
             e.Timeout,
@@ -88,7 +90,7 @@ FLEET: tuple[Route, ...] = (
             Param(
                 name="force",
                 kind="boolean",
-                summary="Also with environments, when the host is lost: they end as failed, reason host_lost",
+                summary="Also with environments, when it is lost or refuses us: they end as failed, reason host_lost",
             ),
         ),
         errors=(e.HostNotFound, e.HostInUse),

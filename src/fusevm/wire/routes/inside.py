@@ -1,4 +1,8 @@
-"""What goes on in a machine: commands, processes, files, logs."""
+"""What goes on in a machine: commands, processes, files, logs.
+
+Whatever shows what is in a machine needs the right to run commands there: files, arguments and output may hold secrets.
+Logs do not, since known values are masked in them.
+"""
 
 from fusevm.model import errors as e
 from fusevm.wire import guest, rest
@@ -67,17 +71,25 @@ INSIDE: tuple[Route, ...] = (
         method="GET",
         path=ENVIRONMENT + "/processes",
         name="list_processes",
+        scope=Scope.EXEC,
         summary="Background processes",
         answer=guest.ProcessList,
         errors=GUEST_ERRORS,
     ),
     Route(
-        method="GET", path=_PROC, name="get_process", summary="One process", answer=guest.Process, errors=PROCESS_ERRORS
+        method="GET",
+        path=_PROC,
+        name="get_process",
+        scope=Scope.EXEC,
+        summary="One process",
+        answer=guest.Process,
+        errors=PROCESS_ERRORS,
     ),
     Route(
         method="GET",
         path=_PROC + "/output",
         name="read_process_output",
+        scope=Scope.EXEC,
         summary="Output from an absolute offset on; `X-Fuse-Offset` and `X-Fuse-Lost` say what is sent",
         gives=Payload.BYTES,
         params=(
@@ -119,6 +131,7 @@ INSIDE: tuple[Route, ...] = (
         method="GET",
         path=ENVIRONMENT + "/files",
         name="read_file",
+        scope=Scope.EXEC,
         summary="Contents of a file; a Range is answered with 206",
         gives=Payload.BYTES,
         statuses=(200, 206),
@@ -129,6 +142,7 @@ INSIDE: tuple[Route, ...] = (
         method="HEAD",
         path=ENVIRONMENT + "/files",
         name="head_file",
+        scope=Scope.EXEC,
         summary="Size, mode and time of a file",
         gives=Payload.NONE,
         params=(PATH,),
@@ -169,7 +183,7 @@ INSIDE: tuple[Route, ...] = (
             selector="op",
             value=op,
             name=f"{op}_path",
-            scope=Scope.READ if op in ("stat", "list") else Scope.EXEC,
+            scope=Scope.EXEC,
             summary=summary,
             takes=Payload.JSON,
             request=request,
@@ -190,6 +204,7 @@ INSIDE: tuple[Route, ...] = (
         method="GET",
         path=ENVIRONMENT + "/archive",
         name="read_archive",
+        scope=Scope.EXEC,
         summary="A file or folder as tar",
         gives=Payload.TAR,
         params=(PATH,),
@@ -211,7 +226,7 @@ INSIDE: tuple[Route, ...] = (
         method="GET",
         path=ENVIRONMENT + "/logs",
         name="read_logs",
-        summary="Logs of the machine",
+        summary="Logs of the machine; values of the environment's secrets, tokens and variables are masked",
         gives=Payload.TEXT,
         params=(
             Param(name="source", summary=_LOG_SOURCES_SUMMARY),
@@ -222,7 +237,7 @@ INSIDE: tuple[Route, ...] = (
     *(
         later(method, ENVIRONMENT + path, name, summary, scope, "images with a desktop are not built yet", limit=limit)
         for method, path, name, summary, scope, limit in (
-            ("GET", "/computer", "get_display", "The display", Scope.READ, JSON_LIMIT),
+            ("GET", "/computer", "get_display", "The display", Scope.EXEC, JSON_LIMIT),
             ("POST", "/computer", "use_computer", "One computer action", Scope.EXEC, MIB),
             ("GET", "/computer/stream", "stream_display", "VNC", Scope.EXEC, JSON_LIMIT),
         )

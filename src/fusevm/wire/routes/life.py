@@ -8,6 +8,7 @@ from fusevm.wire.routes.parts import (
     ENVIRONMENT,
     ENVIRONMENT_ERRORS,
     ENVIRONMENTS,
+    GUEST_ERRORS,
     LAST_ID,
     LIMIT,
     NOT_YET,
@@ -19,6 +20,28 @@ from fusevm.wire.routes.table import MIB, Param, Payload, Route, Scope
 
 #: 1 MiB of secrets, whose characters JSON may escape; 512 KiB of files as base64; script and manifest.
 CREATE_LIMIT = 4 * MIB
+#: Why an environment ended that was being made: the host refused, the setup failed, or something came between.
+ENDINGS: tuple[type[e.Error], ...] = (
+    e.BootFailed,
+    e.BootTimeout,
+    e.ImageCorrupt,
+    e.KernelCorrupt,
+    e.VmmMissing,
+    e.CommandFailed,
+    e.MachineExists,
+    e.StaleAction,
+    e.StaleIncarnation,
+    e.WrongCluster,
+    e.StartupFailed,
+    e.DaemonFailed,
+    e.SetupTimeout,
+    e.NoSpaceInGuest,
+    e.NotSupported,
+    e.MachineEnded,
+    e.MachineGone,
+    e.HostGone,
+    e.EnvironmentEnded,
+)
 
 LIFE: tuple[Route, ...] = (
     Route(
@@ -26,7 +49,8 @@ LIFE: tuple[Route, ...] = (
         path=ENVIRONMENTS,
         name="create_environment",
         scope=Scope.WRITE,
-        summary="Create an environment; waits until it runs, at most 55 s, then answers with state provisioning",
+        summary="Create an environment; waits until it runs, at most 55 s, then answers with state provisioning. Where "
+        "it ends instead, the answer is why, with `uid` and `record` (where it is shown) in the details",
         takes=Payload.JSON,
         request=rest.CreateRequest,
         answer=rest.EnvironmentBody,
@@ -46,7 +70,9 @@ LIFE: tuple[Route, ...] = (
             e.Unimplemented,
             e.SnapshotNotFound,
             e.SnapshotNotReady,
+            e.WrongState,
             e.NoEncryptionKey,
+            *ENDINGS,
         ),
     ),
     Route(
@@ -107,10 +133,10 @@ LIFE: tuple[Route, ...] = (
         is_versioned=True,
         scope=Scope.WRITE,
         summary="Give the machine and its daemon a new token and restart the daemon; the old token is refused from "
-        "then on. Waits at most 55 s. Without a daemon there is no token, and nothing happens",
+        "then on. Waits at most 55 s. An environment that brought nothing has no token, and nothing happens",
         gives=Payload.NONE,
         statuses=(204, 202),
-        errors=(*ENVIRONMENT_ERRORS, e.WrongState, e.ActionUnderWay, e.DaemonFailed, e.NoEncryptionKey),
+        errors=(*GUEST_ERRORS, e.ActionUnderWay, e.DaemonFailed, e.NoEncryptionKey, e.NoSpaceInGuest),
     ),
     Route(
         method="POST",

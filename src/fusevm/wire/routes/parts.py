@@ -11,6 +11,7 @@ ENVIRONMENT_ERRORS: tuple[type[e.Error], ...] = (e.EnvironmentNotFound, e.Enviro
 HOST_ERRORS: tuple[type[e.Error], ...] = (
     e.HostUnreachable,
     e.HostRejected,
+    e.HostUnproven,
     e.Timeout,
     e.WrongCluster,
     e.StaleIncarnation,

@@ -38,6 +38,7 @@ create index environments_task on environments (task_id, uid);
 create index environments_live on environments (is_live, uid);
 create index environments_tenant on environments (tenant, is_live, uid);
 create index environments_host on environments (host_id, uid) where is_live = 1;
+create index environments_queued on environments (tenant, uid) where host_id = '' and is_live = 1;
 create index environments_state on environments (state, uid);
 create index environments_due on environments (not_before_ms) where pending_seq is not null;
 create index environments_deadline on environments (deadline_ms) where deadline_ms is not null;
@@ -81,6 +82,7 @@ create table snapshots (
     name text not null,
     layer_key text not null,
     arch text not null,
+    size_bytes bigint not null,
     revision bigint not null,
     -- When its deletion is due: 0 when that was asked for, else the end of its retention.
     due_ms bigint,
@@ -92,6 +94,7 @@ create table snapshots (
 create index snapshots_environment on snapshots (uid, id);
 create index snapshots_tenant on snapshots (tenant, id);
 create index snapshots_layer on snapshots (layer_key, arch, id) where layer_key <> '';
+create index snapshots_sizes on snapshots (host_id, state, size_bytes);
 create index snapshots_due on snapshots (due_ms) where due_ms is not null;
 
 create table events (
@@ -128,10 +131,13 @@ create table idempotency (
     key text not null,
     -- SHA-256 of the request.
     fingerprint text not null,
+    -- Which of the equal requests handles it.
+    claimant text not null,
     -- The environment that the request made, set in the transaction that made it.
     uid text,
     status integer,
     body text,
+    is_sealed integer not null default 0,
     claimed_at_ms bigint not null,
     expires_at_ms bigint not null,
     primary key (tenant, route, key)

@@ -1,6 +1,9 @@
 -- Every statement of the store, one block per name, for both databases. Parameters are $1, $2 ...: asyncpg's way, and
 -- named ones to SQLite. A line that ends with the name of a database is only for that one.
 
+-- name: now
+select now_ms()
+
 -- name: get_meta
 select value from meta where name = $1
 
@@ -33,16 +36,24 @@ update environments set state = $2, host_id = $3, is_live = $4, revision = $5, p
 where uid = $1
 
 -- name: live_deadlines
-select doc, deadline_ms from environments where is_live = 1
+select uid, doc, deadline_ms from environments where is_live = 1
 
 -- name: update_deadline
 update environments set deadline_ms = $3 where uid = $1 and revision = $2
 
 -- name: live_on_host
-select doc from environments where host_id = $1 and is_live = 1
+select uid, doc from environments where host_id = $1 and is_live = 1
 
 -- name: queued
-select doc from environments where host_id = '' and is_live = 1 order by uid limit $1
+-- In turns: the oldest of every tenant, then the second oldest ...
+select uid, doc from environments join (
+    select uid, row_number() over (partition by tenant order by uid) as turn from environments
+    where host_id = '' and is_live = 1
+    order by turn, uid limit $1
+) as line using (uid) order by turn, uid
+
+-- name: queued_after
+select uid, doc from environments where host_id = '' and is_live = 1 and uid > $1 order by uid limit $2
 
 -- name: count_live
 select state, count(*) from environments where is_live = 1 group by state
@@ -51,10 +62,7 @@ select state, count(*) from environments where is_live = 1 group by state
 select count(*) from environments where host_id = '' and is_live = 1
 
 -- name: count_snapshots
--- The number is plain JSON and a quote within a text is escaped, so that no text can look like it.
-select host_id, state, count(*), sum(json_extract(doc, '$.size_bytes')) -- sqlite
-select host_id, state, count(*), cast(sum(cast(substring(doc from '"size_bytes":([0-9]+)') as bigint)) as bigint) -- postgres
-from snapshots group by host_id, state
+select host_id, state, count(*), cast(sum(size_bytes) as bigint) from snapshots group by host_id, state
 
 -- name: usage_by_tenant
 select tenant, cast(sum(cpus) as bigint), cast(sum(ram_mb) as bigint), cast(sum(storage_gb) as bigint),
@@ -62,10 +70,10 @@ select tenant, cast(sum(cpus) as bigint), cast(sum(ram_mb) as bigint), cast(sum(
 from placements group by tenant
 
 -- name: list_live
-select doc from environments where is_live = 1
+select uid, doc from environments where is_live = 1
 
 -- name: list_ended
-select doc from environments where is_live = 0
+select uid, doc from environments where is_live = 0
 
 -- name: due_actions
 select uid, pending_seq from environments
@@ -76,12 +84,12 @@ order by not_before_ms limit $1
 select uid from environments where deadline_ms is not null and deadline_ms <= now_ms() order by deadline_ms limit $1
 
 -- name: due_snapshots
--- One whose time is over stays while it is the newest ready one of its environment.
+-- One whose time is over stays while it is the newest ready one of an environment that lives.
 select id from snapshots as old
 where due_ms is not null and due_ms <= now_ms() and (lease_owner is null or lease_until_ms <= now_ms())
     and (due_ms = 0 or state <> 'ready' or exists (
         select 1 from snapshots as newer where newer.uid = old.uid and newer.id > old.id and newer.state = 'ready'
-    ))
+    ) or not exists (select 1 from environments where environments.uid = old.uid and is_live = 1))
 order by due_ms limit $1
 
 -- name: acquire_lease
@@ -93,10 +101,6 @@ returning doc
 update environments set lease_until_ms = now_ms() + $4
 where uid = $1 and pending_seq = $2 and lease_owner = $3
 returning uid
-
--- name: release_lease
-update environments set lease_owner = null, lease_until_ms = null
-where uid = $1 and pending_seq = $2 and lease_owner = $3
 
 -- name: release_leases
 update environments set lease_owner = null, lease_until_ms = null where lease_owner = $1
@@ -154,6 +158,9 @@ update events set tx = 0 -- postgres
 -- name: list_hosts
 select doc, revision, last_seen_ms, cpus, ram_mb, storage_gb, vm_count from hosts order by id
 
+-- name: page_hosts
+select doc, revision, last_seen_ms, cpus, ram_mb, storage_gb, vm_count from hosts where id > $1 order by id limit $2
+
 -- name: get_host
 select doc, revision, last_seen_ms, cpus, ram_mb, storage_gb, vm_count from hosts where id = $1
 
@@ -172,7 +179,7 @@ update hosts set cpus = cpus + $2, ram_mb = ram_mb + $3, storage_gb = storage_gb
 where id = $1 returning doc, revision, last_seen_ms, cpus, ram_mb, storage_gb, vm_count
 
 -- name: lock_host
-select id from hosts where id = $1
+select revision from hosts where id = $1
 for update -- postgres
 
 -- name: count_placements
@@ -198,13 +205,18 @@ select doc from snapshots where id = $1
 select doc from snapshots where id = $1
 for update -- postgres
 
+-- name: ready_snapshots_on
+select doc from snapshots where host_id = $1 and state = 'ready' order by id
+for update -- postgres
+
 -- name: insert_snapshot
-insert into snapshots (id, uid, task_id, tenant, host_id, state, mode, name, layer_key, arch, revision, due_ms, doc)
-values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) on conflict (id) do nothing returning id
+insert into snapshots (id, uid, task_id, tenant, host_id, state, mode, name, layer_key, arch, size_bytes, revision,
+    due_ms, doc)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) on conflict (id) do nothing returning id
 
 -- name: update_snapshot
-update snapshots set host_id = $2, state = $3, mode = $4, name = $5, layer_key = $6, arch = $7, revision = $8,
-    due_ms = $9, doc = $10
+update snapshots set host_id = $2, state = $3, mode = $4, name = $5, layer_key = $6, arch = $7, size_bytes = $8,
+    revision = $9, due_ms = $10, doc = $11
 where id = $1
 
 -- name: list_snapshots
@@ -216,7 +228,7 @@ where id = $1 and due_ms is not null and due_ms <= now_ms() and (lease_owner is 
     and (due_ms = 0 or state <> 'ready' or exists (
         select 1 from snapshots as newer
         where newer.uid = snapshots.uid and newer.id > snapshots.id and newer.state = 'ready'
-    ))
+    ) or not exists (select 1 from environments where environments.uid = snapshots.uid and is_live = 1))
 returning doc, now_ms()
 
 -- name: delete_snapshot
@@ -239,24 +251,30 @@ update api_keys set revoked_at_ms = coalesce(revoked_at_ms, $2) where id = $1 re
 update api_keys set last_used_at_ms = $2 where id = $1 and (last_used_at_ms is null or last_used_at_ms < $2)
 
 -- name: claim_request
-insert into idempotency (tenant, route, key, fingerprint, claimed_at_ms, expires_at_ms)
-values ($1, $2, $3, $4, now_ms(), now_ms() + $5)
-on conflict (tenant, route, key) do update set fingerprint = $4, uid = null, status = null, body = null,
-    claimed_at_ms = now_ms(), expires_at_ms = now_ms() + $5
+-- Free, expired, ours already (the answer to the claim was lost), or of a request that died before it bound anything.
+insert into idempotency (tenant, route, key, fingerprint, claimant, claimed_at_ms, expires_at_ms)
+values ($1, $2, $3, $4, $5, now_ms(), now_ms() + $6)
+on conflict (tenant, route, key) do update set fingerprint = $4, claimant = $5, uid = null, status = null, body = null,
+    is_sealed = 0, claimed_at_ms = now_ms(), expires_at_ms = now_ms() + $6
 where idempotency.expires_at_ms <= now_ms()
+    or (idempotency.uid is null and idempotency.status is null and idempotency.fingerprint = $4
+        and (idempotency.claimant = $5 or idempotency.claimed_at_ms <= now_ms() - $7))
 returning key
 
 -- name: get_request
-select fingerprint, uid, status, body, claimed_at_ms from idempotency where tenant = $1 and route = $2 and key = $3
+select fingerprint, uid, status, body, is_sealed from idempotency where tenant = $1 and route = $2 and key = $3
 
 -- name: bind_request
-update idempotency set uid = $4 where tenant = $1 and route = $2 and key = $3
+update idempotency set uid = $5
+where tenant = $1 and route = $2 and key = $3 and claimant = $4 and uid is null and status is null returning key
 
 -- name: finish_request
-update idempotency set status = $4, body = $5 where tenant = $1 and route = $2 and key = $3
+update idempotency set status = $6, body = $7, is_sealed = $8
+where tenant = $1 and route = $2 and key = $3 and status is null and (claimant = $4 or uid = $5)
 
 -- name: forget_request
-delete from idempotency where tenant = $1 and route = $2 and key = $3
+delete from idempotency
+where tenant = $1 and route = $2 and key = $3 and claimant = $4 and uid is null and status is null returning key
 
 -- name: put_secret
 insert into secrets (owner, name, sealed, updated_at_ms) values ($1, $2, $3, now_ms())
@@ -268,6 +286,11 @@ update secrets set sealed = $4, updated_at_ms = now_ms() where owner = $1 and na
 
 -- name: get_secret
 select sealed from secrets where owner = $1 and name = $2
+
+-- name: secrets_sealed_otherwise
+-- Those that do not begin with $1, after a place in the order of their keys.
+select owner, name, sealed from secrets where substr(sealed, 1, length($1)) <> $1 and (owner, name) > ($2, $3)
+order by owner, name limit $4
 
 -- name: drop_secrets
 delete from secrets where owner = $1
@@ -315,17 +338,28 @@ select pg_snapshot_xmin(pg_current_snapshot())::text::bigint, -- postgres
     pg_snapshot_xmax(pg_current_snapshot())::text::bigint -- postgres
 
 -- name: check_environments
-select uid, task_id, tenant, state, host_id, is_live, revision, pending_seq, ended_at_ms, doc
+select uid, task_id, tenant, state, host_id, is_live, revision, pending_seq, not_before_ms, deadline_ms, ended_at_ms,
+    lease_owner, lease_until_ms, doc
 from environments order by uid
 
 -- name: check_hosts
-select id, revision, cpus, ram_mb, storage_gb, vm_count, last_seen_ms, doc from hosts order by id
+select id, revision, cpus, ram_mb, storage_gb, vm_count, last_seen_ms, lease_owner, lease_until_ms, doc
+from hosts order by id
+
+-- name: check_placements
+select uid, tenant from placements order by uid
 
 -- name: check_snapshots
-select id, uid, task_id, tenant, host_id, state, mode, layer_key, arch, revision, doc from snapshots order by id
+select id, uid, task_id, tenant, host_id, state, mode, name, layer_key, arch, size_bytes, revision, due_ms, lease_owner,
+    lease_until_ms, doc
+from snapshots order by id
 
 -- name: check_events
 select uid, seq, task_id, tenant, doc from events order by uid, seq
 
 -- name: check_keys
 select id, prefix, created_at_ms, doc from api_keys order by id
+
+-- name: check_requests
+select tenant, route, key, uid, status, body, is_sealed, claimed_at_ms, expires_at_ms, expires_at_ms <= now_ms()
+from idempotency order by tenant, route, key
