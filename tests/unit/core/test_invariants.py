@@ -336,6 +336,12 @@ def test_more_machines_than_a_host_takes_are_seen():
     assert broken(world(*crowd)) == "host h1: vm_count is booked beyond its limit of 10"
 
 
+def test_limits_are_not_judged_without_a_policy():
+    crowd = [running(f"u{n}", ram_mb=128) for n in range(11)]
+    assert violations(world(*crowd), POLICY) != []
+    assert violations(world(*crowd), None) == []
+
+
 # -- machines ------------------------------------------------------------------------------------------------------
 
 

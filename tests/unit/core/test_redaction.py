@@ -5,8 +5,10 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from fusevm.core.redaction import MASK, Redactor
+from fusevm.model.setup import AgentState, AgentStatus, HealthStatus, Verdict
 
 #: Few letters, so that values overlap, contain and continue each other.
 VALUE = st.text("ab", min_size=8, max_size=12)
@@ -76,3 +78,11 @@ def test_a_value_that_resembles_itself_costs_little(value: str) -> None:
     for _ in range(10):
         stream.feed(b"a" * 65_536)
     assert time.process_time() - began < 5
+
+
+def test_what_a_daemon_and_a_check_say_of_themselves_is_masked() -> None:
+    redactor = Redactor(["hunter2-hunter2"])
+    agent = AgentStatus(state=AgentState.FAILED, restarts=3, message="bad token hunter2-hunter2")
+    health = HealthStatus(state=Verdict.FAILING, failures=2, message="GET /?key=hunter2-hunter2: 403")
+    assert redactor.agent(agent) == replace(agent, message="bad token ***")
+    assert redactor.health(health) == replace(health, message="GET /?key=***: 403")

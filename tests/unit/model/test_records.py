@@ -17,7 +17,7 @@ from fusevm.model.environment import (
 )
 from fusevm.model.event import DestroyRequested, Event, OutcomeUnknown, SnapshotRequested
 from fusevm.model.fact import Fact
-from fusevm.model.host import Host, Resources, effective
+from fusevm.model.host import Host, HostHealth, Resources, can_be_given_up, effective
 from fusevm.model.machine import Phase
 from fusevm.model.snapshot import Snapshot, SnapshotState
 
@@ -109,3 +109,19 @@ def test_what_is_declared_goes_before_what_is_reported():
     reported = Resources(cpus=8, ram_mb=4096, storage_gb=100, vm_count=50)
     assert effective(Resources(), reported) == reported
     assert effective(Resources(cpus=2, vm_count=4), reported) == replace(reported, cpus=2, vm_count=4)
+
+
+@pytest.mark.parametrize(
+    ("health", "is_refusing", "can_be"),
+    [
+        (HostHealth.OK, False, False),
+        (HostHealth.UNREACHABLE, False, False),
+        (HostHealth.UNREACHABLE, True, True),
+        (HostHealth.LOST, False, True),
+    ],
+)
+def test_a_host_that_may_only_be_cut_off_for_a_moment_is_not_given_up(health, is_refusing, can_be):
+    host = Host(
+        id="h1", url="x", capacity=Resources(), created_at_ms=1, updated_at_ms=1, health=health, is_refusing=is_refusing
+    )
+    assert can_be_given_up(host) is can_be
