@@ -3,7 +3,7 @@
 from msgspec.structs import replace
 
 from fusevm.model.environment import Action, BootMachine, DestroyMachine, Environment
-from fusevm.model.errors import BadSetting, Error, MachineNotFound, StaleIncarnation
+from fusevm.model.errors import BadSetting, Error, HostRejected, MachineNotFound, StaleIncarnation, WrongCluster
 from fusevm.model.event import ActionRefused, BootRefused, BootSucceeded, DestroyConfirmed, Event, OutcomeUnknown
 from fusevm.model.machine import Fence, MachineSpec, Moment, Phase
 from fusevm.wire.host_api import CreateMachine, MachineBody
@@ -73,4 +73,7 @@ def error_outcome(action: Action, error: Error) -> Event:
         return OutcomeUnknown(cause=cause, seq=action.seq, message=error.message)
     if isinstance(action, BootMachine):
         return BootRefused(cause=cause, seq=action.seq, reason=error.reason, message=error.message)
+    # A host that turns us away says nothing about the machine, which may be in use.
+    if isinstance(error, HostRejected | WrongCluster):
+        return OutcomeUnknown(cause=cause, seq=action.seq, message=error.message)
     return ActionRefused(cause=cause, seq=action.seq, reason=error.reason, message=error.message)
