@@ -130,7 +130,7 @@ async def serving(database: str, folder: Path) -> AsyncIterator[Server]:
     command = [sys.executable, "-m", "fusevm", "serve", "--listen", "127.0.0.1:0", "--ready-file", str(ready)]
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("ORCH_", "FUSE_"))}
     environ |= {"HOME": str(folder), "XDG_CONFIG_HOME": str(folder), "FUSE_LOG_LEVEL": "warning"}
-    environ |= {"DATABASE_URL": database, "TOKEN_ENCRYPTION_KEY": KEY}
+    environ |= {"DATABASE_URL": database, "TOKEN_ENCRYPTION_KEY": KEY, "FUSE_ALLOW_LOCAL_HOSTS": "true"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environ)  # noqa: ASYNC220
     try:
         while not ready.exists():

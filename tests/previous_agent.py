@@ -1,7 +1,7 @@
 """The last release state, from the history of this repository, for tests of version skew: its guest agent, its daemon.
 
-The binary lies in the user's cache (outside of the tree, by commit), so that it is compiled once. A clone without the
-commit (a shallow one, an unpacked archive) cannot build it: `NotAvailable` says why, and tests skip with that.
+The binary lies in the user's cache (outside of the tree, by commit), so that it is compiled once. A shallow clone and
+an unpacked archive lack the commit: `NotAvailable` says why, and tests skip with that. A whole clone must have it.
 """
 
 import fcntl
@@ -21,52 +21,65 @@ PROTOCOL = "1.0"
 
 
 class NotAvailable(Exception):
-    """The agent cannot be built here; the text says why."""
+    """The release cannot be had here; the text says why."""
 
 
-def previous_agent(architecture: str = "amd64", *, commit: str = COMMIT, cache: Path | None = None) -> Path:
-    """Return the binary of the agent at a commit, built if it is not there. Raises NotAvailable."""
+class CommitMissing(Exception):
+    """A clone with its whole history lacks the commit: a failure of the test that asks, no reason to skip it."""
+
+
+def previous_agent(
+    architecture: str = "amd64", *, commit: str = COMMIT, cache: Path | None = None, root: Path = ROOT
+) -> Path:
+    """Return the binary of the agent at a commit, built if it is not there. Raises NotAvailable, CommitMissing."""
     folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fuse" / "agents"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"fused-{commit[:12]}-{architecture}"
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_file():
-            _build(commit, architecture, target)
+            _build(root, commit, architecture, target)
     return target
 
 
 def previous_daemon(folder: Path, *, commit: str = COMMIT) -> Path:
-    """Unpack the Python source of a commit; the path for `PYTHONPATH`. Raises NotAvailable."""
-    with tarfile.open(fileobj=io.BytesIO(_sources(commit, "src"))) as archive:
+    """Unpack the Python source of a commit; the path for `PYTHONPATH`. Raises NotAvailable, CommitMissing."""
+    with tarfile.open(fileobj=io.BytesIO(_sources(ROOT, commit, "src"))) as archive:
         archive.extractall(folder)
     return folder / "src"
 
 
-def _build(commit: str, architecture: str, target: Path) -> None:
+def _build(root: Path, commit: str, architecture: str, target: Path) -> None:
     hook = _load_build_hook()
     try:
         go = hook.find_compiler()
     except FileNotFoundError as e:
         raise NotAvailable(str(e)) from e
-    sources = _sources(commit, "guest")
+    sources = _sources(root, commit, "guest")
     with tempfile.TemporaryDirectory(prefix="fuse-previous-") as name:
         with tarfile.open(fileobj=io.BytesIO(sources)) as archive:
             archive.extractall(name)
         hook.compile_agent(go, Path(name) / "guest", "./cmd/fused", target, architecture, f"0.0.0+{commit[:12]}")
 
 
-def _sources(commit: str, folder: str) -> bytes:
+def _sources(root: Path, commit: str, folder: str) -> bytes:
     """A folder of a commit, as a tar."""
-    argv = ["git", "-C", str(ROOT), "archive", "--format=tar", commit, folder]
+    if not (root / ".git").exists():
+        raise NotAvailable(f"{root} is no clone: the release before cannot be had")
     try:
-        done = subprocess.run(argv, capture_output=True, check=False)
+        done = _git(root, "archive", "--format=tar", commit, folder)
     except FileNotFoundError as e:
         raise NotAvailable("git is not installed: the release before cannot be had") from e
-    if done.returncode:
-        problem = done.stderr.decode(errors="replace").strip()
-        raise NotAvailable(f"commit {commit[:12]} is not in this clone, fetch the whole history ({problem})")
-    return done.stdout
+    if done.returncode == 0:
+        return done.stdout
+    said = f"commit {commit[:12]} is not in this clone ({done.stderr.decode(errors='replace').strip()})"
+    if _git(root, "rev-parse", "--is-shallow-repository").stdout.strip() == b"true":
+        raise NotAvailable(f"{said}: it is shallow, fetch the whole history")
+    raise CommitMissing(f"{said}, which has its whole history: name the last release state in {Path(__file__).name}")
+
+
+def _git(root: Path, *words: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=False)
 
 
 def _load_build_hook() -> ModuleType:

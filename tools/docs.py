@@ -22,8 +22,7 @@ from fusevm.model import errors
 from fusevm.model.environment import State
 from fusevm.model.errors import error_classes, field_names
 from fusevm.model.fact import Kind
-from fusevm.wire.errors import FlatError
-from fusevm.wire.host_routes import HOST_ROUTES
+from fusevm.wire.host_routes import HOST_ROUTES, render_host_openapi
 from fusevm.wire.openapi import render_openapi
 from fusevm.wire.routes import BODY_ERRORS, COMMON_ERRORS, GATE_ERRORS, ROUTES, Payload, Route, Scope, errors_of
 
@@ -60,10 +59,9 @@ def render_public_openapi() -> str:
     return json.dumps(render_openapi(fusevm.__version__), indent=1, ensure_ascii=False) + "\n"
 
 
-def render_host_openapi() -> str:
-    """The host daemon's API."""
-    document = render_openapi(fusevm.__version__, HOST_ROUTES, title="Fuse host daemon", failure=FlatError)
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+def render_machine_openapi() -> str:
+    """The host daemon's API, as its `/openapi.json` serves it."""
+    return json.dumps(render_host_openapi(fusevm.__version__), indent=1, ensure_ascii=False) + "\n"
 
 
 def render_api() -> str:
@@ -137,15 +135,15 @@ KINDS = {
     Kind.EXEC: "A command that was run over the API has ended, or a background process was started: `message` says "
     "how, `cause` is the request; `data` has `how` (`exec`, `stream`, `shell`, `process`) and `exit_code`, `signal`, "
     "`timed_out`, `duration_ms` or `pid`; never arguments or output. Collected for a second and told together: at most "
-    "100 in a round one by one, the others as a number (`omitted`). A control plane that is killed does not tell its "
-    "last second; one that lost its database may tell some twice, with the same `cause`.",
+    "10 in a round one by one, the others as a number (`omitted`). A control plane that is killed does not tell its "
+    "last second; one that lost its database, or ends while it tells, may tell some twice, with the same `cause`.",
     Kind.AGENT: "News of the daemon: `reason` is its new state, or how a drain or a new token went; `data` has "
     "`restarts` and `exit_code`.",
     Kind.HEALTH: "The health check has come to another verdict: `reason` is `starting`, `passing` or `failing`.",
     Kind.SNAPSHOT: "News of a snapshot of it: `reason` says which, `data` has `snapshot_id`.",
     Kind.HOST: "News of its host: `placed` when it had to wait for a place and got one; else `reason` is the new "
-    "health of the host, `message` the cause, and `data` has `host_id`. Told twice if the control plane dies "
-    "while it tells.",
+    "health of the host, `message` the cause, and `data` has `host_id`. Told once the change is saved: a "
+    "control plane that dies in between leaves it untold.",
     Kind.DEAD_LETTER: "The machine could not be destroyed for the fifth time. The attempts go on, but a person should "
     "look at the host; `message` is the last problem.",
 }
@@ -178,7 +176,7 @@ ENDINGS = {
     "no_capacity": (State.FAILED, "it waited for a place, and none was found within `queue_seconds`"),
     "boot_timeout": (State.FAILED, "the machine did not come up before the deadline"),
     "setup_timeout": (State.FAILED, "files, startup script and daemon were not in place before the deadline"),
-    "machine_exited": (State.FAILED, "the machine ended by itself: shut down inside, crashed, or killed on the host"),
+    "machine_exited": (State.FAILED, "the machine was shut down inside, crashed, was killed on the host, or is stuck"),
     "machine_missing": (State.FAILED, "the host answers and no longer knows the machine"),
     "host_lost": (State.FAILED, "the host was silent for too long, or is no longer registered"),
 }
@@ -196,6 +194,13 @@ def render_events() -> str:
         "numbered without a gap; `id` is `<uid>.<number>`, the same on every stream, and is what `Last-Event-ID`",
         "takes. The first message of an environment's stream is its present state, without `id`. The stream ends after",
         "`destroyed` or `failed`. Comments (`: keepalive`) come while nothing happens. States: [states.md](states.md).",
+        "",
+        "Events that are older than `FUSE_RETENTION_SECONDS` are deleted, those of environments that live on included;",
+        "the last event of an environment stays as long as its record. What is kept of an environment is always an",
+        "unbroken run up to its last event, and a replay begins with the first of it: a first number above the",
+        "one that follows `Last-Event-ID` (above 1, without it) means that what lies between is gone. `GET /v1/events`",
+        "refuses the id of an event that is gone with 400 `bad_field`; begin without an id then, and read the present",
+        "from the list of environments.",
         "",
         "## Kinds",
         "",
@@ -349,7 +354,7 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "docs/api.md": render_api,
     "docs/errors.md": render_errors,
     "docs/events.md": render_events,
-    "docs/host-openapi.json": render_host_openapi,
+    "docs/host-openapi.json": render_machine_openapi,
     "docs/metrics.md": render_metrics,
     "docs/openapi.json": render_public_openapi,
     "docs/settings.md": render_settings,

@@ -40,6 +40,8 @@ class LocalStack:
             "FUSE_NETWORK_RANGE": free_range(Path("/proc/net/route").read_text()),
         }
         self.environ = dict(self.base_environ)
+        #: The words that run the program.
+        self.program = list(FUSE)
         self.process: subprocess.Popen[bytes] | None = None
         self.log = folder / "up.log"
         self._ready = folder / "ready.json"
@@ -48,7 +50,7 @@ class LocalStack:
         if self.process is not None:
             self.process.wait(240)
         self._ready.unlink(missing_ok=True)
-        command = [*FUSE, "up", "--ready-file", str(self._ready), *arguments]
+        command = [*self.program, "up", "--ready-file", str(self._ready), *arguments]
         with self.log.open("ab") as log:
             settings = {"env": self.base_environ, "stdout": log, "stderr": log, "start_new_session": True}
             self.process = subprocess.Popen(command, **settings)  # type: ignore[call-overload]
@@ -68,7 +70,7 @@ class LocalStack:
 
     def fuse(self, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
         settings = {"capture_output": True, "text": True, "env": self.environ, "timeout": 400}
-        command = [*FUSE, *arguments]
+        command = [*self.program, *arguments]
         return subprocess.run(command, check=False, **(settings | options))  # type: ignore[call-overload,no-any-return]
 
     def down(self) -> None:

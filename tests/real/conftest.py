@@ -13,10 +13,12 @@ import pytest
 
 from artefacts import ensure_artefacts
 from fusevm.host.images.build import build_from_tree
-from fusevm.host.images.initramfs import agent_path
+from fusevm.host.images.initramfs import agent_path, ensure_initramfs
+from fusevm.host.images.kernel import KernelStore
 from fusevm.host.images.store import ImageConfig, ImageStore
 from fusevm.model.errors import VmmMissing
 from own_world import run_prefix
+from previous_agent import NotAvailable, previous_agent
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -94,6 +96,40 @@ def bare_artefacts(artefacts: Path) -> Iterator[Path]:
 def bare_host(bare_artefacts: Path) -> Iterator[Host]:
     """As `host`, for machines of the image `bare`."""
     host = Host(Box(), bare_artefacts, f"{run_prefix()}b")
+    try:
+        yield host
+        left = asyncio.run(_wait_empty(host))
+        assert not left, (left, host.tail())
+    finally:
+        host.close()
+
+
+@pytest.fixture(scope="session")
+def older_artefacts(artefacts: Path) -> Iterator[Path]:
+    """Artefacts whose initramfs holds the agent of the release before, under the name that the daemon looks for."""
+    try:
+        agent = previous_agent()
+    except NotAvailable as e:
+        pytest.skip(str(e))
+    root = Path(tempfile.mkdtemp(prefix="fuse-older-", dir="/var/tmp"))
+    root.chmod(0o755)
+    for name in ("kernels", "images", "blanks"):
+        (root / name).symlink_to(artefacts / name)
+    asyncio.run(_disguise(root, artefacts, agent))
+    yield root
+    shutil.rmtree(root)
+
+
+async def _disguise(root: Path, artefacts: Path, agent: Path) -> None:
+    kernel = await KernelStore(artefacts).ensure()
+    expected = await ensure_initramfs(artefacts, kernel)
+    (await ensure_initramfs(root, kernel, agent)).rename(root / "initramfs" / expected.name)
+
+
+@pytest.fixture
+def older_host(older_artefacts: Path) -> Iterator[Host]:
+    """As `host`, for machines with the previous agent."""
+    host = Host(Box(), older_artefacts, f"{run_prefix()}o")
     try:
         yield host
         left = asyncio.run(_wait_empty(host))

@@ -124,6 +124,7 @@ class Replica(Program):
             "ORCH_AUTH_TOKEN": TOKEN,
             "TOKEN_ENCRYPTION_KEY": KEY,
             "FUSE_LOG_LEVEL": "warning",
+            "FUSE_ALLOW_LOCAL_HOSTS": "true",
         }
         super().__init__(name, folder, [sys.executable, "-m", "fusevm", "serve", "--listen", "127.0.0.1:0"], environ)
         self.url = ""

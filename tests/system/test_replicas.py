@@ -7,6 +7,7 @@ import signal
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import asyncpg
 import httpx
 import pytest
 import pytest_asyncio
@@ -134,6 +135,56 @@ async def test_all_events_are_heard_at_once_on_every_replica(fleet: Fleet, http:
             states = [(await stream.next() or {})["state"] for _ in range(3)]
             assert states == ["running", "destroying", "destroyed"]
         assert [stream.comments for stream in streams] == before
+
+
+async def test_streams_wait_for_a_transaction_that_is_late_and_then_tell_each_event_once_and_in_order(
+    fleet: Fleet, http: httpx.AsyncClient
+) -> None:
+    anchor = await last_event(http, fleet)
+    urls = [replica.url + "/v1/events" for replica in fleet.replicas]
+    doc = '{"uid":"held","seq":1,"kind":"state","state":"running","at_ms":1,"cause":"c"}'
+    raw = await asyncpg.connect(fleet.database)
+    try:
+        async with asyncio.timeout(PATIENCE_S), contextlib.AsyncExitStack() as stack:
+            held = raw.transaction()
+            await held.start()
+            await raw.execute("select pg_current_xact_id()")
+            streams = [await stack.enter_async_context(event_stream(http, url, anchor)) for url in urls[:2]]
+            readers = [asyncio.create_task(_take(stream, 9)) for stream in streams]
+            uids = ["held"]
+            for number in (A, B):
+                uids.append((await _create(http, fleet, number, f"late{number}"))["uid"])
+                assert (await http.delete(_environments(fleet, C, f"late{number}"))).status_code == 204
+            await asyncio.sleep(0.5)
+            assert not any(reader.done() for reader in readers)
+            # One that comes back meanwhile.
+            streams.append(await stack.enter_async_context(event_stream(http, urls[C], anchor)))
+            readers.append(asyncio.create_task(_take(streams[-1], 9)))
+            await raw.execute(
+                "insert into events (uid, seq, task_id, tenant, at_ms, doc) values ('held', 1, 'held', '', 1, $1)", doc
+            )
+            await held.commit()
+            told, *others = await asyncio.gather(*readers)
+            assert others == [told, told]
+            assert [event["uid"] for event in told] == [uids[0], *[uids[1]] * 4, *[uids[2]] * 4]
+            assert _seqs(told) == [1, *range(1, 5), *range(1, 5)]
+            # Nothing comes a second time, and whoever begins in the midst misses nothing.
+            fresh = (await _create(http, fleet, A, "fresh"))["uid"]
+            for stream in streams:
+                assert (await stream.next() or {})["id"] == f"{fresh}.1"
+            for index, event in enumerate(told):
+                async with event_stream(http, urls[index % 3], event["id"]) as again:
+                    rest = await _take(again, len(told) - index)
+                    assert [*rest[:-1], rest[-1]["id"]] == [*told[index + 1 :], f"{fresh}.1"]
+            await http.delete(_environments(fleet, B, "fresh"))
+    finally:
+        await raw.execute("delete from events where uid = 'held'")
+        await raw.close()
+
+
+async def _take(stream: Stream, count: int) -> list[dict[str, Any]]:
+    """The next events of a stream."""
+    return [await stream.next() or {} for _ in range(count)]
 
 
 def test_a_key_revoked_on_one_replica_is_refused_on_the_others_at_once(fleet: Fleet) -> None:

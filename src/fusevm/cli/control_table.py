@@ -51,6 +51,14 @@ CONTROL: tuple[Setting, ...] = (
         help="Token that the host daemon printed.",
     ),
     Setting(
+        name="allow_local_hosts",
+        env="FUSE_ALLOW_LOCAL_HOSTS",
+        flag="--allow-local-hosts",
+        parse=parse_bool,
+        default=False,
+        help="Let the API register hosts at unix:///path and http://127.0.0.1:port, beside the one of these settings.",
+    ),
+    Setting(
         name="database_url",
         env="DATABASE_URL",
         flag="--database-url",
@@ -288,7 +296,7 @@ CONTROL: tuple[Setting, ...] = (
         field="retention_s",
         parse=parse_positive,
         default=604800,
-        help="Seconds that ended environments and their events are kept: at least ten leases.",
+        help="Seconds that ended environments, and events of any, are kept: at least ten leases.",
     ),
     Setting(
         name="lease_seconds",

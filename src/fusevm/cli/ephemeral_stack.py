@@ -42,7 +42,7 @@ def _wait_ready(process: "subprocess.Popen[bytes]", ready_file: Path) -> None:
 
 def _stop(process: "subprocess.Popen[bytes]") -> int:
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # a shell lets what it runs in the background ignore SIGINT
     try:
         return process.wait(_STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:

@@ -62,6 +62,7 @@ def control_config(loaded: settings.Loaded, *, drop_to_uid: int | None = None, r
         metrics_auth=loaded["metrics_auth"],
         allowed_hosts=loaded["allowed_hosts"],
         hosts=(HostSetting(id="default", url=url, token=token),) if url else (),
+        allow_local_hosts=loaded["allow_local_hosts"],
         policy=policy(loaded),
         encryption_key=loaded["token_encryption_key"],
         previous_keys=loaded["token_encryption_key_previous"],

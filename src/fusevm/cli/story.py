@@ -25,6 +25,8 @@ def story(*, state: State, env_id: str, uid: str) -> None:
         print_json({"environment": one, "events": told})
         return
     print(introduction(one))
+    if told and told[0].id not in ("", f"{one.uid}.1"):
+        print("What happened before is no longer kept.")
     for event in told:
         print(sentence(event))
     print(f"It is {one.state}{f': {one.error}' if one.error else ''}.")

@@ -70,6 +70,8 @@ def up(
     from fusevm.cli.preflight import check_start  # noqa: PLC0415 - as above
 
     state.is_debug = state.is_debug or debug
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGHUP, _interrupt)
     control = settings.load("control", flags, os.environ, config_file)
     host = settings.load("host", flags, os.environ, config_file)
     places = find_places(data, os.environ)
@@ -82,8 +84,6 @@ def up(
             undo.callback(places.data.rmdir)
         check_start(places, control, host, image)
         undo.pop_all()
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGHUP, _interrupt)
     with Installation(places, control, host, say=say) as installation:
         try:
             installation.prepare(image)

@@ -17,6 +17,7 @@ def main() -> int:
     parser.add_argument("--auth-token", default="", help="bearer token that clients must send")
     parser.add_argument("--host-url", default="", help="URL of a host daemon, registered as 'default'")
     parser.add_argument("--host-token", default="", help="token that the host daemon printed")
+    parser.add_argument("--allow-local-hosts", action="store_true", help="the API may register hosts without TLS")
     parser.add_argument("--ready-file", default="", help="written with the base URL once requests are served")
     parser.add_argument("--wait-s", type=float, default=55.0, help="seconds that create and delete wait")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
@@ -27,6 +28,7 @@ def main() -> int:
         database=asked.database,
         auth_token=asked.auth_token,
         hosts=hosts,
+        allow_local_hosts=asked.allow_local_hosts,
         ready_file=asked.ready_file,
         wait_s=asked.wait_s,
         log_level=asked.log_level,

@@ -32,10 +32,10 @@ class Collector:
         self._metrics = metrics
         self._busy: set[str] = set()
 
-    async def collect(self, id: str) -> None:  # noqa: A002 - the record's field
-        """Free a snapshot that is due. Failures are logged; it stays due."""
+    async def collect(self, id: str) -> bool:  # noqa: A002 - the record's field
+        """Free a snapshot that is due. Failures are logged; it stays due. False: to try again at once is of no use."""
         if id in self._busy:
-            return
+            return True
         self._busy.add(id)
         try:
             await self._collect(id)
@@ -44,8 +44,10 @@ class Collector:
         except Exception:  # loop boundary: one snapshot must not stop the others
             self._metrics.loop_failures.labels("collector").inc()
             log.exception("snapshot_not_freed", snapshot=id)
+            return False
         finally:
             self._busy.discard(id)
+        return True
 
     async def _collect(self, id: str) -> None:  # noqa: A002
         snapshot = await self._store.acquire_snapshot(id, self._claim)

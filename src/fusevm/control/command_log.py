@@ -2,8 +2,8 @@
 
 What has ended is noted in memory and told once a second: one transaction for all commands of an environment, one
 environment after the other. Where commands end faster than that, the first `MOST` of a round are told one by one and
-the others as a number. An orderly end of the process tells what is left; a kill loses the last second. Arguments and
-output are never told.
+the others as a number. An orderly end of the process tells what is left; a kill loses the last second. What the store
+can never take is dropped. Arguments and output are never told.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from fusevm.control.entry import Entry
 from fusevm.control.host_api import ReplyLost
 from fusevm.control.metrics import Metrics
 from fusevm.model.environment import Environment
-from fusevm.model.errors import EnvironmentNotFound, Timeout
+from fusevm.model.errors import EnvironmentNotFound, ShuttingDown, StoreFull, StoreUnreachable, Timeout
 from fusevm.model.event import CommandEnd, CommandsEnded
 from fusevm.wire.guest import ExecResult, Exit
 
@@ -24,7 +24,7 @@ log = structlog.get_logger()
 #: Seconds that ends are collected.
 EVERY_S = 1.0
 #: Commands of one environment that are told one by one in a round.
-MOST = 100
+MOST = 10
 #: Commands of all environments that are kept to be told one by one.
 MOST_WAITING = 20_000
 #: Seconds for what is left when the process ends.
@@ -107,23 +107,29 @@ class CommandLog:
             async with asyncio.timeout(LAST_S):
                 await self._tell_all()
         except TimeoutError:
-            log.warning("commands_not_told", count=self._count)
+            log.warning("commands_not_told", count=self._count + sum(self._others.values()))
 
     async def tell(self, uid: str) -> None:
-        """Tell what has ended in one environment. What the store does not take is told later, maybe twice."""
+        """Tell what has ended in one environment. What the store does not take now is told later, maybe twice."""
         ends, others = self._waiting.pop(uid, []), self._others.pop(uid, 0)
         self._count -= len(ends)
-        if not ends:
+        if not (ends or others):
             return
         commands = (*ends, _omitted(others)) if others else tuple(ends)
         try:
             await self._entry.feed(uid, CommandsEnded(cause=_CAUSE, commands=commands))
         except EnvironmentNotFound:
             pass  # ended and purged meanwhile
-        except Exception:  # loop boundary: it is told with the next round
-            self._metrics.loop_failures.labels("commands").inc()
-            log.exception("commands_not_saved", uid=uid)
+        except asyncio.CancelledError:
             self._note(uid, ends, others)
+            raise
+        except (StoreFull, StoreUnreachable, ShuttingDown) as error:  # told with the next round
+            self._metrics.loop_failures.labels("commands").inc()
+            log.warning("commands_not_saved", uid=uid, problem=error.message)
+            self._note(uid, ends, others)
+        except Exception:  # loop boundary: another round would end like this one
+            self._metrics.loop_failures.labels("commands").inc()
+            log.exception("commands_dropped", uid=uid, count=len(ends) + others)
 
     async def _tell_all(self) -> None:
         for uid in list(self._waiting):

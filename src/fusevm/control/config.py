@@ -63,6 +63,8 @@ class ControlConfig(msgspec.Struct, frozen=True, kw_only=True):
     allowed_hosts: tuple[str, ...] = ()
     #: None: the stub host, which only pretends.
     hosts: tuple[HostSetting, ...] = ()
+    #: May the API register other hosts on this machine, without TLS?
+    allow_local_hosts: bool = False
     policy: Policy = Policy()
     #: 64 hex digits; empty: generated beside the database (0600); with PostgreSQL: secrets are refused.
     encryption_key: str = ""
@@ -88,7 +90,7 @@ class ControlConfig(msgspec.Struct, frozen=True, kw_only=True):
     #: Pause between heartbeats of a host, and between its machine lists.
     heartbeat_s: float = 5.0
     reconcile_s: float = 10.0
-    #: How long ended environments and their events are kept.
+    #: How long ended environments, and events of any, are kept.
     retention_s: float = 7 * 86_400.0
     #: How long answers under an Idempotency-Key are kept.
     idempotency_s: float = 86_400.0
@@ -266,6 +268,21 @@ def check_host_url(url: str, token: str) -> None:
         raise BadSetting(setting="firecracker_url", problem=f"{url!r} is plain HTTP to another machine; use https")
     if parts.scheme == "https":
         parse_host_token(token)
+
+
+def check_registered_url(config: ControlConfig, host_id: str, url: str) -> None:
+    """May the API register a host there? Raises BadSetting.
+
+    Without TLS nothing proves that a host daemon listens, so that any service of this machine could be asked.
+    """
+    is_in_settings = any((host.id, host.url) == (host_id, url) for host in config.hosts)
+    if urlsplit(url).scheme == "https" or is_in_settings or config.allow_local_hosts:
+        return
+    raise BadSetting(
+        setting="firecracker_url",
+        problem=f"{url!r} is on the control plane's own machine; give https://host:port and the token that the host "
+        f"daemon printed, or start the control plane with FUSE_ALLOW_LOCAL_HOSTS=true",
+    )
 
 
 def _is_loopback(host: str) -> bool:

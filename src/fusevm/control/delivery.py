@@ -6,7 +6,7 @@ replaced as a whole, the startup script runs once per machine, the daemon is res
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 
@@ -35,7 +35,8 @@ GRACE_S = 10
 #: Seconds within which a new daemon must be running, its download included.
 AGENT_START_S = 45.0
 _LOOK_S = 0.25
-_LAST_WORDS = 300
+#: Bytes: the end of the output in a message, and of each stream among which it is looked for.
+_LAST_WORDS, _END_BYTES = 300, 16 << 10
 
 #: Tells some of the script's output: stream, offset of its first byte and of the one after it, text without secrets.
 #: The answer is up to where that stream has been told, by whomever.
@@ -156,7 +157,7 @@ async def _follow_both(guest: GuestCalls, told: "_Told") -> None:
 
 
 async def _follow(guest: GuestCalls, stream: str, told: "_Told") -> None:
-    """From the beginning, whatever was told before: values are masked and last words found in the whole only."""
+    """From the beginning, whatever was told before: a value may begin before what was told, and end behind it."""
     while not await _read(guest, stream, told):
         pass
 
@@ -175,34 +176,46 @@ async def _read(guest: GuestCalls, stream: str, told: "_Told") -> bool:
 
 
 class _Told:
-    """What was told of a script's output."""
+    """What was told of a script's output, and how it ends."""
 
     def __init__(self, upto: Mapping[str, int], redactor: Redactor, tell: Tell) -> None:
         self.redactor = redactor
         self._upto = dict(upto)
         self._tell = tell
-        self._tail = b""
+        #: Offset and content of the end of each stream, unmasked; what was written last is last.
+        self._ends: dict[str, tuple[int, bytes]] = {}
 
     def upto(self, stream: str) -> int:
         """Offset of the first byte that was not told."""
         return self._upto.get(stream, 0)
 
+    @property
+    def is_enough(self) -> bool:
+        """Is nothing more told?"""
+        return sum(self._upto.values()) >= TOLD_BYTES
+
     async def tell(self, stream: str, offset: int, end: int, content: bytes) -> bool:
-        """Tell a piece, unless that was done or enough was told. False: somebody else has told another one."""
-        self._tail = (self._tail + content)[-_LAST_WORDS:]
+        """Tell a piece. False: somebody else has told another one."""
         before = self.upto(stream)
-        if end <= before or sum(self._upto.values()) >= TOLD_BYTES:
-            return True
         self._upto[stream] = end
-        now = await self._tell(stream, offset, end, content.decode("utf-8", "replace"))
+        now = await self._tell(stream, max(offset, before), end, content.decode("utf-8", "replace"))
         if now <= before:
             return True  # the environment has ended: nobody is told any more
         self._upto[stream] = now
         return now == end
 
+    def ends_with(self, stream: str, offset: int, content: bytes) -> None:
+        """Keep the newest output, for the last words."""
+        self._ends.pop(stream, None)
+        self._ends[stream] = offset, content
+
     def last_words(self) -> str:
         """The end of the output, for a message."""
-        text = self._tail.decode("utf-8", "replace").strip()
+        content = b""
+        for offset, end in self._ends.values():
+            masked = self.redactor.stream(offset)
+            content += masked.feed(end) + masked.end()
+        text = content[-_LAST_WORDS:].decode("utf-8", "replace").strip()
         return f": {text}" if text else ""
 
 
@@ -212,31 +225,26 @@ class _Reading:
     def __init__(self, told: _Told, stream: str, offset: int) -> None:
         self._told = told
         self._stream = stream
-        self._redacted = told.redactor.stream(offset)
+        self._redacted = told.redactor.stream(offset, told.upto(stream))
+        #: The newest output, and the offset after it.
+        self._end, self._heard = b"", offset
 
     async def add(self, chunk: bytes) -> bool:
         """As `_Told.tell`."""
-        for part in self._parts(chunk):
-            if not await self._pass_on(part):
+        self._end, self._heard = (self._end + chunk)[-_END_BYTES:], self._heard + len(chunk)
+        self._told.ends_with(self._stream, self._heard - len(self._end), self._end)
+        for begin in range(0, len(chunk), CHUNK_BYTES):
+            if self._told.is_enough:
+                break
+            offset = self._redacted.passed
+            if not await self._pass_on(offset, self._redacted.feed(chunk[begin : begin + CHUNK_BYTES])):
                 return False
-            # What was told ends here: so does what is held back of it.
-            if self._redacted.fed == self._told.upto(self._stream) and not await self.end():
-                return False
+            await asyncio.sleep(0)  # others go on, even where nothing is told
         return True
 
     async def end(self) -> bool:
         """As `_Told.tell`."""
-        return await self._pass_on(None)
+        return self._told.is_enough or await self._pass_on(self._redacted.passed, self._redacted.end())
 
-    async def _pass_on(self, part: bytes | None) -> bool:
-        offset = self._redacted.passed
-        content = self._redacted.feed(part) if part is not None else self._redacted.end()
+    async def _pass_on(self, offset: int, content: bytes) -> bool:
         return not content or await self._told.tell(self._stream, offset, self._redacted.passed, content)
-
-    def _parts(self, chunk: bytes) -> Iterator[bytes]:
-        """Small enough to be told, and cut where the next one was not told yet."""
-        while chunk:
-            left = self._told.upto(self._stream) - self._redacted.fed
-            size = min(CHUNK_BYTES, left) if left > 0 else CHUNK_BYTES
-            yield chunk[:size]
-            chunk = chunk[size:]

@@ -45,8 +45,8 @@ class HostStore(Secrets, Protocol):
         """One host."""
         ...
 
-    async def hosts(self) -> list[Host]:
-        """All hosts by id."""
+    async def has_hosts(self) -> bool:
+        """Is any host known? One whose record cannot be read counts."""
         ...
 
     async def save_host(self, host: Host, sealed: SealedRow | None = None) -> Host:
@@ -130,7 +130,7 @@ class Directory:
         for setting in settings:
             new = replace(_new_host(setting.id, setting.url, Resources()), region=setting.region, labels=setting.labels)
             await self._save(new, setting.token, _reached)
-        if not await self._store.hosts():
+        if not await self._store.has_hosts():
             await self.save(_new_host(STUB_ID, STUB_URL, CAPACITY), "")
 
     async def token_of(self, host_id: str) -> str:

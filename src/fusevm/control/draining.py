@@ -9,7 +9,7 @@ import structlog
 
 from fusevm.control.entry import Entry
 from fusevm.control.store.protocol import Reading
-from fusevm.model.environment import State
+from fusevm.model.environment import Environment, State
 from fusevm.model.errors import Error
 from fusevm.model.event import DrainRequested
 
@@ -19,7 +19,7 @@ log = structlog.get_logger()
 class Placements(Protocol):
     """Who is where."""
 
-    async def on_host(self, host_id: str) -> Reading:
+    async def on_host(self, host_id: str) -> Reading[Environment]:
         """All live environments of a host."""
         ...
 

@@ -5,8 +5,10 @@ says when to look. A slow reader is read for at its own pace, so nothing is buff
 - With it, what came after that event is replayed.
 - An ended environment is replayed from its first event, or from Last-Event-ID; the stream ends after the terminal
   event, which therefore always arrives.
+- Old events are not kept: a replay begins with the first one that is, whose number says what is missing.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator
 from functools import partial
 
@@ -14,6 +16,7 @@ import msgspec
 
 from fusevm.control.plane import Plane
 from fusevm.control.render import parse_event_id, render_event, render_present
+from fusevm.control.signals import Subscription
 from fusevm.control.store.protocol import Position, StoredFact
 from fusevm.model.environment import TERMINAL, Environment
 from fusevm.model.errors import BadField
@@ -42,20 +45,22 @@ async def stream_environment(plane: Plane, uid: str, after_seq: int | None) -> A
         if record.is_terminal and seq == record.event_seq:
             yield _present(record)  # nothing is left to replay, but the reader must learn of the end
             return
-        is_replay = True
+        is_replay, sign_due_s = True, _next_sign_s(plane)
         while True:
             here = partial(plane.store.facts_of, uid, seq, PAGE)
             facts, messages = await plane.fanout.look((uid, seq), here, _message)
             if facts:
                 _measure(plane, facts, is_replay=is_replay)
                 yield messages
+                sign_due_s = _next_sign_s(plane)
                 seq = facts[-1].fact.seq
                 if _is_end(facts[-1].fact):
                     return
             elif plane.closing.is_set():
                 return
-            elif not await news.changed(plane.config.keepalive_s):
+            elif await _is_quiet(news, sign_due_s):
                 yield KEEPALIVE
+                sign_due_s = _next_sign_s(plane)
             is_replay = is_replay and bool(facts)
 
 
@@ -63,17 +68,30 @@ async def stream_all(plane: Plane, position: Position, tenant: str | None = None
     """Messages of all environments after a place in the global order, without end."""
     with plane.signals.subscribe() as news, plane.metrics.event_streams.track_inprogress():
         yield KEEPALIVE  # the reader sees that the stream is open
-        is_replay = True
+        is_replay, sign_due_s = True, _next_sign_s(plane)
         while not plane.closing.is_set():
             here = partial(plane.store.facts_after, position, PAGE, tenant)
             facts, messages = await plane.fanout.look((position, tenant), here, _message)
             if facts:
                 _measure(plane, facts, is_replay=is_replay)
                 yield messages
+                sign_due_s = _next_sign_s(plane)
                 position = facts[-1].position
-            elif not await news.changed(plane.config.keepalive_s):
+            elif await _is_quiet(news, sign_due_s):
                 yield KEEPALIVE
+                sign_due_s = _next_sign_s(plane)
             is_replay = is_replay and bool(facts)
+
+
+def _next_sign_s(plane: Plane) -> float:
+    """When a stream that has just said something must give a sign of life, by the event loop's clock."""
+    return asyncio.get_running_loop().time() + plane.config.keepalive_s
+
+
+async def _is_quiet(news: Subscription, sign_due_s: float) -> bool:
+    """Wait for a change. True: a sign of life is due; changes of which this stream tells nothing do not put it off."""
+    loop = asyncio.get_running_loop()
+    return not await news.changed(sign_due_s - loop.time()) or loop.time() >= sign_due_s
 
 
 def _measure(plane: Plane, facts: list[StoredFact], *, is_replay: bool) -> None:

@@ -194,6 +194,8 @@ async def _upkeep(plane: Plane) -> None:
         try:
             while await plane.store.purge(keep_ms, PURGE_BATCH) == PURGE_BATCH:
                 pass
+            while await plane.store.prune_events(keep_ms, PURGE_BATCH) >= PURGE_BATCH:
+                pass
             await reseal_all(plane.store, plane.sealer)
         except Exception:  # loop boundary: it is tried again
             plane.metrics.loop_failures.labels("upkeep").inc()

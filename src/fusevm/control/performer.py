@@ -19,9 +19,8 @@ from fusevm.control.entry import Entry
 from fusevm.control.guest_calls import GuestCalls
 from fusevm.control.host_api import HostApi
 from fusevm.control.outcome import boot_outcome, fence_of, machine_order
-from fusevm.control.vault import Vault
+from fusevm.control.vault import Vault, redactor_of
 from fusevm.core.redaction import Redactor
-from fusevm.core.setup import secret_values
 from fusevm.model.environment import (
     Action,
     BootMachine,
@@ -136,7 +135,7 @@ class Performer:
                 return SnapshotTaken(cause=cause, seq=seq, size_bytes=taken.size_bytes, digest=taken.digest)
             case SetUpMachine() | DrainAgent() | RotateToken() | RestoreMachine():
                 setup = await self._vault.load(record.uid) if record.duties.setup else Setup()
-                redactor = Redactor(secret_values(setup))
+                redactor = await redactor_of(setup)
                 with _masked(redactor):
                     return await self._inside(host, fence, record, action, setup, redactor, left_s)
             case _:  # pragma: no cover

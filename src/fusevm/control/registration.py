@@ -9,7 +9,7 @@ from typing import Protocol
 
 import msgspec
 
-from fusevm.control.config import check_host_url
+from fusevm.control.config import ControlConfig, check_host_url, check_registered_url
 from fusevm.core.spec import ARCHITECTURES, check_labels
 from fusevm.model.errors import BadField, BadSetting, HostMismatch, HostUnreachable, Timeout, Unimplemented
 from fusevm.model.host import Host, Resources, effective
@@ -36,9 +36,9 @@ class Prober(Protocol):
         ...
 
 
-async def accept_host(body: RegisterHost, prober: Prober) -> Accepted:
+async def accept_host(body: RegisterHost, prober: Prober, config: ControlConfig) -> Accepted:
     """Check and probe. Raises BadField, Unimplemented, HostMismatch, HostRejected, HostUnreachable, Timeout."""
-    declared = _checked(body)
+    declared = _checked(body, config)
     try:
         facts = await prober.probe(body.id, body.url, body.token or "")
     except (HostUnreachable, Timeout) as error:
@@ -49,7 +49,7 @@ async def accept_host(body: RegisterHost, prober: Prober) -> Accepted:
     return Accepted(_record(body, declared, facts), body.token or "", _compare(body, declared, facts))
 
 
-def _checked(body: RegisterHost) -> Resources:
+def _checked(body: RegisterHost, config: ControlConfig) -> Resources:
     if not HOST_ID.fullmatch(body.id):
         raise BadField(
             field="id", problem="use 1 to 63 letters, digits, '.', '_' and '-', a letter or digit at both ends"
@@ -58,6 +58,7 @@ def _checked(body: RegisterHost) -> Resources:
         raise BadField(field="backend", problem=f"{body.backend[:40]!r} is not firecracker or qemu")
     try:
         check_host_url(body.url, body.token or "")
+        check_registered_url(config, body.id, body.url)
     except BadSetting as error:
         raise BadField(field=_field_of(error), problem=error.problem) from error
     check_labels("labels", body.labels or {})

@@ -1,7 +1,7 @@
 """Answers that last: whoever was let in may be let in no longer. A key is revoked or expires, a session ends.
 
-Requests are checked by the gate, once. Streams, terminals and whatever is followed look again here, every
-`keepalive_s` seconds, and end.
+Requests are checked by the gate, once. Streams, terminals, uploads and whatever is followed look again
+here, every `keepalive_s` seconds, and end.
 """
 
 import asyncio

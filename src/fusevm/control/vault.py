@@ -1,5 +1,8 @@
 """The sealed setups: what environments bring along, readable only with the server's key and bound to their row."""
 
+import asyncio
+from functools import lru_cache
+
 import msgspec
 
 from fusevm.control.secrets import Sealer, load_secret, row_of
@@ -12,6 +15,10 @@ from fusevm.model.errors import EnvironmentNotFound, Internal
 from fusevm.model.setup import Setup
 
 _NAME = "setup"
+#: Characters of all values from which on a redactor takes more than a few milliseconds to make; the largest takes 0.2 s
+#: and some 30 MB.
+_MANY = 16 << 10
+_made = lru_cache(maxsize=4)(Redactor)
 _decode = msgspec.json.Decoder(Setup).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -45,8 +52,14 @@ class Vault:
         setup = await self._find(env.uid)
         if setup is None:
             raise EnvironmentNotFound(id=env.id)
-        return Redactor(secret_values(setup))
+        return await redactor_of(setup)
 
     async def _find(self, uid: str) -> Setup | None:
         text = await load_secret(self._store, self._sealer, sealed_owner(uid), _NAME)
         return _decode(text) if text is not None else None
+
+
+async def redactor_of(setup: Setup) -> Redactor:
+    """Masks the secret values of a setup. Many are sorted beside the event loop, and once while they are in use."""
+    values = frozenset(secret_values(setup))
+    return Redactor(values) if sum(map(len, values)) < _MANY else await asyncio.to_thread(_made, values)

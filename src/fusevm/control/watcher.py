@@ -2,15 +2,16 @@
 
 Each host is watched by the one replica that holds the host's lease, in a task of its own: a dead host never stops
 another's. Silence makes a host unreachable, then lost; a refusal makes it unreachable and never lost; only a good
-answer makes it well again. A failure on our side, of the store or of the key that its token is sealed with, says
-nothing about a host: silence is then counted from zero. What heartbeats and lists mean is decided by `core.reconcile`;
-this module only carries it out.
+answer makes it well again. A failure on our side, of the store, of the key that its token is sealed with or of an event
+loop that stood still, says nothing about a host: silence is then counted from zero. What heartbeats and lists mean is
+decided by `core.reconcile`; this module only carries it out.
 """
 
 import asyncio
 import contextlib
 import random
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -22,6 +23,7 @@ from fusevm.control.clock import Clock
 from fusevm.control.draining import drain_environments
 from fusevm.control.entry import Entry
 from fusevm.control.host_api import HostApi
+from fusevm.control.loop_lag import LoopLag
 from fusevm.control.metrics import Metrics
 from fusevm.control.race import first_of
 from fusevm.control.store.protocol import Claim, Hosts
@@ -61,6 +63,8 @@ log = structlog.get_logger()
 
 #: Seconds one heartbeat or list may take.
 CALL_TIMEOUT_S = 10.0
+#: A heartbeat during which our own event loop stood still for so many seconds finds no silence.
+MAX_LAG_S = CALL_TIMEOUT_S / 5
 #: Shortest pause between two lists of a host: changes that come in a burst are looked at together.
 LIST_PAUSE_S = 0.2
 #: Orphans destroyed at the same time per host.
@@ -130,6 +134,11 @@ class Watch:
         self._view = around.metrics.watching(host_id)
         self._silence = Silence()
         self._gap_ms = round(2000 * (CALL_TIMEOUT_S + self._pace.heartbeat_s))
+        #: The host as the last heartbeat left it; what follows from that is yet to be carried out.
+        self._noted: Host | None = None
+        self._is_noted = asyncio.Event()
+        #: Changes of health that those on the host were not told of yet.
+        self._changes: deque[Host] = deque()
         self._tracker = Tracker(self._entry, self._cluster, around.vault)
         self._strikes = Strikes()
         #: What was expected of the host when the last list was judged.
@@ -143,7 +152,13 @@ class Watch:
     async def run(self) -> None:
         """Watch until the lease is lost, the host is removed, or we are cancelled."""
         async with asyncio.TaskGroup() as group:
-            loops = (self._pulse_loop(), self._reconcile_loop(), self._track_loop(), self._event_loop())
+            loops = (
+                self._pulse_loop(),
+                self._effect_loop(),
+                self._reconcile_loop(),
+                self._track_loop(),
+                self._event_loop(),
+            )
             tasks = [group.create_task(loop) for loop in loops]
             try:
                 await self._hold()
@@ -196,19 +211,23 @@ class Watch:
         if not await self._find_client():
             return False
         asked_ms = self._clock.steady_ms()
-        answer = await self._ask()
+        with LoopLag() as lag:
+            answer = await self._ask()
+        if answer.beat is Heartbeat.SILENT and lag.seconds >= MAX_LAG_S:
+            log.warning("host_not_heard", host=self._id, problem=f"our event loop stood still for {lag.seconds:.1f} s")
+            return True
         silence = heard(silence, answer.beat, asked_ms, self._gap_ms)
         self._view.is_up = answer.facts is not None
         host = await self._store.host(self._id)
         if host is None:
             return False
-        host = await self._save(host, answer, silence)
+        saved = await self._save(host, answer, silence)
         self._silence = silence
-        if host.health is HostHealth.LOST:
-            for env in (await self._store.on_host(self._id)).records:
-                await self._feed(env.uid, HostLost(cause=f"host {self._id}", host_id=self._id))
-        elif host.state is HostState.DRAINING:
-            await drain_environments(self._store, self._entry, self._id, f"drain of host {self._id}")
+        if saved.health is not host.health:
+            log.info("host_health", host=self._id, before=host.health, now=saved.health, problem=saved.problem)
+            self._changes.append(saved)
+        self._noted = saved
+        self._is_noted.set()
         return True
 
     async def _find_client(self) -> bool:
@@ -250,21 +269,38 @@ class Watch:
             new = observe_host(host, silence, answer.problem, self._policy)
         if new == replace(host, last_seen_ms=new.last_seen_ms):
             return host
-        if new.health is not host.health:
-            await self._tell(host, new)
         try:
             return await self._store.save_host(replace(new, updated_at_ms=now_ms))
         except RevisionConflict:
             return host  # somebody else changed it; the next heartbeat sees that
 
-    async def _tell(self, before: Host, now: Host) -> None:
-        """Tell those that are on the host. Before it is saved: told twice is better than never."""
-        log.info("host_health", host=self._id, before=before.health, now=now.health, problem=now.problem)
+    async def _effect_loop(self) -> None:
+        """Apart from the heartbeats: the next one must not wait until all that are on the host were told."""
+        while True:
+            await self._is_noted.wait()
+            self._is_noted.clear()
+            await self._guarded("effects", self._carry_on)
+
+    async def _carry_on(self) -> bool:
+        """What a host's health and state mean for those that are on it. Repeated with every heartbeat."""
+        while self._changes:
+            await self._tell(self._changes[0])
+            self._changes.popleft()
+        host = self._noted
+        if host is not None and host.health is HostHealth.LOST:
+            for env in (await self._store.on_host(self._id)).records:
+                await self._feed(env.uid, HostLost(cause=f"host {self._id}", host_id=self._id))
+        elif host is not None and host.state is HostState.DRAINING:
+            await drain_environments(self._store, self._entry, self._id, f"drain of host {self._id}")
+        return True
+
+    async def _tell(self, host: Host) -> None:
+        """Tell those that are on the host of its health. It is saved already: if we die first, they are not told."""
         event = Reported(
             cause=f"host {self._id}",
             kind=Kind.HOST,
-            reason=now.health,
-            message=now.problem,
+            reason=host.health,
+            message=host.problem,
             data={"host_id": self._id},
         )
         for env in (await self._store.on_host(self._id)).records:

@@ -73,7 +73,7 @@ class Worker:
         self._metrics = metrics
         self._poll_s = poll_s
         self._jobs: dict[str, _Job] = {}
-        #: Records that could not be worked on, and the steady time until which they are left alone.
+        #: Environments and snapshots that could not be worked on, and the steady time until which they are left alone.
         self._troubled: dict[str, int] = {}
         self._stopping = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
@@ -148,8 +148,8 @@ class Worker:
         for uid in deadlines:
             await self._isolated(uid, self._entry.feed(uid, Tick(cause="deadline"), commit_always=True))
         for snapshot_id in due.snapshots:
-            if self._group is not None:
-                self._group.create_task(self._collector.collect(snapshot_id))
+            if self._group is not None and snapshot_id not in self._troubled:
+                self._group.create_task(self._collect(snapshot_id))
         return max(len(actions), len(deadlines)) >= LOOK_LIMIT
 
     async def _isolated(self, uid: str, work: Awaitable[object]) -> None:
@@ -159,9 +159,16 @@ class Worker:
         except (StoreFull, StoreUnreachable, ShuttingDown):
             raise
         except Exception:
-            self._troubled[uid] = self._clock.steady_ms() + TROUBLE_PAUSE_MS
+            self._leave_alone(uid)
             self._metrics.loop_failures.labels("record").inc()
             log.exception("record_left_alone", uid=uid, pause_ms=TROUBLE_PAUSE_MS)
+
+    def _leave_alone(self, id: str) -> None:  # noqa: A002 - the record's field
+        self._troubled[id] = self._clock.steady_ms() + TROUBLE_PAUSE_MS
+
+    async def _collect(self, snapshot_id: str) -> None:
+        if not await self._collector.collect(snapshot_id):
+            self._leave_alone(snapshot_id)
 
     async def _take_up(self, uid: str, seq: int) -> None:
         record = await self._store.acquire(uid, seq, self._claim)

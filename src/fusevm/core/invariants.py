@@ -64,7 +64,7 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
     placements: Mapping[str, tuple[str, Resources]] = {}
     #: Host id to its machines. Hosts that cannot be asked are left out.
     machines: Mapping[str, tuple[ObservedMachine, ...]] = {}
-    #: Environment uid to all its facts in order. A uid that is left out is not checked.
+    #: Environment uid to its facts in order; the first ones may be kept no more. A uid that is left out is not checked.
     facts: Mapping[str, tuple[Fact, ...]] = {}
     #: By id.
     snapshots: Mapping[str, Snapshot] = {}
@@ -173,7 +173,8 @@ def _times(env: Environment) -> Iterator[str]:
 
 
 def _facts(env: Environment, facts: tuple[Fact, ...]) -> Iterator[str]:
-    if [fact.seq for fact in facts] != list(range(1, env.event_seq + 1)):
+    first = facts[0].seq if facts else 1
+    if [fact.seq for fact in facts] != list(range(first, env.event_seq + 1)):
         yield f"{env.uid}: facts {[fact.seq for fact in facts]} have a gap before {env.event_seq}"
     if any(fact.uid != env.uid for fact in facts):
         yield f"{env.uid}: has a fact of another environment"
@@ -182,10 +183,12 @@ def _facts(env: Environment, facts: tuple[Fact, ...]) -> Iterator[str]:
             yield f"{env.uid}: fact {later.seq} is older than fact {earlier.seq}"
         if earlier.state in TERMINAL:
             yield f"{env.uid}: fact {later.seq} comes after the end"
-    states = [State.PROVISIONING, *(fact.state for fact in facts if fact.kind is Kind.STATE)]
-    if states[1:2] != [State.PROVISIONING]:
+    if first == 1 and not (facts and facts[0].kind is Kind.STATE and facts[0].state is State.PROVISIONING):
         yield f"{env.uid}: its first state is not told"
-    for before, after in pairwise(states[1:]):
+    if not facts:
+        return
+    states = [facts[0].state, *(fact.state for fact in facts[1:] if fact.kind is Kind.STATE)]
+    for before, after in pairwise(states):
         if after not in ALLOWED[before]:
             yield f"{env.uid}: facts go from {before} to {after}"
     if states[-1] is not env.state:

@@ -2,6 +2,8 @@
 
 Rules of this file:
 - A suspicion is acted upon at its second strike in a row; only a machine that reports its own end counts at once.
+- A machine that must run and is listed twice in a row in one other phase is stuck in it, and over. A pause belongs to a
+  snapshot that is being taken; a boot is judged only after its action has said that the machine runs.
 - A list is evidence only about records that have not changed since it was asked for. Two readings say that, one before
   the question and one after the answer; never a clock, since records bear the times of other replicas' clocks.
 - Machines of another cluster, or of none, are never touched.
@@ -19,7 +21,7 @@ from msgspec.structs import replace
 
 from fusevm.core.policy import Policy
 from fusevm.core.record import expects_machine
-from fusevm.model.environment import Environment
+from fusevm.model.environment import Environment, SnapshotMachine, State
 from fusevm.model.event import Event, MachineExited, MachineMissing
 from fusevm.model.host import Host, HostHealth
 from fusevm.model.machine import Phase
@@ -28,7 +30,8 @@ from fusevm.model.machine import Phase
 STRIKES_TO_ACT = 2
 #: An orphan that is still listed after so many attempts to destroy it needs a person; the attempts go on.
 STUCK_ATTEMPTS = 5
-_WELL = frozenset({Phase.CREATING, Phase.RUNNING, Phase.PAUSED})
+#: What a machine does not leave by itself.
+_OVER = frozenset({Phase.STOPPED, Phase.FAILED})
 _SEVERITY = {HostHealth.OK: 0, HostHealth.UNREACHABLE: 1, HostHealth.LOST: 2}
 
 
@@ -177,7 +180,13 @@ def _is_orphan(machine: ObservedMachine, env: Environment | None) -> bool:
 
 
 def _is_suspect(env: Environment, machine: ObservedMachine | None) -> bool:
-    return expects_machine(env) and (machine is None or machine.phase not in _WELL)
+    return expects_machine(env) and (machine is None or not _is_well(env, machine))
+
+
+def _is_well(env: Environment, machine: ObservedMachine) -> bool:
+    if machine.phase is Phase.PAUSED:
+        return env.state is State.PAUSED or isinstance(env.pending, SnapshotMachine)
+    return machine.phase is Phase.RUNNING
 
 
 def _end_of(
@@ -187,9 +196,9 @@ def _end_of(
     if machine is None:
         missing = MachineMissing(cause=cause, machine_id=env.machine_id)
         return missing if is_due(f"missing {env.machine_id}") else None
-    if machine.phase is Phase.DELETING:
-        message = "the host is deleting the machine, and nobody has asked for it here"
-        exited = MachineExited(cause=cause, machine_id=machine.id, message=message)
-        return exited if is_due(f"deleting {env.machine_id}") else None
-    message = machine.error or f"the host reports the machine as {machine.phase}"
-    return MachineExited(cause=cause, machine_id=machine.id, message=message)
+    if machine.phase in _OVER:
+        message = machine.error or f"the host reports the machine as {machine.phase}"
+        return MachineExited(cause=cause, machine_id=machine.id, message=message)
+    message = f"the host reports the machine as {machine.phase} again and again, and nobody has asked for that here"
+    exited = MachineExited(cause=cause, machine_id=machine.id, message=message)
+    return exited if is_due(f"{machine.phase} {env.machine_id}") else None

@@ -38,6 +38,8 @@ _MODE = re.compile(r"0?[0-7]{3}|0?[1-7][0-7]{3}")
 #: Visible ASCII: a token goes into headers and files.
 _CREDENTIAL = re.compile(r"[\x21-\x7e]{1,4096}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+#: Replaced tokens that are kept.
+MAX_FORMER_TOKENS = 16
 _NO_FILES: Mapping[str, SetupFile] = {}
 _NO_SECRETS: Mapping[str, str] = {}
 #: Variables of the daemon that we set, and whose values everybody may read.
@@ -95,17 +97,20 @@ def prepare(
 
 
 def with_token(setup: Setup, auth_token: str) -> Setup:
-    """The same setup with another token in all its places: the file, and the daemon's settings."""
+    """The same setup with another token in all its places: the file, and the daemon's settings. The one before is kept
+    among the former ones: nobody knows yet whether the daemon takes the new one."""
     fuse = setup.fuse | {TOKEN: _private(auth_token)}
+    former = (*setup.former_tokens, *filter(None, [_content(setup, TOKEN)]))[-MAX_FORMER_TOKENS:]
     if setup.agent is None:
-        return replace(setup, fuse=fuse)
+        return replace(setup, fuse=fuse, former_tokens=former)
     env = setup.agent.env | {"FUSE_AUTH_TOKEN": auth_token}
-    return replace(setup, fuse=fuse, agent=replace(setup.agent, auth_token=auth_token, env=env))
+    agent = replace(setup.agent, auth_token=auth_token, env=env)
+    return replace(setup, fuse=fuse, agent=agent, former_tokens=former)
 
 
 def secret_values(setup: Setup) -> set[str]:
-    """What nobody may read in events, errors and logs: the values of secrets and variables, the tokens."""
-    found = {*setup.env.values(), _content(setup, TOKEN)}
+    """What nobody may read in events, errors and logs: values of secrets and variables, tokens, former ones too."""
+    found = {*setup.env.values(), _content(setup, TOKEN), *setup.former_tokens}
     found.update(msgspec.json.decode(_content(setup, SECRETS) or "{}", type=dict[str, str]).values())
     found.add(msgspec.json.decode(_content(setup, GATEWAY) or "{}", type=_Gateway).token)
     if setup.agent is not None:

@@ -19,6 +19,7 @@ from starlette.routing import Route as StarletteRoute
 from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
+from fusevm import __version__
 from fusevm.host.console import left_out, read_console
 from fusevm.host.daemon import Daemon
 from fusevm.host.relay import relay_frames, relay_request, run_for_client
@@ -36,7 +37,7 @@ from fusevm.wire.host_api import (
     StorageAnswer,
     parse_fence,
 )
-from fusevm.wire.host_routes import HOST_ROUTES
+from fusevm.wire.host_routes import HOST_ROUTES, render_host_openapi
 from fusevm.wire.routes import Payload, Route
 
 T = TypeVar("T")
@@ -95,6 +96,10 @@ async def _no_route(scope: Scope, _receive: Receive, _send: Send) -> None:
 
 async def _health(_daemon: Daemon, _request: Request, _route: Route) -> Response:
     return _json(Health())
+
+
+async def _openapi(_daemon: Daemon, _request: Request, _route: Route) -> Response:
+    return _json(render_host_openapi(__version__))
 
 
 async def _info(daemon: Daemon, _request: Request, _route: Route) -> Response:
@@ -244,6 +249,7 @@ class _FramesEndpoint:
 HANDLERS: dict[str, Handler] = {
     "health": _health,
     "info": _info,
+    "openapi": _openapi,
     "list_machines": _list,
     "create_machine": _create,
     "get_machine": _get,

@@ -155,7 +155,7 @@ class CommandsEnded(EventHeader, frozen=True, kw_only=True, tag="commands_ended"
 
 
 class MachineExited(EventHeader, frozen=True, kw_only=True, tag="machine_exited"):
-    """The host saw the VMM end, or lists the machine as failed or stopped."""
+    """The host saw the VMM end, lists the machine as failed or stopped, or as stuck (two strikes already counted)."""
 
     machine_id: str
     message: str

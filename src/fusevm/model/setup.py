@@ -87,6 +87,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     startup_timeout_s: int = 30
     agent: AgentSpec | None = None
     healthcheck: Healthcheck | None = None
+    #: Tokens that were replaced, newest last: a daemon that did not take the new one goes on with an old one.
+    former_tokens: tuple[str, ...] = ()
 
 
 class Duties(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

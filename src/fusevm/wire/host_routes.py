@@ -1,11 +1,15 @@
-"""The one table of the host daemon's routes. Its router reads it, and so may OpenAPI and the documents' tests.
+"""The one table of the host daemon's routes, and its OpenAPI document. The router and the documents' tests read it.
 
 Errors are flat (`wire.errors.render_flat`). Orders carry the fence headers of `wire.host_api`. Everything but
 `/health` needs the token on TCP; the Unix socket needs none, it is root's alone.
 """
 
+from typing import Any
+
 from fusevm.model import errors as e
 from fusevm.wire import host_api
+from fusevm.wire.errors import FlatError
+from fusevm.wire.openapi import render_openapi
 from fusevm.wire.routes import NO_LIMIT, Param, Payload, Route, Scope
 
 _FENCE = (e.BadField, e.WrongCluster, e.StaleIncarnation, e.MachineExists)
@@ -41,6 +45,13 @@ HOST_ROUTES: tuple[Route, ...] = (
         summary="The daemon serves",
         scope=Scope.OPEN,
         answer=host_api.Health,
+    ),
+    Route(
+        method="GET",
+        path="/openapi.json",
+        name="openapi",
+        summary="This API as OpenAPI 3.1",
+        scope=Scope.HOSTS,
     ),
     Route(
         method="GET",
@@ -203,3 +214,8 @@ HOST_ROUTES: tuple[Route, ...] = (
         gives=Payload.TEXT,
     ),
 )
+
+
+def render_host_openapi(version: str) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of the host daemon as plain data."""
+    return render_openapi(version, HOST_ROUTES, title="Fuse host daemon", failure=FlatError)

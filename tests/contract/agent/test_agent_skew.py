@@ -1,5 +1,6 @@
 """The agent of the release before, as this release finds it."""
 
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from fusevm.wire.errors import parse_error
 from fusevm.wire.guest import PROTOCOL_MAJOR, AgentHealth, AgentOrder, GuestState, SetupBody
 from fusevm.wire.http1 import Connection, Response
 from fusevm.wire.streams import ByteStream
-from previous_agent import PROTOCOL, NotAvailable, previous_agent
+from previous_agent import PROTOCOL, CommitMissing, NotAvailable, previous_agent
 
 FENCE = Fence(cluster="c", uid="u", incarnation=1, action_seq=1)
 
@@ -96,6 +97,24 @@ async def test_what_the_previous_agent_lacks_is_said_to_be_not_supported(previou
         await calls.ask(method, target, GuestState, body)
 
 
-async def test_a_missing_commit_is_said_in_words(tmp_path):
-    with pytest.raises(NotAvailable, match="is not in this clone"):
-        previous_agent(commit="0" * 40, cache=tmp_path)
+def test_a_commit_that_a_whole_clone_lacks_is_a_failure(tmp_path):
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "init", "-q", clone], check=True)
+    with pytest.raises(CommitMissing, match="is not in this clone"):
+        previous_agent(cache=tmp_path, root=clone)
+
+
+def test_a_commit_that_a_shallow_clone_lacks_is_a_reason_to_skip(tmp_path):
+    origin, clone = tmp_path / "origin", tmp_path / "clone"
+    subprocess.run(["git", "init", "-q", origin], check=True)
+    author = ["-c", "user.name=a", "-c", "user.email=a@localhost"]
+    for message in ("one", "two"):
+        subprocess.run(["git", "-C", origin, *author, "commit", "-q", "--allow-empty", "-m", message], check=True)
+    subprocess.run(["git", "clone", "-q", "--depth=1", f"file://{origin}", clone], check=True)
+    with pytest.raises(NotAvailable, match="it is shallow"):
+        previous_agent(cache=tmp_path, root=clone)
+
+
+def test_a_folder_that_is_no_clone_is_a_reason_to_skip(tmp_path):
+    with pytest.raises(NotAvailable, match="is no clone"):
+        previous_agent(cache=tmp_path, root=tmp_path)

@@ -12,7 +12,7 @@ from fusevm.control import command_log
 from fusevm.control.host_api import GuestRequest, ReplyLost
 from fusevm.control.store.sqlite import open_sqlite
 from fusevm.core.policy import Policy
-from fusevm.model.errors import StoreUnreachable
+from fusevm.model.errors import Internal, StoreUnreachable
 from fusevm.model.fact import Fact, Kind
 from fusevm.testing.clock import FakeClock
 from fusevm.testing.fake_host import FakeAnswer, FakeHost
@@ -164,6 +164,59 @@ async def test_what_the_store_did_not_take_is_told_later() -> None:
         server.plane.store.commit = commit  # type: ignore[method-assign]
         commands.ended(record, "exec", "request b", ExecResult(exit_code=0))
         assert [fact.cause for fact in await told(server, env["uid"], 2)] == ["request a", "request b"]
+
+
+async def test_what_the_store_never_takes_is_dropped() -> None:
+    async with running() as server:
+        env = await server.create()
+        record, commands = await server.record(env["uid"]), server.plane.commands
+        commands.ended(record, "exec", "request a", ExecResult(exit_code=0))
+        commit = server.plane.store.commit
+
+        async def hopeless(*_args: Any, **_more: Any) -> Any:
+            raise Internal(problem="unreadable")
+
+        server.plane.store.commit = hopeless  # type: ignore[method-assign]
+        await commands.tell(env["uid"])
+        server.plane.store.commit = commit  # type: ignore[method-assign]
+        commands.ended(record, "exec", "request b", ExecResult(exit_code=0))
+        assert [fact.cause for fact in await told(server, env["uid"])] == ["request b"]
+
+
+async def test_commands_that_are_only_counted_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_log, "MOST_WAITING", 0)
+    async with running() as server:
+        env = await server.create()
+        record = await server.record(env["uid"])
+        for _ in range(3):
+            server.plane.commands.ended(record, "exec", "request a", ExecResult(exit_code=0))
+        (fact,) = await told(server, env["uid"])
+        assert (fact.reason, fact.data) == ("omitted", {"count": "3"})
+
+
+async def test_an_orderly_end_of_the_server_loses_nothing_that_is_being_told(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_log, "EVERY_S", 0.0)
+    database, is_stuck = str(tmp_path / "fuse.db"), asyncio.Event()
+    async with running(database=database) as server:
+        env = await server.create()
+        commit = server.plane.store.commit
+
+        async def stuck_once(*_args: Any, **_more: Any) -> Any:
+            server.plane.store.commit = commit  # type: ignore[method-assign]
+            is_stuck.set()
+            await asyncio.Event().wait()
+
+        server.plane.store.commit = stuck_once  # type: ignore[method-assign]
+        server.plane.commands.ended(await server.record(env["uid"]), "exec", "request a", ExecResult(exit_code=0))
+        await is_stuck.wait()
+    store = await open_sqlite(database, Policy(), FakeClock().now_ms)
+    try:
+        causes = [stored.fact.cause for stored in await store.facts_of(env["uid"], 0, 10)]
+        assert causes[-1] == "request a"
+    finally:
+        await store.close()
 
 
 async def test_an_orderly_end_of_the_server_tells_what_is_left(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

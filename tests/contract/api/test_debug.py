@@ -33,10 +33,10 @@ async def test_a_sound_store_has_no_violations() -> None:
 async def test_planted_damage_is_told(tmp_path: Path, database: Callable[[Path], str]) -> None:
     async with running(checked=False, database=database(tmp_path)) as server:
         uid = (await server.create())["uid"]
-        await _damage(server, "delete from placements", "delete from events where seq = 1")
+        await _damage(server, "delete from placements", "delete from events where seq = 2")
         found = (await server.http.get(URL)).json()["violations"]
         assert any(f"{uid}: lives on h1 but is placed as None" in sentence for sentence in found)
-        assert any(f"{uid}: facts [2] have a gap" in sentence for sentence in found)
+        assert any(f"{uid}: facts [1] have a gap" in sentence for sentence in found)
         assert any("host h1: allocated is" in sentence for sentence in found)
 
 

@@ -1,9 +1,12 @@
 """Event streams: what comes first, what is replayed, how they end, and that nothing is ever missing."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
+import pytest
 from control_harness import Running, next_message, rest_of, running, stream, until
 
+from fusevm.control import main
 from fusevm.core.policy import Policy
 from fusevm.model.environment import State
 from fusevm.model.errors import BootFailed
@@ -47,6 +50,34 @@ async def test_an_event_id_replays_what_came_after_it() -> None:
         await server.delete()
         async with stream(server, URL, headers={"Last-Event-ID": f"{made['uid']}.3"}) as source:
             assert [event["state"] for event in await rest_of(source)] == ["destroyed"]
+
+
+async def test_a_replay_begins_with_the_first_event_that_is_kept() -> None:
+    async with running() as server:
+        made = await server.create()
+        await server.delete()
+        assert await server.plane.store.prune_events(-1000, 2) == 2
+        for options in ({}, {"headers": {"Last-Event-ID": f"{made['uid']}.1"}}):
+            async with stream(server, URL, **options) as source:
+                assert [event["id"] for event in await rest_of(source)] == [f"{made['uid']}.{seq}" for seq in (3, 4)]
+        answer = await server.http.get("/v1/events", headers={"Last-Event-ID": f"{made['uid']}.2"})
+        assert (answer.status_code, "is not kept" in answer.text) == (400, True)
+
+
+async def test_old_events_of_one_that_lives_are_deleted_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "UPKEEP_S", 0.01)
+    async with running(lease_s=0.2, retention_s=2.0) as server:
+        made = await server.create()
+
+        async def kept() -> list[int]:
+            return [stored.fact.seq for stored in await server.plane.store.facts_of(made["uid"], 0, 10)]
+
+        await until(lambda: _is(kept, [2]))
+        assert (await server.get()).json()["state"] == "running"
+
+
+async def _is(read: Callable[[], Awaitable[object]], wanted: object) -> bool:
+    return await read() == wanted
 
 
 async def test_a_reader_that_has_seen_the_end_learns_of_it_again() -> None:

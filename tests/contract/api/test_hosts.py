@@ -128,6 +128,29 @@ async def test_a_registration_that_can_never_work_names_the_field(body: dict[str
         assert answer.json()["error"]["message"].startswith(field)
 
 
+@pytest.mark.parametrize("url", ["unix:///run/docker.sock", "http://127.0.0.1:{port}", "http://localhost:{port}"])
+async def test_a_registration_does_not_reach_other_services_of_this_machine(url: str) -> None:
+    """Neither is asked, whether its capacity is declared or not."""
+    reached = asyncio.Event()
+    service = await asyncio.start_server(lambda *_: reached.set(), "127.0.0.1", 0)
+    async with service, running(allow_local_hosts=False) as server:
+        body = {"id": "h2", "url": url.format(port=service.sockets[0].getsockname()[1])}
+        for fields in ({}, {"capacity": CAPACITY}, {"id": "h1"}):
+            answer = await server.http.post("/v1/hosts", json=body | fields)
+            assert (answer.status_code, answer.json()["error"]["details"]["field"]) == (400, "url")
+            assert "FUSE_ALLOW_LOCAL_HOSTS" in answer.json()["error"]["message"]
+        assert (await server.http.get("/v1/hosts/h2")).status_code == 404
+        assert not reached.is_set()
+
+
+async def test_the_host_of_the_settings_and_hosts_with_a_pin_are_registered_anywhere() -> None:
+    async with running(allow_local_hosts=False, encryption_key="ab" * 32) as server:
+        same = {"id": "h1", "url": "http://127.0.0.1:1", "labels": {"a": "b"}, "capacity": CAPACITY}
+        assert (await server.http.post("/v1/hosts", json=same)).status_code == 201
+        pinned = {"id": "h2", "url": "https://127.0.0.1:1", "token": f"secret.{'ab' * 32}", "capacity": CAPACITY}
+        assert (await server.http.post("/v1/hosts", json=pinned)).status_code == 201
+
+
 async def test_a_cordoned_host_gets_nothing_new_and_keeps_what_runs() -> None:
     async with running() as server:
         await server.create()

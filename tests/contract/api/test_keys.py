@@ -9,7 +9,7 @@ from typing import Any, cast
 import httpx
 import pytest
 import websockets
-from control_harness import TIMEOUT_S, Running, next_message, running, stream, until
+from control_harness import TIMEOUT_S, Running, next_message, running, stream, until, waking
 
 from fusevm.control.caller import Caller
 from fusevm.control.clock import SystemClock
@@ -312,15 +312,58 @@ async def _revoked(server: Running) -> tuple[dict[str, str], Callable[[], Awaita
 
 
 @pytest.mark.parametrize("path", ["/v1/events", "/v1/environments/fuse-t1/events"])
-async def test_a_stream_of_events_ends_with_its_key(path: str) -> None:
+@pytest.mark.parametrize("is_busy", [False, True])
+async def test_a_stream_of_events_ends_with_its_key(path: str, is_busy: bool) -> None:
     async with running(auth_token=TOKEN, headers=MASTER) as server:
         await server.create()
         headers, revoke = await _revoked(server)
         async with asyncio.timeout(TIMEOUT_S), server.http.stream("GET", path, headers=headers) as answer:
             assert answer.status_code == 200
             await revoke()
-            async for _ in answer.aiter_raw():
-                pass  # to its clean end
+            async with waking(server) if is_busy else contextlib.nullcontext():
+                async for _ in answer.aiter_raw():
+                    pass  # to its clean end
+
+
+class UploadHost(FakeHost):
+    """Takes what is uploaded until it is cut off."""
+
+    def __init__(self) -> None:
+        super().__init__("h1")
+        self.is_uploading, self.was_cut_off = asyncio.Event(), asyncio.Event()
+
+    async def relay(self, request: GuestRequest) -> FakeAnswer:
+        assert request.body is not None
+        assert not isinstance(request.body, bytes)
+        try:
+            async for _ in request.body:
+                self.is_uploading.set()
+        except asyncio.CancelledError:
+            self.was_cut_off.set()
+            raise
+        return FakeAnswer(204, {}, b"")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "processes/1?action=stdin"), ("PUT", "files?path=/a"), ("PUT", "archive?path=/a")]
+)
+async def test_an_upload_is_cut_off_with_its_key(method: str, path: str) -> None:
+    host = UploadHost()
+
+    async def content() -> AsyncIterator[bytes]:
+        yield b"some"
+        await host.is_uploading.wait()
+        await revoke()
+        await host.was_cut_off.wait()
+
+    async with running(host, auth_token=TOKEN, headers=MASTER) as server:
+        await server.create()
+        headers, revoke = await _revoked(server)
+        async with asyncio.timeout(TIMEOUT_S):
+            answer = await server.http.request(
+                method, f"/v1/environments/fuse-t1/{path}", content=content(), headers=headers
+            )
+        assert (answer.status_code, "revoked" in answer.text) == (401, True)
 
 
 async def test_a_stream_of_events_ends_with_its_session() -> None:

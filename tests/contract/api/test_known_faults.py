@@ -83,6 +83,19 @@ async def test_lists_that_are_older_than_what_they_judge_end_nothing() -> None:
         assert await _state(server, made["uid"]) == "draining"
 
 
+async def test_creates_and_deletes_on_one_host_do_not_wait_for_a_boot() -> None:
+    async with running() as server:
+        host = server.host
+        await server.create("early")
+        released = host.hold["create"] = asyncio.Event()
+        booting = [asyncio.ensure_future(server.create(f"t{number}")) for number in range(8)]
+        await until(lambda: host.count("create") == 1 + len(booting))  # none of them has been answered
+        async with asyncio.timeout(60):
+            assert (await server.delete("early")).status_code == 204
+        released.set()
+        assert {env["state"] for env in await asyncio.gather(*booting)} == {"running"}
+
+
 async def test_a_guest_that_hangs_holds_up_neither_reconciliation_nor_its_own_end() -> None:
     async with running() as server:
         await server.create("t1")

@@ -5,6 +5,7 @@ Deterministic: the same requests in every run. What is asked in the course of a 
 `test_an_answer_that_the_document_does_not_declare_is_found` shows that the checks can fail.
 """
 
+import contextlib
 import copy
 import re
 from collections.abc import Iterator
@@ -13,7 +14,18 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from fuzzing import CHECKS, CONFIG, DOCUMENT, STRICT, Possible, headers_of, number_of, read, server, settings_of
+from fuzzing import (
+    CONFIG,
+    DOCUMENT,
+    WITH_MACHINES,
+    Possible,
+    checks_of,
+    headers_of,
+    number_of,
+    read,
+    server,
+    settings_of,
+)
 from schemathesis.core.failures import FailureGroup
 
 from fusevm.testing.postgres import PostgresServer
@@ -74,13 +86,13 @@ def url_with_machines(tmp_path_factory: pytest.TempPathFactory, postgres_server:
         yield found
 
 
-def ask(case: Any, url: str, known: Known) -> None:
+def ask(case: Any, url: str, known: Known, kind: str) -> None:
     """Ask, about something that exists, and check the answer."""
     has_our_body = known.put_into(case)
     response = case.call(base_url=url, headers=MASTER)
     operation = case.operation.definition.raw
     is_strict = "requestBody" in operation and "_or_" not in operation["operationId"] and not has_our_body
-    case.validate_response(response, checks=STRICT if is_strict else CHECKS)
+    case.validate_response(response, checks=checks_of(kind, is_strict=is_strict))
 
 
 @pytest.fixture
@@ -103,7 +115,7 @@ def _known(url: str) -> Iterator[Known]:
 @api.parametrize()
 @settings_of(max_examples=ON_STUB)
 def test_every_answer_is_as_the_document_says(case: Any, url: str, known: Known) -> None:
-    ask(case, url, known)
+    ask(case, url, known, "stub")
 
 
 @api.parametrize()
@@ -111,7 +123,7 @@ def test_every_answer_is_as_the_document_says(case: Any, url: str, known: Known)
 def test_every_answer_of_machines_and_of_postgresql_is_so_too(
     case: Any, url_with_machines: str, known_with_machines: Known
 ) -> None:
-    ask(case, url_with_machines, known_with_machines)
+    ask(case, url_with_machines, known_with_machines, "postgres")
 
 
 GUARDED = [route for route in ROUTES if route.scope is not Scope.OPEN]
@@ -136,7 +148,7 @@ def test_without_the_right_every_operation_says_so(url: str, weak_key: str, rout
         case = everything[route.path][route.method].Case(path_parameters=ids, query=query)
         response = case.call(base_url=url, headers=credentials)
         assert response.status_code == status, response.text
-        case.validate_response(response, checks=CHECKS)
+        case.validate_response(response, checks=checks_of("stub"))
 
 
 # -- the checks ----------------------------------------------------------------------------------------------------
@@ -148,7 +160,23 @@ def test_an_answer_that_the_document_does_not_declare_is_found(url: str) -> None
     case = read(changed)["/v1/environments/{id}"]["GET"].Case(path_parameters={"id": "fuse-nothing"})
     response = case.call(base_url=url, headers=MASTER)
     with pytest.raises(FailureGroup):
-        case.validate_response(response, checks=CHECKS)
+        case.validate_response(response, checks=checks_of("stub"))
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "with_machines"),
+    [(503, "store_unreachable", False), (503, "store_full", False), (504, "timeout", True), (500, "internal", False)],
+)
+def test_a_failure_that_cannot_honestly_occur_is_found(status: int, reason: str, *, with_machines: bool) -> None:
+    """Also where the document declares its status."""
+    case = everything["/v1/environments"]["POST"].Case(body={"task_id": "t"}, media_type="application/json")
+    error = {"code": "unavailable", "message": "no", "request_id": "r", "details": {"reason": reason}}
+    answer = httpx.Response(status, json={"error": error}, request=httpx.Request("POST", "http://x/v1/environments"))
+    for kind in ("stub", "open", "machines", "postgres"):
+        check, *_ = checks_of(kind)
+        is_honest = with_machines and kind in WITH_MACHINES
+        with contextlib.nullcontext() if is_honest else pytest.raises(AssertionError, match=reason):
+            check(None, answer, case)
 
 
 def test_a_body_of_another_shape_is_found(url: str) -> None:
@@ -156,4 +184,4 @@ def test_a_body_of_another_shape_is_found(url: str) -> None:
     changed["components"]["schemas"]["Health"]["properties"]["status"] = {"type": "integer"}
     case = read(changed)["/health"]["GET"].Case()
     with pytest.raises(FailureGroup, match="violates schema"):
-        case.validate_response(case.call(base_url=url), checks=CHECKS)
+        case.validate_response(case.call(base_url=url), checks=checks_of("stub"))

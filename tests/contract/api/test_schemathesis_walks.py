@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fuzzing import CHECKS, DOCUMENT, Possible, headers_of, read, server, settings_of
+from fuzzing import DOCUMENT, Possible, checks_of, headers_of, read, server, settings_of
 from hypothesis import seed
 from hypothesis.errors import Flaky
 from hypothesis.stateful import rule
@@ -37,8 +37,9 @@ LEAST_LINKS = 12
 NOT_WALKED = [route.name for route in ROUTES if route.is_websocket or (route.unimplemented and not route.selector)]
 
 
-def machine_of(document: dict[str, Any], url: str, headers: dict[str, str]) -> Any:
-    """The state machine of a document against a server."""
+def machine_of(document: dict[str, Any], url: str, kind: str) -> Any:
+    """The state machine of a document against a kind of server."""
+    headers = headers_of(kind)
     api = read(document).exclude(operation_id=NOT_WALKED)
     base, create = api.as_state_machine(), api["/v1/environments"]["POST"]
     possible = Possible()
@@ -84,14 +85,14 @@ def machine_of(document: dict[str, Any], url: str, headers: dict[str, str]) -> A
             return output
 
         def validate_response(self, response: Any, case: Any, *_: Any, **__: Any) -> None:
-            case.validate_response(response, checks=CHECKS)
+            case.validate_response(response, checks=checks_of(kind))
 
     return Walk
 
 
-def walk_along(document: dict[str, Any], url: str, headers: dict[str, str], is_enough: Callable[[Any], bool]) -> Any:
+def walk_along(document: dict[str, Any], url: str, kind: str, is_enough: Callable[[Any], bool]) -> Any:
     """Walk until it is enough, or until it never will be. Raises what the first answer was that should not be."""
-    machine = machine_of(document, url, headers)
+    machine = machine_of(document, url, kind)
     while machine.answered.total() < PATIENCE * requests_wanted() and not is_enough(machine):
         machine.number += 1
         # An answer that comes late can lead elsewhere when a walk is begun again with the same choices: no failure.
@@ -117,7 +118,7 @@ def test_what_is_made_can_be_used_in_any_order(kind: str, tmp_path: Path, postgr
         return machine.answered.total() >= requests_wanted() and has_been_everywhere
 
     with server(kind, tmp_path, postgres_server) as url:
-        walked = walk_along(DOCUMENT, url, headers_of(kind), is_enough)
+        walked = walk_along(DOCUMENT, url, kind, is_enough)
     assert sources_used(walked) >= SOURCES, "nothing could be done with what these made"
     assert len(walked.succeeded) >= LEAST_LINKS, walked.succeeded
 
@@ -137,4 +138,4 @@ def test_what_is_not_declared_is_found_behind_a_link(lie: str, tmp_path: Path, p
         server("stub", tmp_path, postgres_server) as url,
         pytest.raises(FailureGroup, match="Undocumented status code"),
     ):
-        walk_along(changed, url, headers_of("stub"), lambda _machine: False)
+        walk_along(changed, url, "stub", lambda _machine: False)

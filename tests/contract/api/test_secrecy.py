@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -11,9 +12,10 @@ import structlog
 from control_harness import Running, next_message, running, stream, until
 
 from fusevm.control.host_api import GuestRequest
+from fusevm.control.vault import redactor_of
 from fusevm.model.errors import DaemonFailed, HostUnreachable
 from fusevm.model.host import Resources
-from fusevm.model.setup import AgentState, AgentStatus, HealthStatus, Verdict
+from fusevm.model.setup import AgentState, AgentStatus, HealthStatus, Setup, Verdict
 from fusevm.testing.fake_host import FakeAnswer, FakeHost
 from fusevm.wire.guest import DrainAnswer, Exit
 
@@ -138,6 +140,66 @@ async def test_logs_show_no_secrets(source: str, follow: str) -> None:
         assert answer.status_code == 200
         assert "*** *** *** ***" in answer.text
         assert not shown(answer.text)
+
+
+async def test_a_token_that_was_to_be_replaced_is_not_shown_either() -> None:
+    host = Chatty("h1")
+    async with running(host) as server:
+        await server.create(**BRINGS)
+        host.is_fed_up = True
+        assert (await server.act("t1", "rotate-token")).status_code == 400
+        server.host.guests[await machine_of(server)].stderr = f"it is still {TOKEN}\n".encode()
+        answer = await server.http.get("/v1/environments/fuse-t1/logs?source=agent")
+        assert "it is still ***" in answer.text
+        assert not shown(answer.text)
+
+
+class Written(FakeAnswer):
+    """What a daemon writes while it is followed."""
+
+    def __init__(self) -> None:
+        super().__init__(200, {}, b"")
+        self.lines: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        while line := await self.lines.get():
+            yield line
+
+
+class Followed(FakeHost):
+    """Its daemons go on writing."""
+
+    async def relay(self, request: GuestRequest) -> FakeAnswer:
+        return self.written if "agent/output?stream=stdout" in request.target else await super().relay(request)
+
+    written = Written()
+
+
+async def test_a_new_token_is_masked_in_a_log_that_is_followed() -> None:
+    host = Followed("h1")
+    host.written = Written()
+    async with running(host) as server:
+        await server.create(**BRINGS)
+        host.written.lines.put_nowait(f"began with {TOKEN}\n".encode())
+        following = asyncio.ensure_future(server.http.get("/v1/environments/fuse-t1/logs?source=agent&follow=true"))
+        await until(lambda: not host.written.lines.qsize())
+        for _ in range(3):
+            assert (await server.act("t1", "rotate-token")).status_code == 204
+            order = host.guests[await machine_of(server)].order
+            assert order is not None
+            host.written.lines.put_nowait(f"goes on with {order.env['FUSE_AUTH_TOKEN']}\n".encode())
+        host.written.lines.put_nowait(b"")
+        lines = (await following).text.splitlines()
+        assert [line for line in lines if "with" in line] == ["began with ***", *["goes on with ***"] * 3]
+
+
+async def test_what_masks_many_values_is_made_once() -> None:
+    def setup() -> Setup:
+        return Setup(env={"MANY": "\n".join(f"{number:08}" for number in range(20_000))})
+
+    redactor = await redactor_of(setup())
+    assert redactor is await redactor_of(setup())
+    assert redactor.text("no 00001234 here") == "no *** here"
 
 
 class Tail(FakeHost):

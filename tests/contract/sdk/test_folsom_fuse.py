@@ -333,7 +333,8 @@ class Farm(NamedTuple):
 @pytest.fixture(scope="module")
 def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
     folder = tmp_path_factory.mktemp("farm")
-    with running_hosts(folder, 1) as (place,), serving(folder, "--auth-token", TOKEN) as server:
+    options = ("--auth-token", TOKEN, "--allow-local-hosts")
+    with running_hosts(folder, 1) as (place,), serving(folder, *options) as server:
         with fuse.Client(server.url, TOKEN) as client:
             client.hosts.register(types.RegisterHostRequest(id="real", url=place.url))
         yield Farm(server.url, place.url)

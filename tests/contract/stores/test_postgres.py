@@ -178,7 +178,9 @@ async def test_creates_at_once_wake_for_each(store: Store, other: Store, place: 
 
 async def _insert_event(raw: asyncpg.Connection, uid: str) -> None:
     doc = f'{{"uid":"{uid}","seq":1,"kind":"state","state":"running","at_ms":1,"cause":"c"}}'
-    await raw.execute("insert into events (uid, seq, task_id, tenant, doc) values ($1, 1, 'held', '', $2)", uid, doc)
+    await raw.execute(
+        "insert into events (uid, seq, task_id, tenant, at_ms, doc) values ($1, 1, 'held', '', 1, $2)", uid, doc
+    )
 
 
 async def test_a_transaction_that_began_earlier_and_commits_later_is_neither_skipped_nor_overtaken(

@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 import pytest
 from msgspec.structs import replace
-from store_harness import ME, OTHER, POLICY, SMALL, Place, begin, create, end, feed, make_host, queue, room
+from store_harness import ME, OTHER, POLICY, SMALL, Place, begin, boot, create, end, feed, make_host, queue, room
 
 from fusevm.control.store.protocol import (
     START,
@@ -176,6 +176,48 @@ async def test_a_list_leaves_out_what_cannot_be_read_and_says_so(store: Store, p
     assert set(doubted) == broken
     with pytest.raises(msgspec.ValidationError):
         await store.get(envs[1].uid)
+
+
+async def _damage(store: Store, table: str, condition: str) -> None:
+    await store._engine.apply(Statement("", (), f"update {table} set doc = '{{' where {condition}"))
+
+
+async def test_a_damaged_host_hides_no_other_one(store: Store, place: Place) -> None:
+    assert await store.has_hosts()
+    for host_id in ("a", "b", "c"):
+        await store.save_host(make_host(host_id))
+    whole = {host.id: host for host in await store.hosts()}
+    doubted: list[str] = []
+    store.doubter = doubted.extend
+    await _damage(store, "hosts", "id in ('b', 'c')")
+    assert await store.hosts() == [whole["a"], whole["h1"]] == await store.hosts()
+    assert await store.host_page("", 2) == [whole["a"], whole["h1"]]
+    assert set(doubted) == {"b", "c"}
+    assert (await create(store, place)).host_id == "h1"
+    with pytest.raises(msgspec.DecodeError):
+        await store.host("b")
+    with pytest.raises(msgspec.DecodeError):
+        await store.world()
+    await _damage(store, "hosts", "1 = 1")
+    assert await store.hosts() == []
+    assert await store.has_hosts()
+
+
+async def test_a_damaged_event_hides_no_other_one(store: Store, place: Place) -> None:
+    env = await boot(store, await create(store, place, tenant="x"), place)
+    env = await end(store, env, place)
+    whole = await store.facts_after(START, 10)
+    assert [stored.fact.seq for stored in whole] == [1, 2, 3, 4]
+    doubted: list[str] = []
+    store.doubter = doubted.extend
+    await _damage(store, "events", "seq in (2, 3)")
+    left = [whole[0], whole[3]]
+    for tenant in (None, "x"):
+        assert await store.facts_after(START, 10, tenant) == left
+        assert await store.facts_after(whole[0].position, 1, tenant) == left[1:]
+    assert await store.facts_of(env.uid, 0, 10) == left
+    assert await store.facts_of(env.uid, 1, 1) == left[1:]
+    assert set(doubted) == {f"{env.uid}.2", f"{env.uid}.3"}
 
 
 async def test_the_listener_hears_of_every_commit_and_of_leases(store: Store, place: Place) -> None:

@@ -4,6 +4,7 @@ Where several replicas can share a database, two of them take turns."""
 import asyncio
 import tempfile
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,31 @@ from hypothesis.stateful import (
 )
 from store_harness import POLICY, Place, Remote, inline_place, sqlite_place
 
-from fusevm.control.store.protocol import Claim, Query, Reservation, ReservationLost, SnapshotQuery, Store
+from fusevm.control.store.protocol import (
+    Claim,
+    Query,
+    RequestKey,
+    Reservation,
+    ReservationLost,
+    SnapshotQuery,
+    Store,
+    StoredRequest,
+)
 from fusevm.core import lifecycle
 from fusevm.core.invariants import violations
 from fusevm.core.lifecycle import Identity, Step
 from fusevm.core.placement import can_reserve
 from fusevm.core.spec import complete, resources_of
 from fusevm.model.environment import Environment, SnapshotMachine
-from fusevm.model.errors import ActionUnderWay, Error, HostInUse, RevisionConflict, TaskExists, WrongState
+from fusevm.model.errors import (
+    ActionUnderWay,
+    Error,
+    HostInUse,
+    IdempotencyInProgress,
+    RevisionConflict,
+    TaskExists,
+    WrongState,
+)
 from fusevm.model.event import (
     ActionRefused,
     BootRefused,
@@ -50,11 +68,44 @@ from fusevm.testing.postgres import PostgresServer
 OWNERS = ("a", "b")
 KINDS = ("up", "refused", "unknown", "destroy", "drain", "gone", "lost", "snapshot", "taken", "not taken")
 LEASE_MS = 1000
+KEEP_MS = 5000
+KEYS, CLAIMANTS = st.sampled_from("kl"), st.sampled_from("pq")
+
+
+@dataclass
+class Known:
+    """What was done under an Idempotency-Key."""
+
+    fingerprint: str
+    claimant: str
+    claimed_at_ms: int
+    uid: str = ""
+    status: int = 0
+    body: str = ""
+
+    @property
+    def expires_at_ms(self) -> int:
+        return self.claimed_at_ms + KEEP_MS
+
+    @property
+    def is_open(self) -> bool:
+        """Nothing is bound, and no answer kept."""
+        return not self.uid and not self.status
+
+    def is_free_for(self, fingerprint: str, claimant: str, now_ms: int, dead_after_ms: int | None) -> bool:
+        if self.expires_at_ms <= now_ms:
+            return True
+        is_dead = dead_after_ms is not None and self.claimed_at_ms <= now_ms - dead_after_ms
+        return self.is_open and self.fingerprint == fingerprint and (self.claimant == claimant or is_dead)
+
+
+def _key(key: str, claimant: str, fingerprint: str = "f") -> RequestKey:
+    return RequestKey("", "create", key, fingerprint, claimant)
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Environments, places, snapshots, leases and restarts: `records`, `taken` and `leases` are what the store must
-    agree with."""
+    """Environments, places, snapshots, leases, events, requests and restarts: `records`, `snapshots`, `leases`, `first`
+    and `requests` are what the store must agree with."""
 
     uids = Bundle("uids")
 
@@ -68,6 +119,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.snapshots: dict[str, Snapshot] = {}
         #: uid to (action seq, owner, until).
         self.leases: dict[str, tuple[int, str, int]] = {}
+        #: uid to the number of its first event that is kept, if that is not 1.
+        self.first: dict[str, int] = {}
+        #: Idempotency-Key to what is known of it.
+        self.requests: dict[str, Known] = {}
         self.number = 0
         self.stores: list[Store] = [self.run(self.place.open()) for _ in range(replicas)]
         for host_id in ("h1", "h2"):
@@ -104,11 +159,8 @@ class StoreMachine(RuleBasedStateMachine):
         tenant=st.sampled_from(["", "t"]),
     )
     def create(self, task: str, host: str, owner: str, tenant: str) -> object:
-        self.number += 1
-        identity = Identity(uid=f"u{self.number:04}", task_id=task, machine_id=f"m-{self.number}", tenant=tenant)
-        spec = complete(POLICY, queue_seconds=100)
         now_ms = self.place.now_ms()
-        step = lifecycle.begin(identity, spec, host, cause="c", now_ms=now_ms, policy=POLICY)
+        step = self._begin(task, host, tenant)
         is_taken = any(env.task_id == task and not env.is_terminal for env in self.records.values())
         is_full = self._is_full(host)
         try:
@@ -188,6 +240,60 @@ class StoreMachine(RuleBasedStateMachine):
         gone = {uid for uid, env in self.records.items() if env.is_terminal and uid not in kept}
         assert self.run(self.store.purge(0, 1000)) == len(gone)
         self.records = {uid: env for uid, env in self.records.items() if uid not in gone}
+        now_ms = self.place.now_ms()
+        self.requests = {key: known for key, known in self.requests.items() if known.expires_at_ms > now_ms}
+
+    @rule()
+    def prune(self) -> None:
+        self.run(self.place.advance(1))
+        old = sum(env.event_seq - self.first.get(uid, 1) for uid, env in self.records.items())
+        assert self.run(self.store.prune_events(0, 10_000)) == old
+        self.first = {uid: env.event_seq for uid, env in self.records.items()}
+
+    @rule(key=KEYS, fingerprint=st.sampled_from("fg"), by=CLAIMANTS, dead_after_ms=st.sampled_from([None, 500]))
+    def claim(self, key: str, fingerprint: str, by: str, dead_after_ms: int | None) -> None:
+        found = self.run(self.store.claim_request(_key(key, by, fingerprint), KEEP_MS, dead_after_ms))
+        known, now_ms = self.requests.get(key), self.place.now_ms()
+        if known is None or known.is_free_for(fingerprint, by, now_ms, dead_after_ms):
+            assert found is None
+            self.requests[key] = Known(fingerprint, by, now_ms)
+        else:
+            assert found == StoredRequest(known.fingerprint, known.uid, known.status, known.body, is_sealed=False)
+
+    @rule(key=KEYS, by=CLAIMANTS, task=st.sampled_from("xyz"))
+    def bind(self, key: str, by: str, task: str) -> None:
+        """By a create, all or nothing."""
+        known = self.requests.get(key)
+        if any(env.task_id == task and not env.is_terminal for env in self.records.values()):
+            return
+        step = self._begin(task, "", "")
+        is_ours = known is not None and known.claimant == by and known.is_open
+        try:
+            env = self.run(self.store.create(step, None, None, _key(key, by)))
+        except IdempotencyInProgress:
+            assert not is_ours
+            return
+        assert is_ours
+        self.records[env.uid] = env
+        known.uid = env.uid
+
+    @rule(key=KEYS, by=CLAIMANTS, status=st.sampled_from([201, 400]), is_by_uid=st.booleans())
+    def finish(self, key: str, by: str, status: int, is_by_uid: bool) -> None:
+        known = self.requests.get(key)
+        uid = known.uid if known is not None and is_by_uid else ""
+        self.run(self.store.finish_request(_key(key, by), status, f"{status} {by}", uid=uid))
+        if known is not None and not known.status and (known.claimant == by or uid):
+            known.status, known.body = status, f"{status} {by}"
+
+    @rule(key=KEYS, by=CLAIMANTS, fingerprint=st.sampled_from("fg"))
+    def forget(self, key: str, by: str, fingerprint: str) -> None:
+        known = self.requests.get(key)
+        found = self.run(self.store.forget_request(_key(key, by, fingerprint)))
+        if known is not None and known.claimant == by and known.is_open:
+            assert found == ""
+            del self.requests[key]
+        else:
+            assert found == (known.uid if known is not None and known.fingerprint == fingerprint else "")
 
     @rule(owner=st.sampled_from(OWNERS))
     def delete_a_snapshot(self, owner: str) -> None:
@@ -239,6 +345,12 @@ class StoreMachine(RuleBasedStateMachine):
             self.leases.pop(env.uid, None)
         elif saved.pending != env.pending:
             self.leases[env.uid] = (saved.pending.seq, owner, self.place.now_ms() + LEASE_MS)
+
+    def _begin(self, task: str, host: str, tenant: str) -> Step:
+        self.number += 1
+        identity = Identity(uid=f"u{self.number:04}", task_id=task, machine_id=f"m-{self.number}", tenant=tenant)
+        spec = complete(POLICY, queue_seconds=100)
+        return lifecycle.begin(identity, spec, host, cause="c", now_ms=self.place.now_ms(), policy=POLICY)
 
     def _event(self, kind: str, env: Environment) -> Event:
         seq = env.action_seq
@@ -297,6 +409,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert found.environments == self.records
         assert found.snapshots == self.snapshots
         assert violations(found, POLICY) == []
+        for uid, facts in found.facts.items():
+            assert facts[0].seq == self.first.get(uid, 1)
         due = self.run(self.store.due(1000))
         assert {uid for uid, _ in due.actions} == {uid for uid, env in self.records.items() if self._is_due(env)}
         live = sorted(uid for uid, env in self.records.items() if not env.is_terminal)

@@ -108,6 +108,17 @@ def test_story_tells_the_events(fuse: Fuse, api: FakeApi) -> None:
     text = fuse("story", "a").out
     assert "T1  the machine came up [request r]" in text
     assert api.requests[-1][2]["last-event-id"] == "01uida.0"
+    assert "no longer kept" not in text
+
+
+def test_story_says_that_its_beginning_is_not_kept(fuse: Fuse, api: FakeApi) -> None:
+    api.add("a")
+    for seq, is_whole in ((1, True), (7, False)):
+        first = EventBody(
+            id=f"01uida.{seq}", event="state", vm_id="fuse-a", uid="01uida", state="running", updated_at="T1"
+        )
+        api.events = [first]
+        assert ("What happened before is no longer kept." not in fuse("story", "a").out) is is_whole
 
 
 def test_logs_are_raw(fuse: Fuse, api: FakeApi) -> None:

@@ -159,6 +159,19 @@ def test_a_sound_database_is_sound(database: Database, fuse: Fuse) -> None:
     }
 
 
+def test_old_events_that_were_pruned_are_no_damage_but_a_hole_behind_them_is(database: Database, fuse: Fuse) -> None:
+    async def prune() -> None:
+        store = await open_store(database.url, POLICY, lambda: NOW_MS)
+        assert await store.prune_events(-(10**12), 1) == 1
+        await store.close()
+
+    asyncio.run(prune())
+    assert fuse("db", "check").code == 0
+    database.execute("delete from events where uid = 'u1' and seq = 3")
+    (finding,) = json.loads(fuse("db", "check", "-o", "json").out)["findings"]
+    assert (finding["kind"], "have a gap" in finding["problem"]) == ("invariant", True)
+
+
 _ORPHAN = "insert into placements (uid, host_id, tenant, cpus, ram_mb, storage_gb, vm_count)"
 DAMAGES = {
     "a placement of nobody": (f"{_ORPHAN} values ('u9', 'h1', '', 0, 0, 0, 0)", "invariant", "no such environment"),
@@ -166,12 +179,13 @@ DAMAGES = {
     "a host's sum": ("update hosts set ram_mb = ram_mb + 1", "invariant", "its placements are"),
     "a host that is missing": ("delete from hosts", "invariant", "does not exist"),
     "an event of nobody": (
-        """insert into events (uid, seq, task_id, tenant, doc) select 'u9', 1, 't', '', replace(doc, 'u1', 'u9')
-        from events where uid = 'u1' and seq = 1""",
+        """insert into events (uid, seq, task_id, tenant, at_ms, doc)
+        select 'u9', 1, 't', '', at_ms, replace(doc, 'u1', 'u9') from events where uid = 'u1' and seq = 1""",
         "orphan",
         "no such environment",
     ),
     "an event that is missing": ("delete from events where uid = 'u1' and seq = 2", "invariant", "have a gap"),
+    "an event's column": ("update events set at_ms = 0 where uid = 'u1' and seq = 1", "record", "the column at_ms"),
     "an event of another": ("update events set seq = 77 where uid = 'u1' and seq = 1", "record", "the column seq"),
     "an event that cannot be read": ("update events set doc = '{' where seq = 1", "record", "cannot be read"),
     "a snapshot of nobody": ("update snapshots set uid = 'u9', doc = replace(doc, 'u1', 'u9')", "orphan", "snap-1"),

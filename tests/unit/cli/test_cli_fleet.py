@@ -24,7 +24,7 @@ Data = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("plane"), "--auth-token", TOKEN) as server:
+    with serving(tmp_path_factory.mktemp("plane"), "--auth-token", TOKEN, "--allow-local-hosts") as server:
         yield server
         assert server.end() == 0
 

@@ -27,6 +27,7 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "listen": ("127.0.0.1:1234", "127.0.0.1:1234", "1234"),
     "firecracker_url": ("https://h:8090", "https://h:8090", "h:8090"),
     "firecracker_token": ("a.b", "a.b", "a b"),
+    "allow_local_hosts": ("true", True, "maybe"),
     "database_url": ("sqlite:///x.db", "sqlite:///x.db", "mysql://x"),
     "token_encryption_key": (KEY.upper(), KEY, "abc"),
     "agent_download_url": ("https://x/agent", "https://x/agent", "unix:///x"),

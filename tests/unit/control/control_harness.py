@@ -79,7 +79,9 @@ class Running:
 
 def config(fakes: Mapping[str, FakeHost], **changes: Any) -> ControlConfig:
     settings = tuple(HostSetting(id=host_id, url="http://127.0.0.1:1") for host_id in fakes)
-    return ControlConfig(**{"listen": "127.0.0.1:0", "hosts": settings, **FAST, **changes})
+    # Other fakes, too, are served over plain HTTP (`served`).
+    given = {"listen": "127.0.0.1:0", "hosts": settings, "allow_local_hosts": True, **FAST, **changes}
+    return ControlConfig(**given)
 
 
 @contextlib.asynccontextmanager
@@ -141,6 +143,22 @@ async def leave(asking: Awaitable[object], once: Callable[[], Any]) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
+
+
+@contextlib.asynccontextmanager
+async def waking(server: Running) -> AsyncIterator[None]:
+    """Within the block every stream is woken all the time for what it tells nothing of, as on a busy server."""
+
+    async def wake() -> None:
+        while True:
+            server.plane.signals.wake_all()
+            await asyncio.sleep(server.plane.config.keepalive_s / 10)
+
+    task = asyncio.ensure_future(wake())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 @contextlib.asynccontextmanager

@@ -1,6 +1,7 @@
 """Registering hosts, their tokens, and the stub host."""
 
 import contextlib
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -44,6 +45,17 @@ async def test_without_hosts_there_is_a_stub() -> None:
         assert isinstance(await at.directory.client("stub"), StubHost)
         with pytest.raises(HostNotFound):
             await at.directory.client("nowhere")
+
+
+async def test_a_host_that_cannot_be_read_is_replaced_by_no_stub(tmp_path: Path) -> None:
+    path = tmp_path / "fuse.db"
+    async with plane(str(path), DEFAULT):
+        pass
+    with contextlib.closing(sqlite3.connect(path)) as raw, raw:
+        raw.execute("update hosts set doc = '{'")
+    async with plane(str(path)) as at:
+        assert await at.store.hosts() == []
+        assert await at.store.host("stub") is None
 
 
 async def test_a_registration_is_idempotent_and_never_disowns(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from control_harness import running
 
-from fusevm.control.store import migrate
+from fusevm.control.store import migrate, snapshot_rows, transactions
+from fusevm.control.store.protocol import Query, SnapshotQuery
 from fusevm.control.store.sql import Dialect, Migration, load_migrations, load_queries
 from fusevm.control.store.sql_store import SqlStore
 from fusevm.control.store.sqlite import drive_moment, open_sqlite
+from fusevm.control.store.statements import Statement
 from fusevm.control.store.world import read_world
 from fusevm.control.store.writer import Writer
 from fusevm.core.invariants import violations
@@ -260,3 +262,27 @@ async def test_a_world_is_of_one_moment(tmp_path: Path) -> None:
             assert changed == [1]
             reader.set_trace_callback(None)
             assert violations(drive_moment(reader, read_world()), server.plane.config.policy) != []
+
+
+PAGES = {
+    "live environments": next(transactions.list_page(Query(after="u", limit=50))),
+    "those of a tenant": next(transactions.list_page(Query(after="u", tenant="acme", limit=50))),
+    "ended environments": next(transactions.list_page(Query(after="u", ended=True, limit=50))),
+    "hosts": Statement("page_hosts", ("h", 50)),
+    "snapshots": next(snapshot_rows.list_page(SnapshotQuery(after="s", limit=50))),
+    "snapshots of a tenant": next(snapshot_rows.list_page(SnapshotQuery(after="s", tenant="acme", limit=50))),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_of_a_list_reads_no_more_than_it_shows(page: str) -> None:
+    statement = PAGES[page]
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        for migration in load_migrations(Dialect.SQLITE):
+            for text in migration.statements:
+                db.execute(text)
+        query = load_queries(Dialect.SQLITE)[statement.name] + statement.tail
+        plan = [row[3] for row in db.execute(f"explain query plan {query}", statement.values)]
+    assert plan, query
+    for step in plan:
+        assert step.startswith("SEARCH"), step  # neither a scan of the table nor a sort

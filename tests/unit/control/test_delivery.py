@@ -1,11 +1,12 @@
 """Output of a startup script: every byte is told once, whoever else tells it too."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 
 import pytest
 
 from fusevm.control import delivery
-from fusevm.core.redaction import Redactor
+from fusevm.core.redaction import RedactedStream, Redactor
 from fusevm.model.environment import Desired, Environment, Spec, State
 from fusevm.model.errors import StartupFailed
 from fusevm.model.setup import Setup
@@ -130,6 +131,46 @@ async def test_last_words_are_found_by_who_has_nothing_left_to_tell() -> None:
     assert "exit status 3" in failure.value.message
     assert failure.value.message.endswith("the end")
     assert SECRET not in failure.value.message
+
+
+async def test_what_is_told_no_more_is_not_looked_through_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    fed: list[int] = []
+    feed = RedactedStream.feed
+
+    def counted(stream: RedactedStream, piece: bytes) -> bytes:
+        fed.append(len(piece))
+        return feed(stream, piece)
+
+    monkeypatch.setattr(RedactedStream, "feed", counted)
+    with pytest.raises(StartupFailed) as failure:
+        await deliver(Guest(OUTPUT * 100, exit_code=1, sizes=100_000), Ledger())
+    assert failure.value.message.endswith("line 1999 ***")
+    assert max(fed) <= 16 << 10
+    assert sum(fed) < 3 * delivery.TOLD_BYTES
+
+
+async def test_others_go_on_while_output_is_looked_through() -> None:
+    ledger, turns, ended = Ledger(), 0, False
+
+    async def others() -> None:
+        nonlocal turns
+        while not ended:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(others())
+    await deliver(Guest(OUTPUT[:60_000], sizes=60_000), ledger)
+    ended = True
+    await task
+    assert turns >= 60_000 // delivery.CHUNK_BYTES
+
+
+async def test_last_words_begin_with_a_whole_line() -> None:
+    """What comes before may have been the beginning of a secret."""
+    output = b"x" * 20_000 + f"{SECRET}\nthat was {SECRET}\n".encode()
+    with pytest.raises(StartupFailed) as failure:
+        await deliver(Guest(output, exit_code=1), Ledger())
+    assert failure.value.message.endswith("exit status 1: that was ***")
 
 
 async def test_a_script_whose_environment_has_ended_is_heard_to_its_end() -> None:

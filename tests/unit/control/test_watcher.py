@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import structlog
 from control_harness import Running, config, running, until
 from msgspec.structs import replace
 
+from fusevm.control import loop_lag, watcher
 from fusevm.control.config import HostSetting
 from fusevm.control.entry import Asked
 from fusevm.control.main import open_plane
@@ -20,7 +22,7 @@ from fusevm.control.plane import Plane
 from fusevm.control.secrets import Sealer
 from fusevm.control.store.opening import open_store
 from fusevm.control.store.protocol import Claim, Store
-from fusevm.control.watcher import LIST_PAUSE_S
+from fusevm.control.watcher import LIST_PAUSE_S, ORPHANS_AT_ONCE
 from fusevm.core.policy import Policy
 from fusevm.core.reconcile import STUCK_ATTEMPTS
 from fusevm.core.spec import complete
@@ -30,7 +32,7 @@ from fusevm.model.host import Resources
 from fusevm.model.machine import MachineSpec, Phase
 from fusevm.testing.clock import FakeClock
 from fusevm.testing.fake_host import CREATED_AT, FakeHost
-from fusevm.wire.host_api import MachineBody
+from fusevm.wire.host_api import HostFacts, MachineBody
 
 #: A step of the clock in which heartbeats are close enough together to count.
 STEP_MS = 15_000
@@ -102,6 +104,17 @@ async def test_an_orphan_that_cannot_be_destroyed_is_tried_again() -> None:
         server.host.script("destroy", Internal(problem="busy"))
         await until(lambda: "m-stray" not in server.host.table)
         assert server.host.count("destroy") == 2
+
+
+async def test_orphans_do_not_wait_for_one_another() -> None:
+    async with running() as server:
+        host = server.host
+        released = host.hold["destroy"] = asyncio.Event()
+        for number in range(ORPHANS_AT_ONCE):
+            host.plant(_planted(server.plane.store.cluster, id=f"m-stray-{number}", uid=f"gone-{number}"))
+        await until(lambda: host.count("destroy") == ORPHANS_AT_ONCE)  # none of them has been answered
+        released.set()
+        await until(lambda: host.table == {})
 
 
 async def test_an_orphan_that_stays_becomes_a_dead_letter_once_and_is_tried_again() -> None:
@@ -335,6 +348,49 @@ async def test_silence_is_counted_from_zero_after_the_store_was_away() -> None:
         assert await at.health() == "lost"
 
 
+async def test_a_loop_that_stands_still_makes_no_host_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_lag, "TICK_S", 0.01)
+    monkeypatch.setattr(watcher, "MAX_LAG_S", 0.02)
+    async with watched() as at:
+        uid = await at.create()
+        info = at.host.info
+
+        async def info_of_a_blocked_loop() -> HostFacts:
+            time.sleep(0.05)  # what another task does
+            return await info()
+
+        at.host.is_down = True
+        monkeypatch.setattr(at.host, "info", info_of_a_blocked_loop)
+        await _pass(at.host, at.clock, 150_000)
+        assert await at.health() == "ok"
+        assert await at.is_running(uid)
+        monkeypatch.undo()
+        await _pass(at.host, at.clock, 150_000)
+        await until(lambda: at.is_over(uid))
+        assert await at.health() == "lost"
+
+
+async def test_health_is_saved_before_anybody_is_told_of_it() -> None:
+    async with watched() as at:
+        uid = await at.create()
+        at.host.is_down = True
+        at.store.broken = {"on_host"}
+        await _pass(at.host, at.clock, 30_000)
+        assert await at.health() == "unreachable"
+
+        async def told() -> list[str]:
+            return [told.fact.reason for told in await at.plane.store.facts_of(uid, 0, 100) if told.fact.kind == "host"]
+
+        async def is_told() -> bool:
+            return await told() == ["unreachable"]
+
+        assert await told() == []
+        at.store.broken = set()
+        await until(is_told)
+        await _one_heartbeat(at.host)
+        assert await is_told()
+
+
 async def test_a_host_whose_token_only_other_replicas_can_read_is_left_to_them() -> None:
     """Keys were rotated in the wrong order: what this replica must open is sealed with a key that it does not have."""
     async with watched() as at:
@@ -386,6 +442,17 @@ async def test_a_machine_that_is_over_in_the_list_ends_its_environment(phase: Ph
         machine_id = next(iter(server.host.table))
         server.host.table[machine_id] = replace(server.host.table[machine_id], phase=phase)
         await until(lambda: _ends(server, made["uid"], "machine_exited"))
+
+
+@pytest.mark.parametrize("phase", [Phase.CREATING, Phase.PAUSED, Phase.DELETING])
+async def test_a_machine_that_is_stuck_in_a_phase_ends_its_environment_and_goes(phase: Phase) -> None:
+    async with running() as server:
+        made = await server.create()
+        machine_id = next(iter(server.host.table))
+        server.host.table[machine_id] = replace(server.host.table[machine_id], phase=phase)
+        await until(lambda: _ends(server, made["uid"], "machine_exited"))
+        assert f"as {phase} again and again" in (await server.get(uid=made["uid"])).json()["error"]
+        assert server.host.table == {}
 
 
 async def test_changes_that_come_in_a_burst_are_looked_at_together() -> None:

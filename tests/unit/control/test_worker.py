@@ -555,6 +555,21 @@ async def test_a_look_or_a_renewal_that_fails_is_made_again() -> None:
         assert replica.metrics.loop_failures.labels("renewal")._value.get() == 2
 
 
+async def test_a_damaged_snapshot_that_is_due_is_left_alone_for_a_while() -> None:
+    async with bench() as at:
+        replica = at.replica("r")
+        failures = replica.metrics.loop_failures.labels("collector")._value
+        row = ("snap-1", "u1", "t1", "", "h1", "deleting", "", "", "", "", 0, 1, 0, "{")
+        await at.store._engine.apply(Statement("insert_snapshot", row))
+        async with at_work(replica):
+            for times in (1, 2):
+                await until(lambda times=times: failures.get() == times)
+                await asyncio.sleep(0.1)  # ten looks
+                assert failures.get() == times
+                at.clock.advance(module.TROUBLE_PAUSE_MS)
+        await at.store.drop_snapshot("snap-1")
+
+
 async def _remove_host(at: Bench) -> None:
     """As if somebody had taken the host out of the table."""
     del at.hosts["h1"]

@@ -86,6 +86,15 @@ def test_a_whole_life_of_facts_breaks_no_rule():
     assert violations(world(replace(env, event_seq=5), facts={"u1": longer}), POLICY) == []
 
 
+def test_the_first_facts_may_be_kept_no_more():
+    env = destroyed()
+    facts = told(env, P, R, D, E)
+    for first in range(4):
+        assert violations(world(env, facts={"u1": facts[first:]}), POLICY) == []
+    command = Fact(uid="u1", seq=3, kind=Kind.EXEC, state=R, at_ms=NOW + 3, cause="c")
+    assert violations(world(replace(running(), event_seq=3), facts={"u1": (command,)}), POLICY) == []
+
+
 def test_facts_of_the_same_millisecond_break_no_rule():
     env = running()
     facts = tuple(replace(fact, at_ms=NOW) for fact in told(env, State.PROVISIONING, State.RUNNING))
@@ -256,6 +265,10 @@ P, R, D, E, F = State.PROVISIONING, State.RUNNING, State.DESTROYING, State.DESTR
 @pytest.mark.parametrize(
     ("env", "facts", "sentence"),
     [
+        (destroyed(), (), "have a gap before 4"),
+        (destroyed(), told(destroyed(), P, R, D, E)[1:3], "have a gap before 4"),
+        (destroyed(), told(destroyed(), P, R, D, E)[1::2], "have a gap before 4"),
+        (destroyed(), told(destroyed(), P, P, R, E)[1:], "facts go from running to destroyed"),
         (running(), (*told(running(), P), replace(told(running(), P, R)[1], seq=3)), "have a gap before 2"),
         (replace(running(), event_seq=3), told(running(), P, R), "have a gap before 3"),
         (running(), (told(running(), P)[0], told(running("u2"), P, R)[1]), "has a fact of another environment"),

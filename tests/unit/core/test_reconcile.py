@@ -153,18 +153,38 @@ def test_a_machine_that_reports_its_end_counts_at_once(maker):
     )
 
 
-@pytest.mark.parametrize("phase", [Phase.CREATING, Phase.PAUSED])
-def test_a_machine_between_two_phases_is_given_time(phase: Phase):
-    assert lists([running()], [machine(phase=phase)], [machine(phase=phase)]) == [Plan()] * 2
+UP = [running, paused, draining, setting_up, rotating, snapshotting, draining_agent]
+STUCK = [(maker, phase) for maker in UP for phase in (Phase.CREATING, Phase.DELETING)]
+STUCK += [(maker, Phase.PAUSED) for maker in UP if maker not in (paused, snapshotting)]
 
 
-@pytest.mark.parametrize("maker", [running, paused, draining, setting_up, rotating, snapshotting, draining_agent])
-def test_a_machine_that_the_host_is_deleting_is_given_up_at_the_second_list(maker):
-    doomed = [machine(phase=Phase.DELETING)]
-    first, second = lists([maker()], doomed, doomed)
+@pytest.mark.parametrize(("maker", "phase"), STUCK)
+def test_a_machine_that_is_stuck_in_a_phase_is_given_up_at_the_second_list(maker, phase: Phase):
+    stuck = [machine(phase=phase)]
+    first, second = lists([maker()], stuck, stuck)
+    message = f"the host reports the machine as {phase} again and again, and nobody has asked for that here"
     assert first.events == ()
-    assert [(uid, type(event)) for uid, event in second.events] == [("u1", MachineExited)]
-    assert lists([maker()], doomed, [machine()], doomed)[-1].events == ()
+    assert second.events == (("u1", MachineExited(cause="watch", machine_id="m-u1", message=message)),)
+    assert lists([maker()], stuck, [machine()], stuck)[-1].events == ()
+
+
+def test_a_machine_that_goes_from_phase_to_phase_is_not_stuck():
+    seen = [[machine(phase=phase)] for phase in (Phase.PAUSED, Phase.CREATING, Phase.PAUSED)]
+    assert [found.events for found in lists([running()], *seen)] == [(), (), ()]
+
+
+@pytest.mark.parametrize("maker", [paused, snapshotting])
+def test_a_pause_that_was_asked_for_or_belongs_to_a_snapshot_is_no_suspicion(maker):
+    assert lists([maker()], *[[machine(phase=Phase.PAUSED)]] * 3) == [Plan()] * 3
+
+
+def test_a_pause_that_outlasts_its_snapshot_is_counted_from_its_end():
+    pause, taking = [machine(phase=Phase.PAUSED)], snapshotting()
+    during = plan("h1", "c1", [taking], pause, Strikes(), known=expectations([taking]), cause="watch")
+    over = replace(running(), action_seq=taking.action_seq + 1)
+    first = plan("h1", "c1", [over], pause, during.strikes, known=expectations([taking]), cause="watch")
+    assert (first.events, first.is_unsure, first.strikes) == ((), True, Strikes())
+    assert [len(found.events) for found in lists([over], pause, pause)] == [0, 1]
 
 
 @pytest.mark.parametrize("maker", [setting_up, rotating, snapshotting, draining_agent])

@@ -247,9 +247,19 @@ def test_another_token_is_put_everywhere_and_changes_nothing_else():
     assert below_fuse(Prepared(after, before.duties)) == below_fuse(before) | {"auth-token": "new"}
     assert after.agent is not None
     assert (after.agent.auth_token, after.agent.env["FUSE_AUTH_TOKEN"]) == ("new", "new")
-    assert FRESH not in msgspec.json.encode(after).decode()
-    assert b64(FRESH) not in msgspec.json.encode(after).decode()
-    assert with_token(after, FRESH) == before.setup
+    assert after.former_tokens == (FRESH,)
+    delivered = msgspec.json.encode(replace(after, former_tokens=())).decode()
+    assert FRESH not in delivered
+    assert b64(FRESH) not in delivered
+    assert replace(with_token(after, FRESH), former_tokens=()) == before.setup
+
+
+def test_the_last_replaced_tokens_are_kept_and_nobody_may_read_them():
+    setup = prepared(agent=DAEMON).setup
+    for number in range(20):
+        setup = with_token(setup, f"token-{number}")
+    assert setup.former_tokens == tuple(f"token-{number}" for number in range(3, 19))
+    assert {"token-3", "token-18", "token-19"} <= secret_values(setup)
 
 
 def test_a_setup_without_a_daemon_gets_the_file():

@@ -106,6 +106,12 @@ def test_every_route_has_a_handler_and_every_handler_a_route():
     assert {name for name in names if not name.startswith("relay_")} - {"exec_frames"} == set(HANDLERS)
 
 
+async def test_the_document_that_is_served_is_the_one_in_docs(api: Api):
+    status, content = await api.call("GET", "/openapi.json")
+    committed = json.loads((Path(__file__).parents[3] / "docs/host-openapi.json").read_text())
+    assert (status, json.loads(content)) == (200, committed)
+
+
 async def test_unknown_routes_and_methods_are_flat_errors(api: Api):
     assert (await api.fails("GET", "/nowhere")).reason == "route_not_found"
     assert (await api.fails("GET", "/machines/")).reason == "route_not_found"

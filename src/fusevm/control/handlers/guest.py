@@ -54,7 +54,8 @@ class RelayedResponse(StreamingResponse):
 
 
 def relay_to(path: str, states: frozenset[State]) -> Handler:
-    """A handler that passes its request on to `path` of the guest agent; braces are filled from the public path."""
+    """A handler that passes its request on to `path` of the guest agent; braces are filled from the public path. What
+    streams into the guest is cut off when its caller's key is good no longer."""
 
     async def handler(plane: Plane, call: Call) -> Response:
         env = await usable_environment(plane, call.caller, call.params["id"], states)
@@ -66,7 +67,11 @@ def relay_to(path: str, states: frozenset[State]) -> Handler:
             return in_use(plane, env, f"request {call.request_id}")
 
         async with use():
-            upstream = await _send(plane, env, call, target, body)
+            sending = _send(plane, env, call, target, body)
+            if call.route.limit == NO_LIMIT:
+                upstream = await first_of(sending, keep_checking(plane, call.caller))
+            else:
+                upstream = await sending
             if call.route.gives is Payload.NONE:
                 return await _without_body(upstream, is_head=call.route.method == "HEAD")
             if _is_short(upstream):

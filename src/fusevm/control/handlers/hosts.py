@@ -24,7 +24,7 @@ async def register_host(plane: Plane, call: Call) -> Response:
     if not body.token:
         # Unset: the one that is known of this host, which its key is pinned by, so that nobody else can be given it.
         body = replace(body, token=await plane.directory.token_of(body.id))
-    accepted = await accept_host(body, plane.directory)
+    accepted = await accept_host(body, plane.directory, plane.config)
     host = await plane.directory.save(accepted.host, accepted.token)
     _mark(call, host)
     return reply(replace(render_host(host), warnings=list(accepted.warnings)), 201)

@@ -5,19 +5,21 @@ Values of the environment's setup are masked in all of them: who may read logs, 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 from starlette.responses import Response
 
 from fusevm.control.activity import in_use
 from fusevm.control.call import Call
+from fusevm.control.entry import LOOK_AGAIN_S
 from fusevm.control.guest_calls import GuestCalls
 from fusevm.control.handlers.guest import RelayedResponse
 from fusevm.control.host_api import GuestRequest, HostApi, Upstream
 from fusevm.control.outcome import fence_of
 from fusevm.control.plane import Plane
 from fusevm.control.resolve import usable_environment
+from fusevm.control.signals import Subscription
 from fusevm.core.redaction import Redactor
 from fusevm.model.environment import Environment, State
 from fusevm.model.errors import BadField, LogNotFound, ProcessNotFound
@@ -25,6 +27,8 @@ from fusevm.wire.routes import LOG_SOURCES
 
 #: A longer line is passed on in pieces, between which the other stream may come.
 MAX_LINE = 64 << 10
+#: Bytes that are looked through at a time.
+PIECE = 4 << 10
 #: Pieces that a reader may be behind.
 _BEHIND = 8
 #: While something is there to be asked.
@@ -40,12 +44,16 @@ async def read_logs(plane: Plane, call: Call) -> Response:
     env = await usable_environment(plane, call.caller, call.params["id"], _ALIVE)
     _check(env, source)
 
-    def use() -> AbstractAsyncContextManager[None]:
-        return in_use(plane, env, f"request {call.request_id}")
+    known = Known(plane, env, await plane.vault.redactor(env))
 
-    redactor = await plane.vault.redactor(env)
+    @asynccontextmanager
+    async def use() -> AsyncIterator[None]:
+        async with in_use(plane, env, f"request {call.request_id}"):
+            with known.followed():
+                yield
+
     streams = await _open(plane, env, source, "follow=true" if follow else "follow=false")
-    return RelayedResponse(plane, call.caller, RedactedLog(streams, redactor, follow=follow), use)
+    return RelayedResponse(plane, call.caller, RedactedLog(streams, known, follow=follow), use)
 
 
 def _check(env: Environment, source: str) -> None:
@@ -79,6 +87,37 @@ async def _open_console(plane: Plane, env: Environment, host: HostApi, query: st
     return await host.relay(GuestRequest(fence=fence, machine_id=env.machine_id, method="GET", target=f"logs?{query}"))
 
 
+class Known:
+    """What is to be masked by now: a log that is followed outlives tokens."""
+
+    def __init__(self, plane: Plane, env: Environment, redactor: Redactor) -> None:
+        self.redactor = redactor
+        self._plane = plane
+        self._env = env
+        self._news = Subscription()
+        self._looked_s = -LOOK_AGAIN_S
+        self._looking = asyncio.Lock()
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Hear of changes within the block."""
+        with self._plane.signals.subscribe(self._env.uid) as news:
+            self._news = news
+            yield
+
+    async def now(self) -> Redactor:
+        """The redactor, made anew after another action (a new token is one) has begun. Raises what the store raises."""
+        async with self._looking:
+            now_s = asyncio.get_running_loop().time()
+            if await self._news.changed(0) or now_s - self._looked_s >= LOOK_AGAIN_S:
+                env = await self._plane.store.get(self._env.uid)
+                if env is not None and not env.is_terminal and env.action_seq != self._env.action_seq:
+                    self.redactor = await self._plane.vault.redactor(env)
+                    self._env = env
+                self._looked_s = now_s
+        return self.redactor
+
+
 class RedactedLog:
     """One text of one or two streams. Implements `host_api.Upstream`.
 
@@ -88,9 +127,9 @@ class RedactedLog:
 
     status = 200
 
-    def __init__(self, streams: Sequence[Upstream], redactor: Redactor, *, follow: bool) -> None:
+    def __init__(self, streams: Sequence[Upstream], known: Known, *, follow: bool) -> None:
         self._streams = streams
-        self._redactor = redactor
+        self._known = known
         self._follow = follow
         lost = sum(_number(stream, "x-fuse-lost") for stream in streams)
         self.headers: Mapping[str, str] = {"content-type": "text/plain; charset=utf-8", "x-fuse-lost": str(lost)}
@@ -106,9 +145,15 @@ class RedactedLog:
 
     async def _redacted(self, stream: Upstream) -> AsyncIterator[bytes]:
         begins_at = max(_number(stream, "x-fuse-offset"), _number(stream, "x-fuse-lost"))
-        masked = self._redactor.stream(begins_at)
+        masked = self._known.redactor.stream(begins_at)
         async for chunk in stream.chunks():
-            if content := masked.feed(chunk):
+            if self._follow:
+                masked.use(await self._known.now())
+            content = b""
+            for begin in range(0, len(chunk), PIECE):
+                content += masked.feed(chunk[begin : begin + PIECE])
+                await asyncio.sleep(0)  # others go on, however much is read here
+            if content:
                 yield content
         if content := masked.end():
             yield content

@@ -232,13 +232,14 @@ def _snapshots(reader: _Reader, found: Sequence[Row]) -> Iterator[tuple[str, Sna
 def _facts(reader: _Reader, found: Sequence[Row], environments: Mapping[str, Environment]) -> dict[str, list[Fact]]:
     """Task and tenant, which decide who may read an event, are the environment's."""
     facts: defaultdict[str, list[Fact]] = defaultdict(list)
-    for uid, seq, task_id, tenant, doc in found:
+    for uid, seq, task_id, tenant, at_ms, doc in found:
         key, env = f"{uid}:{seq}", environments.get(uid)
         if env is not None:
             reader.compare("events", key, {"task_id": (task_id, env.task_id), "tenant": (tenant, env.tenant)})
         fact = reader.decode("events", key, doc, Fact)
         if fact is not None:
-            reader.compare("events", key, {"uid": (uid, fact.uid), "seq": (seq, fact.seq)})
+            columns = {"uid": (uid, fact.uid), "seq": (seq, fact.seq), "at_ms": (at_ms, fact.at_ms)}
+            reader.compare("events", key, columns)
             facts[uid].append(fact)
     return facts
 

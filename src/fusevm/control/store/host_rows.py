@@ -5,35 +5,36 @@ theirs before the host; no circle comes of it, since a host is dropped only when
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import msgspec
 from msgspec.structs import replace
 
 from fusevm.control.store import snapshot_rows
-from fusevm.control.store.protocol import Reservation, ReservationLost, SealedRow
+from fusevm.control.store.lists import decode_each, read_page
+from fusevm.control.store.protocol import Reading, Reservation, ReservationLost, SealedRow
 from fusevm.control.store.statements import Row, Transaction, one, rows
 from fusevm.model.errors import HostInUse, HostNotFound, RevisionConflict
 from fusevm.model.host import Host, Resources
 
 _host = msgspec.json.Decoder(Host)
 _encode = msgspec.json.Encoder().encode
-_NONE: Mapping[Row, Host] = {}
 
 
-def list_all(known: Mapping[Row, Host] = _NONE) -> Transaction[dict[Row, Host]]:
+def list_all(known: Mapping[Row, Host]) -> Transaction[Reading[tuple[Row, Host]]]:
     """All hosts by id, each with its row. What is in `known` under an equal row is not decoded again: with a thousand
     hosts, decoding takes longer than the query, and every placement asks."""
     found = [tuple(row) for row in (yield from rows("list_hosts"))]
-    return {row: known.get(row) or _decode(row) for row in found}
+    return decode_each(found, lambda row: (row, known.get(row) or decode(row)))
 
 
-def page(after: str, limit: int) -> Transaction[list[Host]]:
-    return [_decode(row) for row in (yield from rows("page_hosts", after, limit))]
+def page(after: str, limit: int) -> Transaction[Reading[Host]]:
+    return read_page(partial(rows, "page_hosts"), after, limit, decode=decode, place=lambda row: str(row[0]))
 
 
 def get(host_id: str) -> Transaction[Host | None]:
     row = yield from one("get_host", host_id)
-    return _decode(row) if row is not None else None
+    return decode(row) if row is not None else None
 
 
 def sealed_owner(host_id: str) -> str:
@@ -79,7 +80,7 @@ def book(uid: str, tenant: str, reservation: Reservation) -> Transaction[None]:
     row = yield from one("book_host", reservation.host_id, *amount)
     if row is None:
         raise HostNotFound(id=reservation.host_id)
-    host = _decode(row)
+    host = decode(row)
     before = (total - part for total, part in zip(msgspec.structs.astuple(host.allocated), amount, strict=True))
     if not reservation.fits(replace(host, allocated=_resources(*before))):
         raise ReservationLost
@@ -102,8 +103,9 @@ def usage_by_tenant() -> Transaction[dict[str, Resources]]:
     return {tenant: _resources(*amounts) for tenant, *amounts in (yield from rows("usage_by_tenant"))}
 
 
-def _decode(row: Row) -> Host:
-    doc, revision, last_seen_ms, *amounts = row
+def decode(row: Row) -> Host:
+    """A row as every query has it."""
+    _id, doc, revision, last_seen_ms, *amounts = row
     return replace(_host.decode(doc), revision=revision, last_seen_ms=last_seen_ms, allocated=_resources(*amounts))
 
 

@@ -12,7 +12,7 @@ Rules every store keeps:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -23,6 +23,8 @@ from fusevm.model.environment import Environment
 from fusevm.model.fact import Fact
 from fusevm.model.host import Host, Resources
 from fusevm.model.snapshot import Snapshot
+
+T = TypeVar("T")
 
 
 class ReservationLost(Exception):
@@ -73,11 +75,11 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
     limit: int = 50
 
 
-class Reading(msgspec.Struct, frozen=True):
-    """Environments as a list has them, and those that it leaves out."""
+class Reading(msgspec.Struct, Generic[T], frozen=True):
+    """Records as a list has them, and those that it leaves out."""
 
-    records: tuple[Environment, ...] = ()
-    #: uids of records that are there, but damaged, or of a newer program.
+    records: tuple[T, ...] = ()
+    #: Ids of records that are there, but damaged, or of a newer program.
     unreadable: frozenset[str] = frozenset()
 
 
@@ -264,7 +266,7 @@ class Facts(Protocol):
     """The numbered events."""
 
     async def facts_of(self, uid: str, after_seq: int, limit: int) -> list[StoredFact]:
-        """Facts of one environment with a higher number."""
+        """Facts of one environment with a higher number, as far as they are kept."""
         ...
 
     async def facts_after(self, position: Position, limit: int, tenant: str | None = None) -> list[StoredFact]:
@@ -288,6 +290,10 @@ class Hosts(Protocol):
         """All hosts by id."""
         ...
 
+    async def has_hosts(self) -> bool:
+        """Is any host known? One whose record cannot be read counts."""
+        ...
+
     async def host_page(self, after: str, limit: int) -> list[Host]:
         """The hosts that follow an id, by id."""
         ...
@@ -307,7 +313,7 @@ class Hosts(Protocol):
         """Note that the host answered."""
         ...
 
-    async def on_host(self, host_id: str) -> Reading:
+    async def on_host(self, host_id: str) -> Reading[Environment]:
         """All live environments of a host."""
         ...
 
@@ -425,7 +431,8 @@ class Store(Records, Leases, Facts, Hosts, Snapshots, Keys, Requests, Secrets, P
     #: Called on the event loop with the uid of a record that another replica committed, with `GLOBAL_ORDER` or with
     #: `EVERYTHING`. SQLite, which belongs to one process, never calls it.
     waker: Callable[[str], None]
-    #: Called on the event loop with the uids that a list of environments has left out: their records cannot be read.
+    #: Called on the event loop with the ids that a list has left out (environments, hosts, snapshots; events as
+    #: `<uid>.<seq>`): their records cannot be read.
     doubter: Callable[[frozenset[str]], None]
 
     async def ping(self) -> None:
@@ -442,7 +449,14 @@ class Store(Records, Leases, Facts, Hosts, Snapshots, Keys, Requests, Secrets, P
 
     async def purge(self, keep_ms: int, limit: int) -> int:
         """Delete ended environments older than that, with their events, and expired request keys; the number of
-        environments. Those that still have snapshots stay, and so do the events of live ones, however old."""
+        environments. Those that still have snapshots stay."""
+        ...
+
+    async def prune_events(self, keep_ms: int, limit: int) -> int:
+        """Delete about `limit` of the events older than that; the number of deleted ones.
+
+        What is kept of an environment is always a run up to its last event, which stays as long as its record.
+        """
         ...
 
     async def close(self) -> None:

@@ -1,12 +1,14 @@
 """Transactions about snapshots."""
 
 import contextlib
+from collections.abc import Sequence
 
 import msgspec
 from msgspec.structs import replace
 
-from fusevm.control.store.protocol import Claim, SnapshotQuery
-from fusevm.control.store.statements import Conditions, Transaction, one, rows
+from fusevm.control.store.lists import read_page
+from fusevm.control.store.protocol import Claim, Reading, SnapshotQuery
+from fusevm.control.store.statements import Conditions, Row, Statement, Transaction, one, rows
 from fusevm.core.snapshots import BUILD_MODE, stranded
 from fusevm.model.errors import Internal, RevisionConflict
 from fusevm.model.snapshot import ALLOWED, Snapshot, SnapshotState
@@ -26,8 +28,22 @@ def list_all() -> Transaction[list[Snapshot]]:
     return [_snapshot.decode(row[0]) for row in (yield from rows("all_snapshots"))]
 
 
-def list_page(query: SnapshotQuery) -> Transaction[list[Snapshot]]:
+def list_page(query: SnapshotQuery) -> Transaction[Reading[Snapshot]]:
     """One page, newest first."""
+
+    def ask(after: str, limit: int) -> Transaction[Sequence[Row]]:
+        return (yield _page(query, after, limit))
+
+    return read_page(
+        ask,
+        query.after,
+        query.limit,
+        decode=lambda row: _snapshot.decode(row[1]),
+        place=lambda row: str(row[0]),
+    )
+
+
+def _page(query: SnapshotQuery, after: str, limit: int) -> Statement:
     where = Conditions()
     where.given(
         uid=query.uid,
@@ -42,10 +58,10 @@ def list_page(query: SnapshotQuery) -> Transaction[list[Snapshot]]:
         where.add("and layer_key <> '' and layer_key =", query.layer_key)
     if query.tenant is not None:
         where.add("and tenant =", query.tenant)
-    if query.after:
-        where.add("and id <", query.after)
-    where.add("order by id desc limit", query.limit)
-    return [_snapshot.decode(row[0]) for row in (yield where.statement("list_snapshots"))]
+    if after:
+        where.add("and id <", after)
+    where.add("order by id desc limit", limit)
+    return where.statement("list_snapshots")
 
 
 def save(snapshot: Snapshot) -> Transaction[Snapshot]:

@@ -22,7 +22,7 @@ from fusevm.control.store.protocol import (
     StoredRequest,
     Tally,
 )
-from fusevm.control.store.statements import Begin, Row, Statement, Transaction, one
+from fusevm.control.store.statements import Begin, Row, Statement, Transaction, one, rows
 from fusevm.control.store.world import read_world
 from fusevm.core.invariants import World
 from fusevm.core.lifecycle import Step
@@ -137,7 +137,7 @@ class SqlStore:
     async def list_page(self, query: Query) -> list[Environment]:
         return list((await self._list(lambda: tx.list_page(query))).records)
 
-    async def _list(self, begin: Begin[Reading]) -> Reading:
+    async def _list(self, begin: Begin[Reading[T]]) -> Reading[T]:
         reading = await self._engine.read(begin)
         if reading.unreadable:
             self.doubter(reading.unreadable)
@@ -166,12 +166,10 @@ class SqlStore:
     # -- facts ----------------------------------------------------------------------------------------------------
 
     async def facts_of(self, uid: str, after_seq: int, limit: int) -> list[StoredFact]:
-        return await self._engine.read(lambda: tx.facts("events_of", uid, after_seq, limit))
+        return list((await self._list(lambda: tx.facts_of(uid, after_seq, limit))).records)
 
     async def facts_after(self, position: Position, limit: int, tenant: str | None = None) -> list[StoredFact]:
-        if tenant is None:
-            return await self._engine.read(lambda: tx.facts("events_after", *position, limit))
-        return await self._engine.read(lambda: tx.facts("events_after_of_tenant", *position, limit, tenant))
+        return list((await self._list(lambda: tx.facts_after(position, limit, tenant))).records)
 
     async def position_of(self, uid: str, seq: int) -> Position | None:
         row = await self._engine.read(lambda: one("event_position", uid, seq))
@@ -185,11 +183,14 @@ class SqlStore:
 
     async def hosts(self) -> list[Host]:
         known = self._hosts
-        self._hosts = await self._engine.read(lambda: host_rows.list_all(known))
+        self._hosts = dict((await self._list(lambda: host_rows.list_all(known))).records)
         return list(self._hosts.values())
 
+    async def has_hosts(self) -> bool:
+        return bool(await self._engine.read(lambda: rows("list_hosts")))
+
     async def host_page(self, after: str, limit: int) -> list[Host]:
-        return await self._engine.read(lambda: host_rows.page(after, limit))
+        return list((await self._list(lambda: host_rows.page(after, limit))).records)
 
     async def host(self, id: str) -> Host | None:  # noqa: A002 - the record's field
         return await self._engine.read(lambda: host_rows.get(id), is_row=True)
@@ -200,7 +201,7 @@ class SqlStore:
     async def touch_host(self, id: str, last_seen_ms: int) -> None:  # noqa: A002
         await self._engine.apply(Statement("touch_host", (id, last_seen_ms)))
 
-    async def on_host(self, host_id: str) -> Reading:
+    async def on_host(self, host_id: str) -> Reading[Environment]:
         return await self._list(lambda: tx.on_host(host_id))
 
     async def drop_host(self, id: str, revision: int | None = None) -> None:  # noqa: A002
@@ -215,7 +216,7 @@ class SqlStore:
         return await self._engine.read(lambda: snapshot_rows.get(id), is_row=True)
 
     async def snapshots(self, query: SnapshotQuery) -> list[Snapshot]:
-        return await self._engine.read(lambda: snapshot_rows.list_page(query))
+        return list((await self._list(lambda: snapshot_rows.list_page(query))).records)
 
     async def save_snapshot(self, snapshot: Snapshot) -> Snapshot:
         return await self._engine.write(lambda: snapshot_rows.save(snapshot))
@@ -285,6 +286,9 @@ class SqlStore:
 
     async def purge(self, keep_ms: int, limit: int) -> int:
         return await self._engine.write(lambda: tx.purge(keep_ms, limit))
+
+    async def prune_events(self, keep_ms: int, limit: int) -> int:
+        return await self._engine.write(lambda: tx.prune_events(keep_ms, limit))
 
     async def close(self) -> None:
         """Finish what is queued and close. Idempotent."""

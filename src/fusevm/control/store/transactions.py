@@ -12,10 +12,12 @@ import msgspec
 from msgspec.structs import replace
 
 from fusevm.control.store import host_rows, snapshot_rows
+from fusevm.control.store.lists import decode_each, read_page
 from fusevm.control.store.protocol import (
     Claim,
     Committed,
     Due,
+    Position,
     Query,
     Reading,
     RequestKey,
@@ -158,7 +160,8 @@ def _save_rest(record: Environment, step: Step, sealed: SealedRow | None, last_s
     if [fact.seq for fact in step.facts] != list(range(last_seq + 1, record.event_seq + 1)):
         raise Internal(problem=f"{record.uid}: facts after {last_seq} do not lead to {record.event_seq}")
     for fact in step.facts:
-        yield from rows("insert_event", record.uid, fact.seq, record.task_id, record.tenant, _encode(fact).decode())
+        doc = _encode(fact).decode()
+        yield from rows("insert_event", record.uid, fact.seq, record.task_id, record.tenant, fact.at_ms, doc)
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -176,39 +179,35 @@ def get_last_ended(task_id: str) -> Transaction[Environment | None]:
     return _decode((yield from one("get_last_ended", task_id)))
 
 
-def on_host(host_id: str) -> Transaction[Reading]:
+def on_host(host_id: str) -> Transaction[Reading[Environment]]:
     return _decode_each((yield from rows("live_on_host", host_id)))
 
 
-def queued(limit: int) -> Transaction[Reading]:
+def queued(limit: int) -> Transaction[Reading[Environment]]:
     return _decode_each((yield from rows("queued", limit)))
 
 
-def queued_after(uid: str, limit: int) -> Transaction[Reading]:
+def queued_after(uid: str, limit: int) -> Transaction[Reading[Environment]]:
     return _decode_each((yield from rows("queued_after", uid, limit)))
 
 
-def list_page(query: Query) -> Transaction[Reading]:
-    """One page. What cannot be read is made up for by what follows: a short page is the last one."""
-    page = Reading()
-    while True:
-        left = query.limit - len(page.records)
-        found = yield _page(replace(query, limit=left))
-        more = _decode_each(found)
-        page = Reading((*page.records, *more.records), page.unreadable | more.unreadable)
-        if not more.unreadable or len(found) < left:
-            return page
-        query = replace(query, after=str(found[-1][0]))
+def list_page(query: Query) -> Transaction[Reading[Environment]]:
+    """One page."""
+
+    def ask(after: str, limit: int) -> Transaction[Sequence[Row]]:
+        return (yield _page(query, after, limit))
+
+    return read_page(ask, query.after, query.limit, decode=_decode_listed, place=lambda row: str(row[0]))
 
 
-def _page(query: Query) -> Statement:
+def _page(query: Query, after: str, limit: int) -> Statement:
     where = Conditions()
     where.given(task_id=query.task_id, state=query.state, host_id=query.host_id)
     if query.tenant is not None:
         where.add("and tenant =", query.tenant)
-    if query.after:
-        where.add("and uid <" if query.ended else "and uid >", query.after)
-    where.add(f"order by uid {'desc' if query.ended else 'asc'} limit", query.limit)
+    if after:
+        where.add("and uid <" if query.ended else "and uid >", after)
+    where.add(f"order by uid {'desc' if query.ended else 'asc'} limit", limit)
     return where.statement("list_ended" if query.ended else "list_live")
 
 
@@ -233,16 +232,13 @@ def _decode(row: Row | None) -> Environment | None:
     return _environment.decode(row[0]) if row is not None else None
 
 
-def _decode_each(found: Sequence[Row]) -> Reading:
-    """Rows of (uid, document), each by itself."""
-    records: list[Environment] = []
-    unreadable: set[str] = set()
-    for uid, doc in found:
-        try:
-            records.append(_environment.decode(doc))
-        except (msgspec.MsgspecError, UnicodeError):
-            unreadable.add(uid)
-    return Reading(tuple(records), frozenset(unreadable))
+def _decode_each(found: Sequence[Row]) -> Reading[Environment]:
+    """Rows of (uid, document)."""
+    return decode_each(found, _decode_listed)
+
+
+def _decode_listed(row: Row) -> Environment:
+    return _environment.decode(row[1])
 
 
 # -- leases --------------------------------------------------------------------------------------------------------
@@ -285,10 +281,28 @@ def release(owner: str) -> Transaction[None]:
 # -- facts ---------------------------------------------------------------------------------------------------------
 
 
-def facts(name: str, *values: object) -> Transaction[list[StoredFact]]:
-    """Rows of `events_of` or `events_after`."""
-    found = yield from rows(name, *values)
-    return [StoredFact((row[0], row[1]), row[2], row[3], _fact.decode(row[4])) for row in found]
+def facts_of(uid: str, after_seq: int, limit: int) -> Transaction[Reading[StoredFact]]:
+    def ask(after: int, left: int) -> Transaction[Sequence[Row]]:
+        return rows("events_of", uid, after, left)
+
+    return read_page(ask, after_seq, limit, decode=_decode_fact, place=lambda row: int(row[3]))
+
+
+def facts_after(position: Position, limit: int, tenant: str | None) -> Transaction[Reading[StoredFact]]:
+    def ask(after: Position, left: int) -> Transaction[Sequence[Row]]:
+        if tenant is None:
+            return rows("events_after", *after, left)
+        return rows("events_after_of_tenant", *after, left, tenant)
+
+    return read_page(ask, position, limit, decode=_decode_fact, place=_position)
+
+
+def _decode_fact(row: Row) -> StoredFact:
+    return StoredFact(_position(row), row[4], row[5], _fact.decode(row[6]))
+
+
+def _position(row: Row) -> Position:
+    return (row[1], row[2])
 
 
 # -- upkeep, requests ----------------------------------------------------------------------------------------------
@@ -312,6 +326,14 @@ def purge(keep_ms: int, limit: int) -> Transaction[int]:
         yield from rows("drop_secrets", sealed_owner(uid))
         count += (yield from one("delete_environment", uid)) is not None
     yield from rows("delete_requests")
+    return count
+
+
+def prune_events(keep_ms: int, limit: int) -> Transaction[int]:
+    """Delete the oldest events from the front of each environment's, but never its last one."""
+    count = 0
+    for uid, seq in (yield from rows("events_before", keep_ms, limit)):
+        count += len((yield from rows("delete_events_until", uid, seq)))
     return count
 
 

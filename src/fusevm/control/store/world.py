@@ -22,7 +22,7 @@ def read_world() -> Transaction[World]:
     for row in (yield from rows("all_events")):
         fact = _fact.decode(row[0])
         facts[fact.uid].append(fact)
-    hosts = (yield from host_rows.list_all()).values()
+    hosts = [host_rows.decode(row) for row in (yield from rows("list_hosts"))]
     placements = yield from host_rows.placements()
     snapshots = yield from snapshot_rows.list_all()
     return World(

@@ -31,7 +31,12 @@ from fusevm.testing.simulation.trace import Trace
 from fusevm.wire.host_api import MachineBody
 
 _ALIVE = frozenset({Phase.CREATING, Phase.RUNNING, Phase.PAUSED, Phase.STOPPED})
-_UP = _ALIVE - {Phase.STOPPED}
+#: Reason of an end to the phases in which a machine must not meet it. One that is stopped was put back to a snapshot by
+#: an order that has been given up meanwhile; one that is paused has met a fault, and stays so.
+_WELL = {
+    "machine_missing": frozenset({Phase.CREATING, Phase.RUNNING, Phase.PAUSED}),
+    "machine_exited": frozenset({Phase.CREATING, Phase.RUNNING}),
+}
 _WORKED_ON = frozenset({SnapshotState.CREATING, SnapshotState.RESTORING, SnapshotState.DELETING})
 #: A host may be called lost this much before its time: the heartbeat's own duration.
 SLACK_S = 3.0
@@ -110,8 +115,7 @@ class Checker:
         if host is None:
             return
         machine = host.table.get(record.machine_id)
-        # One that is stopped was put back to a snapshot by an order that has been given up meanwhile.
-        if reason in ("machine_missing", "machine_exited") and machine is not None and machine.phase in _UP:
+        if machine is not None and machine.phase in _WELL.get(reason, ()):
             self.broken(record.uid, f"given up ({reason}), but {machine.id} is {machine.phase} on {host.id}")
         heard_s = self.network.heard_s.get((replica, host.id), 0.0) if self.network is not None else 0.0
         silent_s = self._now_s() - heard_s

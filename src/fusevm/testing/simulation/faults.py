@@ -53,6 +53,7 @@ class Faults:
             "outage": (luck.outages, self._take_away),
             "stuck way": (luck.stuck_ways * hosts, self._stick),
             "refusal": (luck.refusals * hosts, self._refuse),
+            "stuck machine": (luck.stuck_machines * hosts, self._stop_machine),
         }
         loop = asyncio.get_running_loop()
         until_s = loop.time() + for_s
@@ -114,6 +115,9 @@ class Faults:
 
     async def _break_machine(self) -> None:
         self._chance.choice(self._hosts).break_machine()
+
+    async def _stop_machine(self) -> None:
+        self._chance.choice(self._hosts).stop_machine()
 
     async def _lose_host(self) -> None:
         left = [host for host in self._hosts if not host.is_gone]

@@ -179,14 +179,21 @@ class SimHost(FakeHost):
         self.die()
         self.clock, self.ahead_s = f"{self.clock}'", -asyncio.get_running_loop().time()
         for machine in list(self.table.values()):
-            if machine.phase in (Phase.RUNNING, Phase.CREATING, Phase.STOPPED):
+            if machine.phase in (Phase.RUNNING, Phase.PAUSED, Phase.CREATING, Phase.STOPPED):
                 self._become(machine.id, Phase.FAILED, "the host was restarted")
 
     def break_machine(self) -> None:
         """One VMM ends by itself."""
+        self._strike_one(Phase.FAILED, "the VMM was killed")
+
+    def stop_machine(self) -> None:
+        """The virtual CPUs of one machine stand still from now on."""
+        self._strike_one(Phase.PAUSED)
+
+    def _strike_one(self, phase: Phase, error: str = "") -> None:
         running = [machine.id for machine in self.table.values() if machine.phase is Phase.RUNNING]
         if running and self.is_up:
-            self._become(self._chance.choice(running), Phase.FAILED, "the VMM was killed")
+            self._become(self._chance.choice(running), phase, error)
 
     def shorten_next_list(self) -> None:
         """The next list will leave machines out, unless one did so lately."""

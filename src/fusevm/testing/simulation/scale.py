@@ -11,8 +11,9 @@ class Scale(msgspec.Struct, frozen=True, kw_only=True):
     """Size and length. The rest follows from the seed."""
 
     hosts: int = 5
+    #: Users who want one.
     environments: int = 60
-    replicas: int = 2
+    replicas: int = 3
     #: Virtual seconds in which users come and things break.
     active_s: float = 300.0
     #: Virtual seconds that everything may take to come to rest afterwards.
@@ -22,7 +23,8 @@ class Scale(msgspec.Struct, frozen=True, kw_only=True):
 
 
 SMALL = Scale()
-FULL = Scale(hosts=50, environments=2_000, replicas=3, active_s=600.0, room=20)
+#: A few users ask for what cannot be, such as a start from a snapshot that is gone: more of them than environments.
+FULL = Scale(hosts=50, environments=2_100, active_s=600.0, room=20)
 
 
 class Safeguards(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +74,7 @@ class Luck(msgspec.Struct, frozen=True, kw_only=True):
     #: Per host and minute.
     stuck_ways: float = 0.1
     refusals: float = 0.1
+    stuck_machines: float = 0.05
 
 
 ALL_ON = Safeguards()

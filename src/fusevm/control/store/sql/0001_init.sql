@@ -108,12 +108,14 @@ create table events (
     seq bigint not null,
     task_id text not null,
     tenant text not null,
+    at_ms bigint not null,
     doc text not null,
     primary key (tx, id), -- postgres
     unique (uid, seq)
 );
 create index events_tenant on events (tenant, id); -- sqlite
 create index events_tenant on events (tenant, tx, id); -- postgres
+create index events_age on events (at_ms);
 
 create table api_keys (
     id text primary key,

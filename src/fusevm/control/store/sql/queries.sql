@@ -121,21 +121,21 @@ update hosts set lease_owner = null, lease_until_ms = null where lease_owner is 
 update snapshots set lease_owner = null, lease_until_ms = null where lease_owner is not null -- sqlite
 
 -- name: insert_event
-insert into events (uid, seq, task_id, tenant, doc) values ($1, $2, $3, $4, $5)
+insert into events (uid, seq, task_id, tenant, at_ms, doc) values ($1, $2, $3, $4, $5, $6)
 
 -- name: events_of
-select 0, id, task_id, tenant, doc from events where uid = $1 and seq > $2 order by seq limit $3 -- sqlite
-select tx, id, task_id, tenant, doc from events where uid = $1 and seq > $2 order by seq limit $3 -- postgres
+select uid || '.' || seq, 0, id, seq, task_id, tenant, doc from events where uid = $1 and seq > $2 order by seq limit $3 -- sqlite
+select uid || '.' || seq, tx, id, seq, task_id, tenant, doc from events where uid = $1 and seq > $2 order by seq limit $3 -- postgres
 
 -- name: events_after
-select 0, id, task_id, tenant, doc from events where id > $2 order by id limit $3 -- sqlite
-select tx, id, task_id, tenant, doc from events -- postgres
+select uid || '.' || seq, 0, id, seq, task_id, tenant, doc from events where id > $2 order by id limit $3 -- sqlite
+select uid || '.' || seq, tx, id, seq, task_id, tenant, doc from events -- postgres
 where (tx, id) > ($1, $2) and tx < pg_snapshot_xmin(pg_current_snapshot())::text::bigint -- postgres
 order by tx, id limit $3 -- postgres
 
 -- name: events_after_of_tenant
-select 0, id, task_id, tenant, doc from events where id > $2 and tenant = $4 order by id limit $3 -- sqlite
-select tx, id, task_id, tenant, doc from events -- postgres
+select uid || '.' || seq, 0, id, seq, task_id, tenant, doc from events where id > $2 and tenant = $4 order by id limit $3 -- sqlite
+select uid || '.' || seq, tx, id, seq, task_id, tenant, doc from events -- postgres
 where (tx, id) > ($1, $2) and tx < pg_snapshot_xmin(pg_current_snapshot())::text::bigint and tenant = $4 -- postgres
 order by tx, id limit $3 -- postgres
 
@@ -156,13 +156,13 @@ select 1 from events where tx >= pg_snapshot_xmax(pg_current_snapshot())::text::
 update events set tx = 0 -- postgres
 
 -- name: list_hosts
-select doc, revision, last_seen_ms, cpus, ram_mb, storage_gb, vm_count from hosts order by id
+select id, doc, revision, last_seen_ms, cpus, ram_mb, storage_gb, vm_count from hosts order by id
 
 -- name: page_hosts
-select doc, revision, last_seen_ms, cpus, ram_mb, storage_gb, vm_count from hosts where id > $1 order by id limit $2
+select id, doc, revision, last_seen_ms, cpus, ram_mb, storage_gb, vm_count from hosts where id > $1 order by id limit $2
 
 -- name: get_host
-select doc, revision, last_seen_ms, cpus, ram_mb, storage_gb, vm_count from hosts where id = $1
+select id, doc, revision, last_seen_ms, cpus, ram_mb, storage_gb, vm_count from hosts where id = $1
 
 -- name: insert_host
 insert into hosts (id, revision, last_seen_ms, cpus, ram_mb, storage_gb, vm_count, doc)
@@ -176,7 +176,7 @@ update hosts set last_seen_ms = $2 where id = $1 and last_seen_ms < $2
 
 -- name: book_host
 update hosts set cpus = cpus + $2, ram_mb = ram_mb + $3, storage_gb = storage_gb + $4, vm_count = vm_count + $5
-where id = $1 returning doc, revision, last_seen_ms, cpus, ram_mb, storage_gb, vm_count
+where id = $1 returning id, doc, revision, last_seen_ms, cpus, ram_mb, storage_gb, vm_count
 
 -- name: lock_host
 select revision from hosts where id = $1
@@ -220,7 +220,7 @@ update snapshots set host_id = $2, state = $3, mode = $4, name = $5, layer_key =
 where id = $1
 
 -- name: list_snapshots
-select doc from snapshots where 1 = 1
+select id, doc from snapshots where 1 = 1
 
 -- name: acquire_snapshot
 update snapshots set lease_owner = $2, lease_until_ms = now_ms() + $3
@@ -305,6 +305,19 @@ order by ended_at_ms limit $2
 -- name: delete_events
 delete from events where uid = $1
 
+-- name: events_before
+-- The oldest ones, but the last one of each environment. An environment's are deleted by number, and not by their times:
+-- so what stays has no gap, whatever clocks said.
+select uid, max(seq) from (
+    select uid, seq from events as old
+    where at_ms < now_ms() - $1
+        and exists (select 1 from events as newer where newer.uid = old.uid and newer.seq > old.seq)
+    order by at_ms limit $2
+) as oldest group by uid order by uid
+
+-- name: delete_events_until
+delete from events where uid = $1 and seq <= $2 returning seq
+
 -- name: delete_environment
 delete from environments where uid = $1 and is_live = 0 returning uid
 
@@ -355,7 +368,7 @@ select id, uid, task_id, tenant, host_id, state, mode, name, layer_key, arch, si
 from snapshots order by id
 
 -- name: check_events
-select uid, seq, task_id, tenant, doc from events order by uid, seq
+select uid, seq, task_id, tenant, at_ms, doc from events order by uid, seq
 
 -- name: check_keys
 select id, prefix, created_at_ms, doc from api_keys order by id
