@@ -88,10 +88,12 @@ def up(
         try:
             installation.prepare(image)
             running = installation.start()
-            announce(running, image, host["instance"], ready_file=ready_file, is_default=not no_context)
-            if not ready_file:
-                say("Ctrl-C stops Fuse" + ("" if ephemeral else "; machines keep running. `fuse down` ends them, too"))
-            watch(installation)
+            with contextlib.suppress(KeyboardInterrupt):
+                announce(running, image, host["instance"], ready_file=ready_file, is_default=not no_context)
+                if not ready_file:
+                    kept = "" if ephemeral else "; machines keep running. `fuse down` ends them, too"
+                    say(f"Ctrl-C stops Fuse{kept}")
+                watch(installation)
             if not ephemeral:
                 tell_what_stays(installation.count_environments())
         finally:
@@ -113,13 +115,10 @@ def announce(running: "Running", image: str, instance: str, *, ready_file: str, 
 
 
 def watch(installation: "Installation") -> None:
-    """Look after the daemons until Ctrl-C, SIGTERM or SIGHUP."""
-    try:
-        while True:
-            time.sleep(_CHECK_S)
-            installation.check()
-    except KeyboardInterrupt:
-        return
+    """Look after the daemons, until Ctrl-C, SIGTERM or SIGHUP: KeyboardInterrupt."""
+    while True:
+        time.sleep(_CHECK_S)
+        installation.check()
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True):
