@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import local_stack
 import pytest
 from clean_environ import clean_environ
 from local_stack import ARTEFACTS, LocalStack
@@ -257,7 +256,7 @@ def test_without_qemu_fuse_does_not_start(stack: Lab) -> None:
 def test_qemu_that_goes_away_is_told_with_its_remedy(stack: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stack.end(signal.SIGINT) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(local_stack, "FUSE", [*_APART, 'exec "$@"', "sh", *FUSE])
+        patch.setattr(stack, "program", [*_APART, 'exec "$@"', "sh", *FUSE])
         stack.up()
     assert stack.process is not None
     stack.count_spare()
