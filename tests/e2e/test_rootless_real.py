@@ -20,9 +20,10 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which needs root"),
     pytest.mark.timeout(900),
 ]
-NOBODY = 65534
+#: Nobody else's: the tests' PostgreSQL runs as nobody.
+USER_ID = 65532
 #: As a login makes it: short, as paths of sockets must be.
-RUNTIME = Path(f"/run/user/{NOBODY}")
+RUNTIME = Path(f"/run/user/{USER_ID}")
 
 
 class OrdinaryUser(LocalStack):
@@ -36,7 +37,7 @@ class OrdinaryUser(LocalStack):
             "XDG_RUNTIME_DIR": str(RUNTIME),
             "TMPDIR": str(self.home / "tmp"),
         }
-        self.program = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--", *self.program]
+        self.program = ["setpriv", f"--reuid={USER_ID}", f"--regid={USER_ID}", "--clear-groups", "--", *self.program]
         self._ready = self.home / "ready.json"
         RUNTIME.mkdir(mode=0o700, parents=True)
         (self.home / "tmp").mkdir()
@@ -44,7 +45,7 @@ class OrdinaryUser(LocalStack):
         # Copies, as the user would have made them: stores are written to.
         for name in ("images", "kernels", "initramfs"):
             subprocess.run(["cp", "-r", "--sparse=always", ARTEFACTS / name, self.data], check=True)
-        subprocess.run(["chown", "-R", f"{NOBODY}:{NOBODY}", self.home, RUNTIME], check=True)
+        subprocess.run(["chown", "-R", f"{USER_ID}:{USER_ID}", self.home, RUNTIME], check=True)
 
     def up(self, *arguments: str) -> Ready:
         """As in the base, but the user's other commands find the stack by themselves."""
@@ -94,7 +95,7 @@ def test_the_life_of_a_stack_without_root(user: OrdinaryUser) -> None:
     daemons = [child["pid"] for child in record["children"]]
     assert len(daemons) == 2
     for pid in (user.process.pid, *daemons, machine["vmm"]["pid"]):
-        assert Path(f"/proc/{pid}").stat().st_uid == NOBODY
+        assert Path(f"/proc/{pid}").stat().st_uid == USER_ID
 
     user.process.send_signal(signal.SIGSTOP)  # so that it does not start them again
     for pid in daemons:

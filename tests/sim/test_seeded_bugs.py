@@ -35,7 +35,7 @@ OFF = [
     Off("leases", (1, 2), "is leased to two workers at once", Luck()),
     Off(
         "deadlines",
-        (6, 7, 10),
+        (1, 2, 3),
         "which was over",
         Luck(stuck_ways=4.0, refused_boot=0.0),
         Scale(hosts=8, environments=120, room=12),
