@@ -23,6 +23,11 @@ LOOK_TIMEOUT_S = 5.0
 _TRACKED = frozenset({State.RUNNING, State.DRAINING})
 
 
+def is_tracked(env: Environment) -> bool:
+    """Whether its guest has a daemon or a health check to ask for."""
+    return env.state in _TRACKED and (env.duties.agent or env.duties.healthcheck)
+
+
 class Tracker:
     """Looks at the guests of one host."""
 
@@ -34,15 +39,12 @@ class Tracker:
         self._silent: set[str] = set()
 
     async def look(self, host: HostApi, environments: Sequence[Environment]) -> None:
-        """Look once at every environment that has something to track, those that were silent last: the others are not
-        to wait for them. A guest that does not answer is asked again the next time."""
-        tracked = [
-            env for env in environments if env.state in _TRACKED and (env.duties.agent or env.duties.healthcheck)
-        ]
-        self._silent &= {env.uid for env in tracked}
+        """Look once at each of these, which are tracked; those that were silent last: the others are not to wait for
+        them. A guest that does not answer is asked again the next time."""
+        self._silent &= {env.uid for env in environments}
         slots = asyncio.Semaphore(AT_ONCE)
         async with asyncio.TaskGroup() as group:
-            for env in sorted(tracked, key=lambda env: env.uid in self._silent):
+            for env in sorted(environments, key=lambda env: env.uid in self._silent):
                 group.create_task(self._look(host, env, slots))
 
     async def _look(self, host: HostApi, env: Environment, slots: asyncio.Semaphore) -> None:

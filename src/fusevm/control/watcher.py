@@ -12,7 +12,7 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -27,7 +27,7 @@ from fusevm.control.loop_lag import LoopLag
 from fusevm.control.metrics import Metrics
 from fusevm.control.race import first_of
 from fusevm.control.store.protocol import Claim, Hosts
-from fusevm.control.tracker import Tracker
+from fusevm.control.tracker import Tracker, is_tracked
 from fusevm.control.vault import Vault
 from fusevm.core.policy import Policy
 from fusevm.core.reconcile import (
@@ -56,7 +56,7 @@ from fusevm.model.errors import (
 from fusevm.model.event import Event, HostLost, MachineMissing, Reported
 from fusevm.model.fact import Kind
 from fusevm.model.host import Host, HostHealth, HostState, effective
-from fusevm.model.machine import Fence
+from fusevm.model.machine import Fence, Phase
 from fusevm.wire.host_api import HostFacts, MachineBody
 
 log = structlog.get_logger()
@@ -67,6 +67,11 @@ CALL_TIMEOUT_S = 10.0
 MAX_LAG_S = CALL_TIMEOUT_S / 5
 #: Shortest pause between two lists of a host: changes that come in a burst are looked at together.
 LIST_PAUSE_S = 0.2
+#: The pause is at least so many times as long as the list before it took: a host with thousands of machines, or one of
+#: which something ends all the time, must not keep us from our users.
+LIST_REST = 10
+#: What a host tells of a machine when nobody may have ordered it; what else has gone wrong is found by the next list.
+_ENDS = frozenset({Phase.STOPPED.value, Phase.FAILED.value})
 #: Orphans destroyed at the same time per host.
 ORPHANS_AT_ONCE = 8
 #: Seconds that they may take of one round; who is left is an orphan in the next one, too.
@@ -144,6 +149,9 @@ class Watch:
         #: What was expected of the host when the last list was judged.
         self._known: dict[str, int] = {}
         self._look = asyncio.Event()
+        #: The guests that the last list found to have something to track, and whether there is a list yet.
+        self._tracked: Sequence[Environment] = ()
+        self._is_listed = asyncio.Event()
         #: Nothing is left to do here: the host is no longer registered, or we cannot read how it is spoken to.
         self._over = asyncio.Event()
         #: Set after the first heartbeat, whatever came of it.
@@ -310,8 +318,10 @@ class Watch:
 
     async def _reconcile_loop(self) -> None:
         while True:
+            began = time.perf_counter()
             await self._guarded("reconcile", self._reconcile)
-            await asyncio.sleep(min(LIST_PAUSE_S, self._pace.reconcile_s))
+            rest_s = max(LIST_PAUSE_S, LIST_REST * (time.perf_counter() - began))
+            await asyncio.sleep(min(rest_s, self._pace.reconcile_s))
             try:
                 async with asyncio.timeout(_jittered(self._pace.reconcile_s)):
                     await self._look.wait()
@@ -347,6 +357,8 @@ class Watch:
         self._strikes, self._known = decided.strikes, expectations(expected)
         if decided.is_unsure:
             self._look.set()
+        self._tracked = [env for env in expected if is_tracked(env)]
+        self._is_listed.set()
         await self._carry_out(decided)
         self._view.listed(len(listed.machines), expected)
         self._metrics.reconcile_cycles.labels("done").inc()
@@ -396,25 +408,29 @@ class Watch:
     async def _track_loop(self) -> None:
         """Apart from the lists: guests that hang must not delay what is found out about their host."""
         while True:
+            await self._is_listed.wait()
+            self._is_listed.clear()
             await self._guarded("track", self._track)
             await asyncio.sleep(_jittered(self._pace.reconcile_s))
 
     async def _track(self) -> bool:
-        await self._tracker.look(self._client, (await self._store.on_host(self._id)).records)
+        await self._tracker.look(self._client, self._tracked)
         return True
 
     # -- events ---------------------------------------------------------------------------------------------------
 
     async def _event_loop(self) -> None:
-        """Every change on the host makes us look at once; the list then says what it was."""
+        """A machine that ends makes us look at once; the list then says what to make of it."""
         while True:
             self._turned.clear()
             await first_of(self._guarded("events", self._follow), self._turned.wait())
             await asyncio.sleep(_jittered(self._pace.heartbeat_s))
 
     async def _follow(self) -> bool:
-        async for _ in self._client.events():
-            self._look.set()  # the first line, too: something may have happened while nobody listened
+        async for event in self._client.events():
+            # The first line, too: something may have happened while nobody listened.
+            if event.kind == "hello" or event.phase in _ENDS:
+                self._look.set()
         return True
 
 
