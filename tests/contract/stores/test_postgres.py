@@ -43,6 +43,7 @@ from fusevm.model.event import BootSucceeded, DestroyRequested
 from fusevm.testing.postgres import PostgresServer
 
 PATIENCE_S = 60.0
+SCHEMAS = load_migrations(migrate.Dialect.POSTGRES)
 
 
 @pytest_asyncio.fixture
@@ -277,7 +278,7 @@ async def test_two_replicas_that_start_at_once_migrate_once(postgres_url: str) -
     stores = await asyncio.gather(*(open_store(postgres_url, POLICY, lambda: 1) for _ in range(4)))
     assert len({store.cluster for store in stores}) == 1
     raw = await asyncpg.connect(postgres_url)
-    assert await raw.fetchval("select count(*) from schema_version") == len(load_migrations(migrate.Dialect.POSTGRES))
+    assert await raw.fetchval("select count(*) from schema_version") == len(SCHEMAS)
     await raw.close()
     for store in stores:
         await store.close()
@@ -289,7 +290,7 @@ async def test_a_newer_schema_is_refused_and_left_alone(
     await raw.execute("insert into schema_version values (99, '0099_later.sql', 'x', 1)")
     with pytest.raises(BadSetting, match="newer"):
         await open_store(postgres_url, POLICY, lambda: 1)
-    assert await raw.fetchval("select count(*) from schema_version") == 2
+    assert await raw.fetchval("select count(*) from schema_version") == len(SCHEMAS) + 1
 
 
 async def test_a_schema_of_another_build_is_refused(store: Store, raw: asyncpg.Connection, postgres_url: str) -> None:
@@ -301,12 +302,12 @@ async def test_a_schema_of_another_build_is_refused(store: Store, raw: asyncpg.C
 async def test_a_migration_is_all_or_nothing(
     store: Store, raw: asyncpg.Connection, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = Migration(2, "0002_broken.sql", ("create table good (a text)", "create tabel bad (a text)"), "x")
-    monkeypatch.setattr(migrate, "load_migrations", lambda dialect: [*load_migrations(dialect), broken])
+    broken = Migration(len(SCHEMAS) + 1, "broken.sql", ("create table good (a text)", "create tabel bad (a text)"), "x")
+    monkeypatch.setattr(migrate, "load_migrations", lambda dialect: [*SCHEMAS, broken])
     with pytest.raises(BadSetting, match="tabel"):
         await open_store(postgres_url, POLICY, lambda: 1)
     assert await raw.fetchval("select to_regclass('good')") is None
-    assert await raw.fetchval("select max(version) from schema_version") == 1
+    assert await raw.fetchval("select max(version) from schema_version") == len(SCHEMAS)
 
 
 # -- failures ------------------------------------------------------------------------------------------------------

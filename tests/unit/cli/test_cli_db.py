@@ -402,7 +402,9 @@ def test_the_database_of_fuse_up_is_the_default(tmp_path: Path, fuse: Fuse, envi
 
 def test_migrate_says_what_it_applied(tmp_path: Path, fuse: Fuse, postgres_url: str) -> None:
     for url in (str(tmp_path / "fuse.db"), postgres_url):
-        assert fuse("db", "migrate", "--database-url", url).out == "applied 0001_init.sql\n"
+        assert (
+            fuse("db", "migrate", "--database-url", url).out == "applied 0001_init.sql\napplied 0002_live_index.sql\n"
+        )
         assert fuse("db", "migrate", "--database-url", url).out == "The schema is up to date.\n"
         assert json.loads(fuse("db", "migrate", "--database-url", url, "-o", "json").out) == {"applied": []}
         assert fuse("db", "check", "--database-url", url).code == 0
