@@ -320,10 +320,11 @@ class Watch:
         while True:
             began = time.perf_counter()
             await self._guarded("reconcile", self._reconcile)
-            rest_s = max(LIST_PAUSE_S, LIST_REST * (time.perf_counter() - began))
-            await asyncio.sleep(min(rest_s, self._pace.reconcile_s))
+            pause_s = _jittered(self._pace.reconcile_s)
+            rest_s = min(max(LIST_PAUSE_S, LIST_REST * (time.perf_counter() - began)), pause_s)
+            await asyncio.sleep(rest_s)
             try:
-                async with asyncio.timeout(_jittered(self._pace.reconcile_s)):
+                async with asyncio.timeout(pause_s - rest_s):
                     await self._look.wait()
             except TimeoutError:
                 pass
