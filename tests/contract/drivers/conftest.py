@@ -15,21 +15,24 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
 
 from fusevm.host.channel import AgentClient
-from fusevm.host.disk.overlay import create_overlay
+from fusevm.host.disk.overlay import Method, create_overlay
 from fusevm.host.images.blank import ensure_blank
 from fusevm.host.images.debian import build_debian
 from fusevm.host.images.initramfs import agent_path, ensure_initramfs
 from fusevm.host.images.kernel import KernelStore
 from fusevm.host.images.store import ImageStore
 from fusevm.host.vmm.driver import BootPlan, Driver, Vmm
+from fusevm.host.vmm.firecracker.driver import FirecrackerDriver
 from fusevm.host.vmm.qemu import PROGRAM, QemuDriver
 from fusevm.model.errors import VmmMissing
 from fusevm.model.machine import VmmProcess
+from fusevm.testing.fake_firecracker.install import install
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -57,6 +60,17 @@ class DriverUnderTest(msgspec.Struct, frozen=True, kw_only=True):
     make: Callable[[Path], Driver]
     #: The same driver where its program is not installed.
     make_missing: Callable[[], Driver]
+    #: How a private disk is made where blocks cannot be shared.
+    overlays: Literal[Method.QCOW2, Method.SPARSE_COPY]
+
+
+def make_firecracker(folder: Path) -> FirecrackerDriver:
+    """The driver on the fake, whose machines are real guests in emulation."""
+    programs = folder / "programs"
+    if not programs.exists():
+        programs.mkdir()
+        install(programs, agent_path(), guests="qemu")
+    return FirecrackerDriver(firecracker=str(programs / "firecracker"), jailer=str(programs / "jailer"))
 
 
 DRIVERS = {
@@ -64,6 +78,13 @@ DRIVERS = {
         name="qemu",
         make=lambda data: QemuDriver(cache_dir=data),
         make_missing=lambda: QemuDriver(program="qemu-of-nowhere"),
+        overlays=Method.QCOW2,
+    ),
+    "firecracker": DriverUnderTest(
+        name="firecracker",
+        make=make_firecracker,
+        make_missing=lambda: FirecrackerDriver(firecracker="firecracker-of-nowhere"),
+        overlays=Method.SPARSE_COPY,
     ),
 }
 
@@ -71,7 +92,7 @@ DRIVERS = {
 @pytest.fixture(scope="session", params=sorted(DRIVERS))
 def under_test(request: pytest.FixtureRequest) -> DriverUnderTest:
     """One driver after the other."""
-    if request.param == "qemu" and shutil.which(PROGRAM) is None:
+    if shutil.which(PROGRAM) is None:
         pytest.skip(f"{PROGRAM} is not installed")
     return DRIVERS[request.param]
 
@@ -107,9 +128,9 @@ async def _ensure_artefacts(data: Path) -> Artefacts:
 
 
 @pytest.fixture(scope="session")
-def workshop() -> Iterator[Path]:
-    """A folder with a short path: socket paths have 107 bytes."""
-    folder = Path(tempfile.mkdtemp(prefix="fuse-", dir="/var/tmp"))
+def workshop(guest_artefacts: Artefacts) -> Iterator[Path]:
+    """A folder with a short path (sockets have 107 bytes), on the file system of the artefacts (jails link to them)."""
+    folder = Path(tempfile.mkdtemp(prefix="fuse-", dir=guest_artefacts.data))
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
@@ -141,7 +162,9 @@ class Workbench:
             "console_log": run_dir / "console.log",
         }
         if disks:
-            overlay = await create_overlay(self.artefacts.blank, run_dir / "overlay")
+            overlay = await create_overlay(
+                self.artefacts.blank, run_dir / "overlay", without_reflink=self.under_test.overlays
+            )
             fields |= {"image": self.artefacts.image, "overlay": overlay.path, "overlay_format": overlay.format}
         return BootPlan(**(fields | changes))
 
@@ -244,6 +267,7 @@ async def bench(under_test: DriverUnderTest, guest_artefacts: Artefacts, worksho
     await made.close()
     for path in folder.glob("*/overlay"):
         path.unlink()
+    shutil.rmtree(folder / "programs", ignore_errors=True)
     left = [p for p in folder.rglob("*") if not p.is_dir() and not p.name.startswith(("console.log", "tsc.json"))]
     shutil.rmtree(folder)
     assert not left, f"left behind: {left}"

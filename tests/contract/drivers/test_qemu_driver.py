@@ -17,6 +17,7 @@ from fusevm.host.cgroup import Cgroups, Limits, observe_mounts
 from fusevm.host.vmm.driver import Confinement, Nic
 from fusevm.host.vmm.qemu import QemuDriver
 from fusevm.host.vmm.qemu_args import overhead_mib
+from fusevm.model.errors import PathTooLong
 
 BOOT_S = 120
 as_root = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
@@ -259,3 +260,11 @@ async def test_the_frequency_is_kept_for_the_next_driver(bench):
     await vmm.kill()
     await vmm.close()
     assert f"tsc_early_khz={saved['khz'] + 1}" in words
+
+
+async def test_a_socket_path_that_is_too_long_is_refused(bench):
+    plan = await bench.plan()
+    deep = plan.run_dir / ("d" * 60) / ("e" * 60)
+    deep.mkdir(parents=True)
+    with pytest.raises(PathTooLong):
+        await bench.boot(msgspec.structs.replace(plan, run_dir=deep))

@@ -7,9 +7,11 @@ on. While no daemon runs, what the guest says is lost (QEMU drops it), and VMM o
 
 import asyncio
 import contextlib
+import errno
 import os
 import re
 import socket
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +174,40 @@ class PipeReader:
             self._on_data(data)
         else:
             self.close()
+
+
+class FifoReader:
+    """Reads a named pipe whose writer may come and go: the reader holds it open itself, so it never ends by itself."""
+
+    def __init__(self, path: Path, on_data: Callable[[bytes], None]) -> None:
+        self._on_data = on_data
+        self._loop = asyncio.get_running_loop()
+        # The writer's directory is not ours: no link is followed, and nothing but a pipe is read.
+        self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
+            os.close(self._fd)
+            raise OSError(errno.EINVAL, "not a named pipe", str(path))
+        self._loop.add_reader(self._fd, self._read)
+
+    def drain(self) -> None:
+        """Read what is left; the writer has ended."""
+        while self._fd >= 0 and self._read():
+            pass
+
+    def close(self) -> None:
+        """Stop reading. Idempotent."""
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+    def _read(self) -> bool:
+        try:
+            data = os.read(self._fd, _CHUNK)
+        except BlockingIOError:
+            return False
+        self._on_data(data)
+        return bool(data)
 
 
 def last_lines(data: bytes, count: int = 6, limit: int = 600) -> str:

@@ -15,7 +15,9 @@ from fusevm.model.machine import VmmProcess
 class Nic(msgspec.Struct, frozen=True, kw_only=True):
     """The machine's network device."""
 
-    #: Open tap descriptor that the VMM inherits; None with `user_network`.
+    #: Name of the tap in its network namespace; empty with `user_network`.
+    tap: str = ""
+    #: Open tap descriptor that the VMM inherits; None with `user_network`, or for a VMM that opens it by name.
     tap_fd: int | None = None
     mac: str = ""
     #: Options of QEMU's user network (`net.rootless`) when the daemon has no root; empty with a tap.

@@ -6,8 +6,10 @@ groups, no capabilities, no new privileges), the VMM. Sockets are made here, too
 passes the listening end on, so that nobody waits for anybody.
 """
 
+import asyncio
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -124,6 +126,22 @@ def start_process(launch: Launch) -> int:
     # A Popen that goes away unwaited warns and waits behind our back; the process belongs to its pidfd.
     process.returncode = 0
     return process.pid
+
+
+async def start_in_thread(launch: Launch) -> int:
+    """Start the process beside the event loop; one that starts while we are cancelled is killed."""
+    starting = asyncio.ensure_future(asyncio.to_thread(start_process, launch))
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        starting.add_done_callback(_kill_unwanted)
+        raise
+
+
+def _kill_unwanted(starting: "asyncio.Future[int]") -> None:
+    if not starting.cancelled() and starting.exception() is None:
+        os.kill(starting.result(), signal.SIGKILL)
+        os.waitpid(starting.result(), 0)
 
 
 def _privileges(launch: Launch) -> list[str]:

@@ -30,7 +30,7 @@ from fusevm.host.vmm.launch import (
     find_program,
     open_output,
     open_socket,
-    start_process,
+    start_in_thread,
 )
 from fusevm.host.vmm.qemu_args import Acceleration, Accelerator, Descriptors, render_command_line
 from fusevm.host.vmm.qmp import Event, Qmp, QmpError
@@ -322,7 +322,8 @@ class QemuDriver:
                     tap=plan.nic.tap_fd if plan.nic is not None else None,
                 )
                 argv = render_command_line(program, plan, acceleration, descriptors)
-                handle = await _start(_launch(argv, plan, descriptors, output, acceleration.kind))
+                launch = _launch(argv, plan, descriptors, output, acceleration.kind)
+                handle = ProcessHandle.of_child(await start_in_thread(launch))
                 vmm = QemuVmm(plan, handle)
                 undo.push_async_callback(_discard, vmm)
                 vmm.listen()
@@ -375,22 +376,6 @@ def _kvm_groups() -> tuple[int, ...]:
         if status.st_mode & stat.S_IRGRP and status.st_mode & stat.S_IWGRP:
             return (status.st_gid,)
     return ()
-
-
-async def _start(launch: Launch) -> ProcessHandle:
-    """Start the process in a thread; one that starts while we are cancelled is killed."""
-    starting = asyncio.ensure_future(asyncio.to_thread(start_process, launch))
-    try:
-        return ProcessHandle.of_child(await asyncio.shield(starting))
-    except asyncio.CancelledError:
-        starting.add_done_callback(_kill_unwanted)
-        raise
-
-
-def _kill_unwanted(starting: "asyncio.Future[int]") -> None:
-    if not starting.cancelled() and starting.exception() is None:
-        os.kill(starting.result(), signal.SIGKILL)
-        os.waitpid(starting.result(), 0)
 
 
 async def _discard(vmm: QemuVmm) -> None:

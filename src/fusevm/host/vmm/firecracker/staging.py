@@ -1,0 +1,62 @@
+"""Filling and removing a jail: what the machine reads and writes is linked into it, nothing is copied.
+
+Links share the file: what is shared (kernel, initramfs, image) is never given to the machine's user, only readable.
+"""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Final
+
+from fusevm.host.vmm.driver import BootPlan
+from fusevm.host.vmm.firecracker.jail import Inside, Jail
+from fusevm.model.errors import BadSetting
+
+#: The owner and nobody else.
+_PRIVATE: Final = 0o700
+
+
+def stage(plan: BootPlan, jail: Jail, inside: Inside) -> None:
+    """Make the jail's root with all its files, in place of one that an earlier process has left. Raises BadSetting."""
+    remove(jail)
+    uid, gid = plan.confinement.uid, plan.confinement.gid
+    jail.root.mkdir(parents=True, mode=0o755)
+    run = jail.outside(inside.api).parent
+    run.mkdir(mode=_PRIVATE)
+    for source, path in linked_files(plan, inside).items():
+        _link(source, jail.outside(path))
+    for path in (inside.log, inside.metrics, inside.console):
+        os.mkfifo(jail.outside(path), 0o600)
+        _give(jail.outside(path), uid, gid)
+    _give(run, uid, gid)
+
+
+def linked_files(plan: BootPlan, inside: Inside) -> dict[Path, str]:
+    """Files of a plan, and where they are in the jail. Pure."""
+    files = {plan.kernel: inside.kernel, plan.initramfs: inside.initramfs}
+    if plan.image is not None:
+        files[plan.image] = inside.image
+    if plan.overlay is not None:
+        files[plan.overlay] = inside.overlay
+    return files
+
+
+def remove(jail: Jail) -> None:
+    """Remove the jail; its process has ended. Idempotent; follows no links."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(jail.base)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        remedy = "keep images, kernels and machines on one file system"
+        problem = f"{source} cannot be linked to {target} ({error.strerror}); {remedy}"
+        raise BadSetting(setting="data_root", problem=problem) from error
+
+
+def _give(path: Path, uid: int | None, gid: int | None) -> None:
+    if uid is not None and gid is not None:
+        os.chown(path, uid, gid, follow_symlinks=False)
