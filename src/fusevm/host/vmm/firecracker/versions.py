@@ -3,7 +3,9 @@
 import re
 from typing import Final, NamedTuple
 
-PIN: Final = (1, 16, 1)
+from fusevm.host.vmm.firecracker.pins import VERSION
+
+PIN: Final = VERSION
 _VERSION = re.compile(r"(?:Firecracker|Jailer) v(\d+)\.(\d+)\.(\d+)(\S*)")
 
 
