@@ -16,7 +16,8 @@ import pytest
 from fusevm.host.admission import Limits
 from fusevm.host.faults import NoFault
 from fusevm.host.journal import Journal
-from fusevm.host.rows import FENCE_LIFETIME_MS, Draft, Numbers
+from fusevm.host.rows import FENCE_LIFETIME_MS, Draft, Numbers, Operation
+from fusevm.host.sql import load_migrations
 from fusevm.host.writer import Superseded
 from fusevm.model.errors import (
     DataRootInUse,
@@ -492,6 +493,21 @@ async def test_a_newer_schema_is_refused(tmp_path: Path, time: Time):
     db.close()
     with pytest.raises(SchemaTooNew, match="99"):
         await Journal.open(tmp_path, NoFault(), time)
+
+
+async def test_what_an_older_program_left_open_survives_the_upgrade_of_the_schema(tmp_path: Path, time: Time):
+    first = load_migrations()[0]
+    with contextlib.closing(sqlite3.connect(tmp_path / "journal.db")) as db:
+        db.executescript(f"{first}; PRAGMA user_version = 1;")
+        db.execute("INSERT INTO machines VALUES ('m-1', 'c1', 'u1', 1, 'creating', 1, 256, 1024, '{}')")
+        db.execute("INSERT INTO operations VALUES ('m-1', 'create', 'booted', 5, 6)")
+        db.commit()
+    journal = await Journal.open(tmp_path, NoFault(), time)
+    try:
+        operation = await journal.operation("m-1")
+        assert operation == Operation(kind="create", step="booted", started_at_ms=5, deadline_ms=6)
+    finally:
+        await journal.close()
 
 
 async def test_a_file_that_is_no_journal_is_named(tmp_path: Path, time: Time):
