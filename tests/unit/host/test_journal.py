@@ -499,7 +499,7 @@ async def test_what_an_older_program_left_open_survives_the_upgrade_of_the_schem
     first = load_migrations()[0]
     with contextlib.closing(sqlite3.connect(tmp_path / "journal.db")) as db:
         db.executescript(f"{first}; PRAGMA user_version = 1;")
-        db.execute("INSERT INTO machines VALUES ('m-1', 'c1', 'u1', 1, 'creating', 1, 256, 1024, '{}')")
+        db.execute("INSERT INTO machines VALUES ('m-1', 'c1', 'u1', 1, 'creating', 1, 256, 1024, x'7b7d')")
         db.execute("INSERT INTO operations VALUES ('m-1', 'create', 'booted', 5, 6)")
         db.commit()
     journal = await Journal.open(tmp_path, NoFault(), time)
