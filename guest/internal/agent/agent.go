@@ -15,13 +15,15 @@ import (
 
 	"fused/internal/account"
 	"fused/internal/console"
+	"fused/internal/daemon"
 	"fused/internal/fault"
+	"fused/internal/login"
 	"fused/internal/machine"
 	"fused/internal/process"
 )
 
 // Protocol is what the daemon checks: only another major number is refused.
-const Protocol = "1.1"
+const Protocol = "1.2"
 
 // Config is what the agent needs to know about where it runs.
 type Config struct {
@@ -45,6 +47,7 @@ type Agent struct {
 	accounts    account.Database
 	table       *process.Table
 	duties      *duties
+	sshd        *daemon.Supervisor
 	routes      *http.ServeMux
 	connections atomic.Int64
 
@@ -52,6 +55,7 @@ type Agent struct {
 	names    machine.Names
 	defaults process.Defaults
 	applied  [32]byte // digest of the last configure body
+	login    login.Status
 }
 
 // New makes an agent.
@@ -61,6 +65,7 @@ func New(config Config) *Agent {
 		routes: http.NewServeMux(),
 	}
 	a.duties = newDuties(config, a.resolve)
+	a.sshd = newSSHD(config, a.accounts)
 	handlers := a.handlers()
 	maps.Copy(handlers, a.dutyHandlers())
 	for pattern, handler := range handlers {
@@ -91,6 +96,7 @@ func (a *Agent) handlers() map[string]handler {
 		"POST /processes/{pid}/stdin":  a.feedProcess,
 		"GET /files":                   a.readFile, // and HEAD
 		"PUT /files":                   a.writeFile,
+		"PATCH /files":                 a.patchFile,
 		"DELETE /files":                a.removeFile,
 		"POST /files":                  a.fileOperation,
 		"GET /archive":                 a.readArchive,

@@ -152,7 +152,7 @@ func TestHealth(t *testing.T) {
 			t.Errorf("%s is missing", name)
 		}
 	}
-	if body["protocol"] != "1.1" || body["version"] != "test" || body["nonce"] != "abc" {
+	if body["protocol"] != "1.2" || body["version"] != "test" || body["nonce"] != "abc" {
 		t.Errorf("%v", body)
 	}
 }

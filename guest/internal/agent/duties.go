@@ -70,7 +70,10 @@ func (d *duties) stop() {
 }
 
 // Stop ends what would otherwise go on by itself, as before the machine goes down.
-func (a *Agent) Stop() { a.duties.stop() }
+func (a *Agent) Stop() {
+	a.duties.stop()
+	a.sshd.Stop(daemonGrace)
+}
 
 func (a *Agent) resolve(request process.Request) (process.Spec, error) {
 	return request.Resolve(a.commandDefaults(), a.accounts)

@@ -1,12 +1,15 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"fused/internal/fault"
 	"fused/internal/files"
@@ -134,18 +137,8 @@ func (a *Agent) writeFile(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	var target files.Target
-	if text := r.URL.Query().Get("mode"); text != "" {
-		mode, err := files.ParseMode(text)
-		if err != nil {
-			return err
-		}
-		target.Mode = &mode
-	}
-	if target.Owner, err = a.owner(r); err != nil {
-		return err
-	}
-	if target.Parents, err = flag(r, "mkdirs", true); err != nil {
+	target, err := a.target(r)
+	if err != nil {
 		return err
 	}
 	written, err := files.Write(path, target, r.Body)
@@ -153,6 +146,62 @@ func (a *Agent) writeFile(w http.ResponseWriter, r *http.Request) error {
 		return fault.OnPath(path, err)
 	}
 	return sendJSON(w, http.StatusOK, written)
+}
+
+// target reads how a file is to be written.
+func (a *Agent) target(r *http.Request) (files.Target, error) {
+	var target files.Target
+	if text := r.URL.Query().Get("mode"); text != "" {
+		mode, err := files.ParseMode(text)
+		if err != nil {
+			return target, err
+		}
+		target.Mode = &mode
+	}
+	var err error
+	if target.Owner, err = a.owner(r); err != nil {
+		return target, err
+	}
+	target.Parents, err = flag(r, "mkdirs", true)
+	return target, err
+}
+
+// patchFile writes a part of a file in place.
+func (a *Agent) patchFile(w http.ResponseWriter, r *http.Request) error {
+	path, err := queryPath(r)
+	if err != nil {
+		return err
+	}
+	offset, err := number(r, "offset", 0, 0, math.MaxInt64)
+	if err != nil {
+		return err
+	}
+	target, err := a.target(r)
+	if err != nil {
+		return err
+	}
+	patched, err := files.WriteAt(path, offset, target, r.Body)
+	if errors.Is(err, syscall.EFBIG) || errors.Is(err, syscall.EINVAL) {
+		return fault.BadRequest("offset", "no file of this machine can have "+strconv.FormatInt(offset, 10)+" bytes")
+	}
+	if err != nil {
+		return fault.OnPath(path, err)
+	}
+	return sendJSON(w, http.StatusOK, patched)
+}
+
+// grep searches until it is done or the client has gone.
+func (a *Agent) grep(w http.ResponseWriter, r *http.Request, op operation) error {
+	ctx, cancel := gone(r)
+	defer cancel()
+	found, err := files.Grep(ctx, op.Path, op.Query)
+	if ctx.Err() != nil {
+		abort(r) // nobody is there to be told
+	}
+	if err != nil {
+		return fault.OnPath(op.Path, err)
+	}
+	return sendJSON(w, http.StatusOK, found)
 }
 
 func (a *Agent) removeFile(w http.ResponseWriter, r *http.Request) error {
@@ -178,6 +227,7 @@ type operation struct {
 	Mode      string `json:"mode"`
 	Recursive bool   `json:"recursive"`
 	User      string `json:"user"`
+	files.Query
 }
 
 func (a *Agent) fileOperation(w http.ResponseWriter, r *http.Request) error {
@@ -207,8 +257,10 @@ func (a *Agent) fileOperation(w http.ResponseWriter, r *http.Request) error {
 			return fault.OnPath(op.Path, err)
 		}
 		return noContent(w)
+	case "grep":
+		return a.grep(w, r, op)
 	default:
-		return fault.BadRequest("op", "op must be stat, list, mkdir, move or remove, not "+strconv.Quote(name))
+		return fault.BadRequest("op", "op must be stat, list, mkdir, move, remove or grep, not "+strconv.Quote(name))
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"fused/internal/console"
+	"fused/internal/login"
 	"fused/internal/machine"
 	"fused/internal/process"
 )
@@ -23,14 +24,23 @@ type healthBody struct {
 	Hostname   string          `json:"hostname"`
 	Boot       []machine.Phase `json:"boot"`
 	Processes  int             `json:"processes"`
+	Login      *login.Status   `json:"login,omitempty"`
 }
 
 func (a *Agent) health(w http.ResponseWriter, _ *http.Request) error {
 	hostname, _ := os.Hostname()
+	a.mu.Lock()
+	var people *login.Status
+	if a.login.HostPublicKey != "" {
+		copied := a.login
+		people = &copied
+	}
+	a.mu.Unlock()
 	return sendJSON(w, http.StatusOK, healthBody{
 		OK: true, Protocol: Protocol, Version: a.config.Version, Nonce: a.config.Nonce, BootID: machine.BootID(),
 		UptimeMS: machine.Uptime().Milliseconds(), TimeUnixNS: time.Now().UnixNano(), Hostname: hostname,
 		Boot: a.config.Phases.List(), Processes: a.config.Launcher.Running(),
+		Login: people,
 	})
 }
 
@@ -50,6 +60,7 @@ type configureBody struct {
 	Entropy     *[]byte           `json:"entropy_b64"`
 	Nameservers []string          `json:"nameservers"`
 	Hosts       map[string]string `json:"hosts"`
+	Login       *login.Body       `json:"login"`
 }
 
 type imageBody struct {
@@ -84,6 +95,11 @@ func (a *Agent) applyOnce(digest [32]byte, wanted configureBody) error {
 	names := a.mergeNames(wanted)
 	if err := names.Check(); err != nil {
 		return err
+	}
+	if wanted.Login != nil {
+		if err := wanted.Login.Check(); err != nil {
+			return err
+		}
 	}
 	if err := a.applyToMachine(wanted, names); err != nil {
 		return err
@@ -126,6 +142,11 @@ func (a *Agent) applyToMachine(wanted configureBody, names machine.Names) error 
 	}
 	if wanted.TimeUnixNS != nil {
 		if err := machine.SetClock(*wanted.TimeUnixNS); err != nil {
+			return err
+		}
+	}
+	if wanted.Login != nil {
+		if err := a.letIn(*wanted.Login); err != nil {
 			return err
 		}
 	}

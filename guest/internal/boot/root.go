@@ -85,7 +85,9 @@ func mountLayers(disks diskPair) error {
 	}
 	var err error
 	if disks.overlay != "" {
-		err = syscall.Mount(disks.overlay, upperDir, "ext4", 0, "")
+		if err = syscall.Mount(disks.overlay, upperDir, "ext4", 0, ""); err == nil {
+			growOverlay(disks.overlay, upperDir)
+		}
 	} else {
 		err = syscall.Mount("tmpfs", upperDir, "tmpfs", 0, "mode=755")
 	}

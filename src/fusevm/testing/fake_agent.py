@@ -21,7 +21,7 @@ from fusevm.testing.fake_duties import FakeDuties
 from fusevm.testing.fake_files import FakeFiles
 from fusevm.wire.errors import render_flat
 from fusevm.wire.frames import Frame, FrameDecoder, FrameType, encode_frame
-from fusevm.wire.guest import AgentHealth, Configure, ExecRequest, ExecResult, Exit, StreamTotals
+from fusevm.wire.guest import AgentHealth, Configure, ExecRequest, ExecResult, Exit, LoginStatus, StreamTotals
 from fusevm.wire.streams import ByteStream
 
 _CHUNK = 1 << 16
@@ -102,7 +102,7 @@ def memory_pair() -> tuple[MemoryStream, MemoryStream]:
 class FakeAgent:
     """The agent of one fake machine."""
 
-    def __init__(self, nonce: str, on_shutdown: Callable[[], None], *, protocol: str = "1.1") -> None:
+    def __init__(self, nonce: str, on_shutdown: Callable[[], None], *, protocol: str = "1.2") -> None:
         self.nonce = nonce
         self.protocol = protocol
         self.configured: list[Configure] = []
@@ -114,6 +114,8 @@ class FakeAgent:
         #: Commands that ended because their client went away.
         self.abandoned: list[str] = []
         self.abandoned_changed = asyncio.Event()
+        #: The host key that is on its disk; empty: the one that it was given.
+        self.host_public_key = ""
         #: When set, /shutdown is acknowledged and nothing happens.
         self.ignores_shutdown = False
         self._on_shutdown = on_shutdown
@@ -172,7 +174,9 @@ class FakeAgent:
         self.duties.close()
 
     def _health(self) -> AgentHealth:
-        return AgentHealth(protocol=self.protocol, version="fake", nonce=self.nonce)
+        keys = self.configured[-1].login if self.configured else None
+        shown = LoginStatus(host_public_key=self.host_public_key or keys.host_public_key, served=True) if keys else None
+        return AgentHealth(protocol=self.protocol, version="fake", nonce=self.nonce, login=shown)
 
     async def _exec(self, connection: _Server) -> None:
         request = decode(await connection.body(), ExecRequest)

@@ -138,7 +138,7 @@ class FakeDriver:
         self.is_mute = False
         #: The guest repeats another nonce than it was given.
         self.is_impostor = False
-        self.protocol = "1.1"
+        self.protocol = "1.2"
         self.boots = 0
         self._pids = itertools.count(4_000_001)
 

@@ -7,6 +7,7 @@ and those above a file. There are no links, no owners but root, and nothing that
 import hashlib
 import io
 import posixpath
+import re
 import tarfile
 from collections.abc import Iterator, Mapping
 
@@ -25,11 +26,13 @@ from fusevm.model.errors import (
     UnknownUser,
 )
 from fusevm.testing.fake_answer import FakeAnswer, decode, flag, render
-from fusevm.wire.guest import Extracted, FileEntry, FileList, FileWritten
+from fusevm.wire.guest import Extracted, FileEntry, FileList, FileMatch, FileMatches, FilePatched, FileWritten
 
 _FILE_MODE, _FOLDER_MODE = "0644", "0755"
 #: Bytes of one name (linux/limits.h).
 _LONGEST_NAME = 255
+#: Bytes of a file, which is in memory here.
+_LARGEST_FILE = 64 << 20
 
 
 class _Operation(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +43,10 @@ class _Operation(msgspec.Struct, frozen=True, kw_only=True):
     parents: bool = True
     mode: str = ""
     recursive: bool = False
+    pattern: str = ""
+    regex: bool = False
+    case_insensitive: bool = False
+    max_matches: int = 0
 
 
 class FakeFiles:
@@ -59,6 +66,8 @@ class FakeFiles:
                 return self._read(_path(query), headers.get("range", ""))
             case "PUT", "/files":
                 return render(200, self._put(_path(query), query, body))
+            case "PATCH", "/files":
+                return render(200, self._patch(_path(query), query, body))
             case "DELETE", "/files":
                 self._remove(_path(query), is_recursive=flag(query, "recursive", otherwise=False))
                 return FakeAnswer(204)
@@ -149,6 +158,17 @@ class FakeFiles:
             self._modes[path] = mode
         return FileWritten(path=path, size_bytes=len(body), sha256=hashlib.sha256(body).hexdigest())
 
+    def _patch(self, path: str, query: Mapping[str, str], body: bytes) -> FilePatched:
+        offset = int(query.get("offset") or 0)
+        if offset + len(body) > _LARGEST_FILE:
+            raise BadRequest(field="offset")
+        old = self._content(path) if self._exists(path) else b""
+        self._make_folders(posixpath.dirname(path))
+        self._write(path, old[:offset].ljust(offset, b"\0") + body + old[offset + len(body) :])
+        if not old and query.get("mode"):
+            self._modes[path] = _mode(query["mode"])
+        return FilePatched(path=path, size_bytes=len(self._files[path]))
+
     def _write(self, path: str, body: bytes) -> None:
         if self._exists(path) and path not in self._files:
             raise IsADirectory(path=path)
@@ -169,8 +189,27 @@ class FakeFiles:
             case "remove":
                 self._remove(path, is_recursive=asked.recursive)
                 return FakeAnswer(204)
+            case "grep":
+                return render(200, self._grep(path, asked))
             case _:
                 raise BadRequest(field="op")
+
+    def _grep(self, path: str, asked: _Operation) -> FileMatches:
+        self._check_exists(path)
+        try:
+            pattern = asked.pattern if asked.regex else re.escape(asked.pattern)
+            wanted = re.compile(pattern, re.IGNORECASE if asked.case_insensitive else 0)
+        except re.error:
+            raise BadRequest(field="pattern") from None
+        most = asked.max_matches or 1000
+        matches = [
+            FileMatch(path=name, line=number, match=found.group())
+            for name in ([path] if path in self._files else sorted(set(self._below(path)) & self._files.keys()))
+            if b"\0" not in self._files[name]
+            for number, line in enumerate(self._files[name].decode(errors="replace").splitlines(), 1)
+            if (found := wanted.search(line))
+        ]
+        return FileMatches(matches=matches[:most], truncated=len(matches) > most)
 
     def _list(self, path: str) -> FileList:
         self._check_exists(path)

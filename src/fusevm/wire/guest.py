@@ -104,6 +104,15 @@ class BootPhase(msgspec.Struct, frozen=True, kw_only=True):
     at_ms: int
 
 
+class LoginStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How people can log in."""
+
+    #: As the machine's disk has it, on one line.
+    host_public_key: str = ""
+    #: The image has an sshd, which was started.
+    served: bool = False
+
+
 class AgentHealth(msgspec.Struct, frozen=True, kw_only=True):
     """Who the agent is and how its boot went."""
 
@@ -117,6 +126,8 @@ class AgentHealth(msgspec.Struct, frozen=True, kw_only=True):
     hostname: str = ""
     boot: list[BootPhase] = []
     processes: int = 0
+    #: None: nobody can.
+    login: LoginStatus | None = None
 
 
 class ImageConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -125,6 +136,17 @@ class ImageConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     env: dict[str, str] = {}
     workdir: str = ""
     user: str = ""
+
+
+class LoginKeys(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Who may log in by SSH, and the key by which the machine proves who it is."""
+
+    #: Private, in OpenSSH's format.
+    host_key: str = msgspec.field()
+    #: On one line, without a comment.
+    host_public_key: str = msgspec.field()
+    authorized_keys: tuple[str, ...] = ()
+    trusted_user_ca_keys: tuple[str, ...] = ()
 
 
 class Configure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -138,6 +160,8 @@ class Configure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     entropy_b64: str = ""
     nameservers: list[str] = []
     hosts: dict[str, str] = {}
+    #: None: nobody logs in.
+    login: LoginKeys | None = None
 
 
 class SetupBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -197,6 +221,29 @@ class FileWritten(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     size_bytes: int
     sha256: str
+
+
+class FilePatched(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer to a write in place."""
+
+    path: str
+    #: Of the whole file afterwards.
+    size_bytes: int
+
+
+class FileMatch(msgspec.Struct, frozen=True, kw_only=True):
+    """The first match of one line."""
+
+    path: str
+    #: From 1.
+    line: int
+    match: str
+
+
+class FileMatches(msgspec.Struct, frozen=True, kw_only=True):
+    matches: list[FileMatch] = []
+    #: There may be more.
+    truncated: bool = False
 
 
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -24,7 +24,16 @@ from fusevm.model.errors import (
     UnknownSignal,
     UnknownUser,
 )
-from fusevm.wire.guest import ExecRequest, Extracted, FileEntry, FileList, FileWritten, Process
+from fusevm.wire.guest import (
+    ExecRequest,
+    Extracted,
+    FileEntry,
+    FileList,
+    FileMatches,
+    FilePatched,
+    FileWritten,
+    Process,
+)
 
 
 def at(path: str, **query: str) -> str:
@@ -101,6 +110,43 @@ async def test_a_range_that_the_file_does_not_have_is_refused(machine, agent, as
     async with agent.exchange("GET", at(path), range=asked) as response:
         assert response.status == BadRange.status
         assert b"bad_range" in await response.read()
+
+
+async def test_a_part_of_a_file_is_written_in_place(machine, agent):
+    path = machine.path("new/file")
+    patched = await agent.ask("PATCH", at(path, offset="4", mode="0640"), FilePatched, b"end")
+    assert (patched.path, patched.size_bytes) == (path, 7)
+    assert await agent.call("GET", at(path)) == (200, b"\0\0\0\0end")
+    assert (await agent.ask("PATCH", at(path, offset="0"), FilePatched, b"ab")).size_bytes == 7
+    assert await agent.call("GET", at(path)) == (200, b"ab\0\0end")
+    assert (await operate(agent, "stat", path=path)).mode == "0640"
+    with pytest.raises(IsADirectory):
+        await agent.call("PATCH", at(machine.path("new")), b"x")
+    with pytest.raises(BadRequest):
+        await agent.call("PATCH", at(path, offset=str((1 << 63) - 1)), b"x")
+
+
+async def test_lines_are_found(machine, agent):
+    await put(agent, machine.path("tree/b/deep"), b"x\nthe Word\n")
+    await put(agent, machine.path("tree/a"), b"word word\nw.rd\nno")
+    await put(agent, machine.path("tree/binary"), b"word\0")
+    top = machine.path("tree")
+
+    async def found(**query: Any) -> list[tuple[str, int, str]]:
+        answer = await operate(agent, "grep", FileMatches, path=top, **query)
+        return [(match.path.removeprefix(top), match.line, match.match) for match in answer.matches]
+
+    assert await found(pattern="word") == [("/a", 1, "word")]
+    assert await found(pattern="w.rd") == [("/a", 2, "w.rd")]
+    assert await found(pattern="w.rd", regex=True) == [("/a", 1, "word"), ("/a", 2, "w.rd")]
+    assert await found(pattern="word", case_insensitive=True) == [("/a", 1, "word"), ("/b/deep", 2, "Word")]
+    assert await found(pattern="nothing") == []
+    bounded = await operate(agent, "grep", FileMatches, path=top, pattern=".", regex=True, max_matches=1)
+    assert (len(bounded.matches), bounded.truncated) == (1, True)
+    with pytest.raises(BadRequest):
+        await found(pattern="(", regex=True)
+    with pytest.raises(FileNotFound):
+        await operate(agent, "grep", FileMatches, path=machine.path("none"), pattern="x")
 
 
 async def test_the_head_of_a_file_is_its_headers(machine, agent):
