@@ -1,6 +1,6 @@
 """What a machine occupies on the host besides its VMM: directories, disk, control groups, network slot.
 
-    <data_root>/machines/<id>/overlay.{raw,qcow2}   the disk; the name, not the content, tells the format
+    <data_root>/machines/<id>/overlay.{raw,qcow2}   the disk, and what belongs to it (`disk.room`)
     <data_root>/machines/<id>/console.log           what the guest said (and console.log.1)
     <run_dir>/<id>/                                 sockets of the VMM
 
@@ -16,7 +16,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import structlog
@@ -26,9 +25,8 @@ from fusevm.host.boot_files import BootFileFinder, BootFiles
 from fusevm.host.cgroup import Cgroup, Cgroups
 from fusevm.host.cgroup import Limits as CgroupLimits
 from fusevm.host.config import HostConfig
-from fusevm.host.disk.overlay import create_overlay, sync_overlay
+from fusevm.host.disk.room import DiskRoom
 from fusevm.host.faults import Fault
-from fusevm.host.images.blank import ensure_blank
 from fusevm.host.images.store import Image, ImageStore
 from fusevm.host.rows import Numbers
 from fusevm.host.strays import kill_strays
@@ -44,8 +42,6 @@ from fusevm.wire.guest import Configure, ImageConfig
 
 log = structlog.get_logger()
 
-_Format = Literal["raw", "qcow2"]
-_FORMATS: tuple[_Format, ...] = ("raw", "qcow2")
 _TAIL_BYTES = 16 << 10
 #: QEMU's own threads, in CPUs.
 _VMM_CPUS = 0.5
@@ -78,6 +74,9 @@ class HostQuarters:
         self._fault = fault
         self._machines = config.data_root / "machines"
         self._is_confined = wiring.isolation is Isolation.NAMESPACE
+        self.disks = DiskRoom(
+            self._machines, config.artefacts, config.data_root / "snapshots", is_confined=self._is_confined
+        )
         self._said: set[str] = set()
 
     # -- the daemon's side ------------------------------------------------------------------------------------------
@@ -119,13 +118,13 @@ class HostQuarters:
         """Make everything that is missing; what it made is gone if it fails or is cancelled, but for an older disk."""
         image = await self._images.resolve(machine.image_digest)
         boot_files = await self._boot_files.find()
-        had_disk = await asyncio.to_thread(self._find_disk, machine.id) is not None
+        had_disk = await asyncio.to_thread(self.disks.find, machine.id) is not None
         undo = CleanUp()
         undo.push("quarters", lambda: self.vacate(machine, keep_disk=had_disk))
         wires: list[Wire] = []
         groups: list[Cgroup] = []
         try:
-            await asyncio.to_thread(self._make_directories, machine.id)
+            await asyncio.to_thread(self._make_directories, machine)
             self._fault.reached("quarters.directories")
             await run_all(
                 self._ensure_disk(machine),
@@ -156,7 +155,7 @@ class HostQuarters:
         if not keep_disk:
             steps.push("disk", lambda: asyncio.to_thread(remove_tree, self._machines / machine.id))
         else:
-            steps.push("disk", lambda: self._sync_disk(machine.id))
+            steps.push("disk", lambda: self.disks.sync(machine.id))
         steps.push("run directory", lambda: asyncio.to_thread(remove_tree, self._run_dir(machine.id)))
         steps.push("network", lambda: self._wiring.disconnect(machine))
         if self._cgroups is not None:
@@ -178,17 +177,8 @@ class HostQuarters:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     async def _ensure_disk(self, machine: Machine) -> None:
-        if await asyncio.to_thread(self._find_disk, machine.id) is not None:
-            return
-        blank = await ensure_blank(self._config.artefacts, machine.spec.disk_bytes)
-        folder = self._machines / machine.id
-        # Only a whole disk has a name that tells its format. The content does not: the guest writes it.
-        unfinished = folder / "overlay.new"
-        await asyncio.to_thread(unfinished.unlink, missing_ok=True)
-        uid = machine.uid if self._is_confined else None
-        overlay = await create_overlay(blank, unfinished, uid=uid, gid=uid)
-        await asyncio.to_thread(unfinished.replace, folder / f"overlay.{overlay.format}")
-        self._fault.reached("quarters.disk")
+        if await self.disks.ensure(machine):
+            self._fault.reached("quarters.disk")
 
     async def _ensure_cgroup(self, machine: Machine, made: list[Cgroup]) -> None:
         if self._cgroups is None:
@@ -211,7 +201,7 @@ class HostQuarters:
     async def _lodging(
         self, machine: Machine, boot_files: BootFiles, image: Image | None, wire: Wire, group: Cgroup
     ) -> Lodging:
-        disk = await asyncio.to_thread(self._find_disk, machine.id)
+        disk = await asyncio.to_thread(self.disks.find, machine.id)
         hostname = machine.spec.hostname or machine.id
         confined = Confinement(uid=machine.uid, gid=machine.uid, cgroups=group.paths)
         plan = BootPlan(
@@ -237,26 +227,18 @@ class HostQuarters:
             release=wire.close,
         )
 
-    def _find_disk(self, machine_id: str) -> tuple[Path, _Format] | None:
-        for kind in _FORMATS:
-            path = self._machines / machine_id / f"overlay.{kind}"
-            if path.is_file():
-                return path, kind
-        return None
-
-    async def _sync_disk(self, machine_id: str) -> None:
-        disk = await asyncio.to_thread(self._find_disk, machine_id)
-        if disk is not None:
-            await sync_overlay(disk[0])
-
     def _run_dir(self, machine_id: str) -> Path:
         return self._config.runtime_directory / machine_id
 
-    def _make_directories(self, machine_id: str) -> None:
+    def _make_directories(self, machine: Machine) -> None:
+        folder = self._machines / machine.id
         try:
-            # The VMM's user enters it for its disk; it cannot list it.
-            (self._machines / machine_id).mkdir(mode=0o711, exist_ok=True)
-            self._run_dir(machine_id).mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(mode=0o710, exist_ok=True)
+            if self._is_confined:
+                # The VMM's user enters it for its disk, and cannot list it; the users of other VMMs stay outside.
+                os.chown(folder, -1, machine.uid)
+                folder.chmod(0o710)
+            self._run_dir(machine.id).mkdir(mode=0o700, exist_ok=True)
         except OSError as e:
             raise NoSpace(path=str(self._machines), needed=4096, free=self._disk_free()) from e
 

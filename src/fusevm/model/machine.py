@@ -86,6 +86,14 @@ class VmmProcess(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str
 
 
+class DiskSeed(msgspec.Struct, frozen=True, kw_only=True):
+    """What a machine's disk began with: a snapshot of the same host, which may be gone since."""
+
+    snapshot_id: str
+    #: Names the content: the first 16 hex digits of the snapshot's digest.
+    base: str
+
+
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """The durable record of one machine on its host."""
 
@@ -105,6 +113,12 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     vmm: VmmProcess | None = None
     #: Per-boot secret that the right guest repeats; 32 hex digits.
     nonce: str = ""
+    #: What its disk began with; None: a blank.
+    seed: DiskSeed | None = None
+    #: A restore is under way: what its disk is about to become.
+    next_seed: DiskSeed | None = None
+    #: Number of the order that put its disk back last; -1: none did.
+    restored_seq: int = -1
     #: How often it was started.
     generation: int = 0
     timings: Timings = Timings()

@@ -140,7 +140,7 @@ async def test_what_cannot_be_prepared_leaves_nothing(quarters: HostQuarters, tm
     async def no_blank(_data, _size):
         raise Internal(problem="no blank")
 
-    monkeypatch.setattr("fusevm.host.quarters.ensure_blank", no_blank)
+    monkeypatch.setattr("fusevm.host.disk.room.ensure_blank", no_blank)
     with pytest.raises(Internal, match="no blank"):
         await quarters.prepare(machine)
     assert list((tmp_path / "data/machines").iterdir()) == []

@@ -1,13 +1,13 @@
-"""The private writable disk of a machine, on top of a blank file system of its size that all machines share.
+"""The private writable disk of a machine, on top of a raw base: a blank file system that all machines of its size
+share, or the disk of a snapshot.
 
-A raw copy that shares the blank's blocks where the file system can (reflink); else a qcow2 file whose backing file is
-the blank, for QEMU, or a sparse raw copy, for a VMM that knows only raw. Creating one writes next to nothing.
-The blank is never written to and must outlive its qcow2 overlays.
+A raw copy that shares the base's blocks where the file system can (reflink); else a qcow2 file whose backing file is
+the base, for QEMU, or a sparse raw copy, for a VMM that knows only raw. Creating one writes next to nothing, but for
+the last. The base is never written to and must outlive its qcow2 overlays.
 """
 
 import asyncio
 import errno
-import fcntl
 import os
 from enum import StrEnum
 from pathlib import Path
@@ -15,15 +15,11 @@ from typing import Final, Literal
 
 import msgspec
 
+from fusevm.host.disk.copy import DiskImage, Stop, copy_into, run_in_thread, share_blocks
 from fusevm.host.disk.qcow2 import render_overlay
 from fusevm.model.errors import NoSpace
 
-#: ioctl_ficlone(2): share all blocks of another file.
-_FICLONE: Final = 0x40049409
-#: What a file system that cannot share blocks answers (another file system, no support, holes of odd sizes).
-_NO_REFLINK: Final = frozenset({errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS})
 _BLOCK: Final = 512
-_COPY_BYTES: Final = 1 << 22
 
 
 class Method(StrEnum):
@@ -45,18 +41,20 @@ class Overlay(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def create_overlay(
-    blank: Path,
+    base: Path,
     path: Path,
     *,
+    size_bytes: int | None = None,
     without_reflink: Literal[Method.QCOW2, Method.SPARSE_COPY] = Method.QCOW2,
     uid: int | None = None,
     gid: int | None = None,
 ) -> Overlay:
-    """Make an overlay of a blank's size at `path`, which must not exist; its owner gets mode 0600.
+    """Make an overlay of a base's size, or a larger one, at `path`, which must not exist; its owner gets mode 0600.
 
     Reflink if the file system can, else the other method. Nothing is left on failure. Raises NoSpace, OSError.
     """
-    return await asyncio.to_thread(_create, blank, path, without_reflink, uid, gid)
+    stop = Stop()
+    return await run_in_thread(stop, _create, base, path, size_bytes, without_reflink, uid, gid, stop)
 
 
 async def sync_overlay(path: Path) -> None:
@@ -76,19 +74,21 @@ def allocated_bytes(path: Path) -> int:
 
 
 def _create(
-    blank: Path,
+    base: Path,
     path: Path,
+    size_bytes: int | None,
     without_reflink: Literal[Method.QCOW2, Method.SPARSE_COPY],
     uid: int | None,
     gid: int | None,
+    stop: Stop,
 ) -> Overlay:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    source = os.open(blank, os.O_RDONLY | os.O_CLOEXEC)
+    source = os.open(base, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        size = os.fstat(source).st_size
+        size = max(os.fstat(source).st_size, size_bytes or 0)
         target = os.open(path, flags, 0o600)
         try:
-            method = _fill(source, target, blank, size, without_reflink)
+            method = _fill(source, target, base, size, without_reflink, stop)
             if uid is not None or gid is not None:
                 os.fchown(target, -1 if uid is None else uid, -1 if gid is None else gid)
         except BaseException:
@@ -98,7 +98,7 @@ def _create(
             os.close(target)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(path=str(path.parent), needed=allocated_bytes(blank), free=_free_bytes(path.parent)) from e
+            raise NoSpace(path=str(path.parent), needed=allocated_bytes(base), free=_free_bytes(path.parent)) from e
         raise
     finally:
         os.close(source)
@@ -107,50 +107,23 @@ def _create(
 
 
 def _fill(
-    source: int, target: int, blank: Path, size: int, without_reflink: Literal[Method.QCOW2, Method.SPARSE_COPY]
+    source: int,
+    target: int,
+    base: Path,
+    size: int,
+    without_reflink: Literal[Method.QCOW2, Method.SPARSE_COPY],
+    stop: Stop,
 ) -> Method:
-    if _reflink(source, target):
+    if share_blocks(source, target):
+        os.ftruncate(target, size)
         return Method.REFLINK
     if without_reflink is Method.QCOW2:
-        data = render_overlay(size, str(blank.absolute()))
+        data = render_overlay(size, str(base.absolute()))
         if os.write(target, data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     else:
-        _copy_sparsely(source, target, size)
+        copy_into(DiskImage(path=base, format="raw", size_bytes=size), source, target, stop)
     return without_reflink
-
-
-def _reflink(source: int, target: int) -> bool:
-    try:
-        fcntl.ioctl(target, _FICLONE, source)
-    except OSError as e:
-        if e.errno in _NO_REFLINK:
-            return False
-        raise
-    return True
-
-
-def _copy_sparsely(source: int, target: int, size: int) -> None:
-    """Copy what is not a hole."""
-    os.ftruncate(target, size)
-    at = 0
-    while True:
-        try:
-            at = os.lseek(source, at, os.SEEK_DATA)
-        except OSError as e:
-            if e.errno == errno.ENXIO:  # holes up to the end
-                return
-            raise
-        end = os.lseek(source, at, os.SEEK_HOLE)
-        while at < end:
-            at += _copy_range(source, target, at, min(end - at, _COPY_BYTES))
-
-
-def _copy_range(source: int, target: int, at: int, count: int) -> int:
-    done = os.pwrite(target, os.pread(source, count, at), at)
-    if done == 0:
-        raise OSError(errno.EIO, "the blank became shorter while it was copied")
-    return done
 
 
 def _free_bytes(folder: Path) -> int:

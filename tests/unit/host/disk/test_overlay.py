@@ -31,7 +31,8 @@ def blank(tmp_path) -> Path:
 
 
 def no_reflink(monkeypatch) -> None:
-    monkeypatch.setattr("fusevm.host.disk.overlay._reflink", lambda *_: False)
+    for module in ("overlay", "copy"):
+        monkeypatch.setattr(f"fusevm.host.disk.{module}.share_blocks", lambda *_: False)
 
 
 def qemu_img(*words) -> str:
@@ -106,7 +107,7 @@ async def test_a_reflink_is_raw(tmp_path, blank, monkeypatch):
         os.pwrite(target, os.pread(source, 64 * MIB, 0), 0)
         return True
 
-    monkeypatch.setattr("fusevm.host.disk.overlay._reflink", share)
+    monkeypatch.setattr("fusevm.host.disk.overlay.share_blocks", share)
     overlay = await create_overlay(blank, tmp_path / "overlay")
     assert (overlay.format, overlay.method) == ("raw", Method.REFLINK)
 
