@@ -199,7 +199,7 @@ async def _quarters(root: Path, monkeypatch) -> AsyncIterator[HostQuarters]:
     async def ensure_blank(_root: Path, _size: int) -> Path:
         return blank
 
-    monkeypatch.setattr("fusevm.host.quarters.ensure_blank", ensure_blank)
+    monkeypatch.setattr("fusevm.host.disk.room.ensure_blank", ensure_blank)
     record = ImageRecord(digest="sha256:x", rootfs_sha256="x", size_bytes=1, created_at_ms=0)
     image = Image(record=record, names=("x",), directory=root)
     quarters = HostQuarters(
@@ -240,7 +240,7 @@ async def test_a_disk_that_does_not_fit_is_an_error_and_leaves_no_disk(tmp_path:
         raise NoSpace(path=str(path), needed=2, free=1)
 
     async with _quarters(tmp_path, monkeypatch) as quarters:
-        monkeypatch.setattr("fusevm.host.quarters.create_overlay", full)
+        monkeypatch.setattr("fusevm.host.disk.room.create_overlay", full)
         with pytest.raises(NoSpace):
             await quarters.prepare(MACHINE)
         assert list((tmp_path / "data/machines").iterdir()) == []
