@@ -24,4 +24,6 @@ def host_config(loaded: Loaded, environ: Mapping[str, str], data: str | None = N
         instance=loaded["instance"],
         user_network=loaded["user_network"],
         max_machines=loaded["max_machines"],
+        image_max_bytes=loaded["max_image_bytes"],
+        artifact_networks=loaded["artifact_networks"],
     )

@@ -1,6 +1,16 @@
 """Every setting of the host daemon (`fuse host serve`)."""
 
-from fusevm.cli.setting import Setting, one_of, parse_bool, parse_count, parse_listen, parse_path, parse_text
+from fusevm.cli.setting import (
+    Setting,
+    one_of,
+    parse_bool,
+    parse_cidrs,
+    parse_count,
+    parse_listen,
+    parse_path,
+    parse_positive,
+    parse_text,
+)
 
 HOST: tuple[Setting, ...] = (
     Setting(
@@ -117,5 +127,21 @@ HOST: tuple[Setting, ...] = (
         parse=parse_count,
         default=1000,
         help="Machines at the same time, stopped ones included.",
+    ),
+    Setting(
+        name="max_image_bytes",
+        env="FUSE_MAX_IMAGE_BYTES",
+        flag="--max-image-size",
+        parse=parse_positive,
+        default=16 << 30,
+        help="Bytes of the largest root file system that is pulled, imported or unpacked.",
+    ),
+    Setting(
+        name="artifact_networks",
+        env="FUSE_ARTIFACT_NETWORKS",
+        flag="--artifact-networks",
+        parse=parse_cidrs,
+        default=(),
+        help="Networks that an artifact's URL may lead to although they are not public, by commas.",
     ),
 )

@@ -48,7 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--warm-slots", type=int, help="network slots kept ready")
     parser.add_argument("--sweep-interval-s", type=float, help="seconds between sweeps for leftovers")
     parser.add_argument("--disk-reserve-bytes", type=int, help="creates are refused below this free space")
+    parser.add_argument("--image-max-bytes", type=int, help="largest root file system")
+    parser.add_argument("--artifact-networks", type=_words, help="networks, by commas, that artifacts may come from")
     return parser
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from fusevm.host.images.addresses import parse_networks
 from fusevm.model.errors import BadSetting, PathTooLong
 
 #: sun_path of unix(7) without its NUL.
@@ -83,6 +84,13 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     disk_reserve_bytes: int = 2 << 30
     #: Sum of the machines' disk sizes per byte of the file system (disks are sparse).
     disk_ratio: float = 4.0
+    #: Largest root file system that is pulled, imported or unpacked, apparent size.
+    image_max_bytes: int = 16 << 30
+    #: Networks in CIDR form that an artifact's URL may lead to although they are not public.
+    artifact_networks: tuple[str, ...] = ()
+    #: Percent of the file system in use: above the first, images that can be had again go, until it is the second.
+    image_high_percent: int = 85
+    image_low_percent: int = 75
     #: Starts the name of every kernel object of this daemon; two daemons on one host need two.
     instance: str = "fuse"
     #: Seconds between two sweeps for leftovers.
@@ -112,6 +120,7 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
         for path, longest in ((self.api_socket, ""), (self.runtime_directory, _LONGEST_SOCKET)):
             if len(os.fsencode(path)) + len(longest) > SOCKET_PATH_LIMIT:
                 raise PathTooLong(path=str(path), limit=SOCKET_PATH_LIMIT - len(longest))
+        parse_networks(self.artifact_networks)
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -128,6 +137,9 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("uid_base", self.uid_base, 65_536),
             ("uid_count", self.uid_count, 1),
             ("sweep_interval_s", self.sweep_interval_s, 0.1),
+            ("image_max_bytes", self.image_max_bytes, 1 << 20),
+            ("image_low_percent", self.image_low_percent, 1),
+            ("image_high_percent", self.image_high_percent, self.image_low_percent),
         )
         for setting, value, least in bounds:
             if value < least:

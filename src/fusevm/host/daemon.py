@@ -23,6 +23,7 @@ from fusevm.host.agent import run_command
 from fusevm.host.channel import AgentClient
 from fusevm.host.config import HostConfig
 from fusevm.host.events import EventHub
+from fusevm.host.images.artifact import ArtifactImporter
 from fusevm.host.images.store import ImageStore
 from fusevm.host.journal import Journal
 from fusevm.host.machines import Machines
@@ -64,6 +65,7 @@ class Daemon:
         parts: Surroundings,
         *,
         images: ImageStore,
+        artifacts: ArtifactImporter,
         sweeper: Sweeper,
         machines: Machines,
         identification: Identification,
@@ -71,6 +73,7 @@ class Daemon:
         self._config = config
         self._parts = parts
         self._images = images
+        self.artifacts = artifacts
         self._sweeper = sweeper
         self._identification = identification
         self.machines = machines

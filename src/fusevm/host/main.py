@@ -28,6 +28,7 @@ from fusevm.host.config import HostConfig, parse_listen
 from fusevm.host.daemon import Daemon, Identification
 from fusevm.host.events import EventHub
 from fusevm.host.faults import make_fault
+from fusevm.host.images.artifact import make_importer
 from fusevm.host.images.store import ImageStore
 from fusevm.host.images.workspace import write_durably
 from fusevm.host.journal import Journal, lock_directory
@@ -126,6 +127,7 @@ async def _serve(config: HostConfig) -> None:
             config,
             parts,
             images=images,
+            artifacts=make_importer(config, images),
             sweeper=_make_sweeper(config, machines, cgroups, network),
             machines=machines,
             identification=_identify(driver, choice, wiring, finder, await observe_vmm_version()),

@@ -15,6 +15,7 @@ from fusevm.host.config import HostConfig
 from fusevm.host.daemon import Daemon, Identification
 from fusevm.host.events import EventHub, Subscription
 from fusevm.host.faults import Fault, NoFault
+from fusevm.host.images.artifact import make_importer
 from fusevm.host.images.store import ImageStore
 from fusevm.host.journal import Journal
 from fusevm.host.machines import Machines
@@ -67,10 +68,13 @@ class World:
         )
         machines = Machines(parts)
         parts.metrics.watch_machines(machines.records, lambda: parts.events.subscribers)
+        config = HostConfig(data_root=self.root / "data", run_dir=self.root / "run")
+        images = ImageStore(config.artefacts)
         daemon = Daemon(
-            HostConfig(data_root=self.root / "data", run_dir=self.root / "run"),
+            config,
             parts,
-            images=ImageStore(self.root / "data"),
+            images=images,
+            artifacts=make_importer(config, images),
             sweeper=Sweeper([], machines.ids),
             machines=machines,
             identification=Identification(

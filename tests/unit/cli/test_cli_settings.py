@@ -74,6 +74,8 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "user_network": ("on", True, "perhaps"),
     "plain_http": ("1", True, "plain"),
     "max_machines": ("12", 12, "many"),
+    "max_image_bytes": ("1048576", 1048576, "big"),
+    "artifact_networks": ("10.0.0.0/8,fd00::/8", ("10.0.0.0/8", "fd00::/8"), "10.0.0.0/40"),
 }
 ROWS = [(section, setting) for section, table in SECTIONS.items() for setting in table]
 BY_ROW = pytest.mark.parametrize(("section", "setting"), ROWS, ids=[setting.name for _, setting in ROWS])

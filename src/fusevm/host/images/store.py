@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 
 import msgspec
@@ -24,8 +25,11 @@ _EXT4_MAGIC_OFFSET = 1024 + 0x38
 _EXT4_MAGIC = b"\x53\xef"
 _HASH_CHUNK_BYTES = 4 << 20
 _DIGEST = re.compile(r"(?:sha256[:-])?([0-9a-f]{64})")
-#: Shape of a name: `debian-12`, `team/tool:1.2`.
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(?:/[a-z0-9][a-z0-9._-]{0,62}){0,3}(?::[A-Za-z0-9._-]{1,63})?")
+#: Shape of a name: `debian-12`, `team/tool:1.2`, `localhost:5000/tool`.
+NAME = re.compile(
+    r"(?:[a-z0-9.-]{1,253}:[0-9]{1,5}/)?"
+    r"[a-z0-9][a-z0-9._-]{0,127}(?:/[a-z0-9][a-z0-9._-]{0,127}){0,7}(?::[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?"
+)
 
 
 class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,8 +38,21 @@ class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     workdir: str = "/"
     user: str = "root"
-    #: What the image would run by itself; kept for display and `fuse run`, never started as init.
+    #: What the image would run by itself, in two parts (OCI image spec): `fuse run` without a command runs both, one
+    #: after the other. Never started as init.
     entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+
+
+class Origin(StrEnum):
+    """Where an image came from, and so how it can be had again."""
+
+    #: Made on this host, from a recipe or a folder: the builder keeps what it was made from.
+    BUILT = "built"
+    #: A registry, or a file in its formats.
+    PULLED = "pulled"
+    #: A URL that a create named.
+    ARTIFACT = "artifact"
 
 
 class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +68,9 @@ class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
     inputs: str = ""
     #: Where it came from, for people.
     source: str = ""
+    origin: Origin = Origin.BUILT
+    #: Of the manifest in the registry: `sha256:` and 64 hex digits; empty for others.
+    manifest_digest: str = ""
     architecture: str = "amd64"
     created_at_ms: int
 
@@ -174,7 +194,15 @@ def parse_name(text: str) -> str:
 
 
 def make_record(
-    *, rootfs_sha256: str, size_bytes: int, config: ImageConfig, inputs: str, source: str, created_at_ms: int
+    *,
+    rootfs_sha256: str,
+    size_bytes: int,
+    config: ImageConfig,
+    inputs: str,
+    source: str,
+    created_at_ms: int,
+    origin: Origin = Origin.BUILT,
+    manifest_digest: str = "",
 ) -> ImageRecord:
     """Build the record of an image; its digest covers content and config."""
     canonical = msgspec.json.encode([rootfs_sha256, config], order="deterministic")
@@ -185,6 +213,8 @@ def make_record(
         config=config,
         inputs=inputs,
         source=source,
+        origin=origin,
+        manifest_digest=manifest_digest,
         created_at_ms=created_at_ms,
     )
 

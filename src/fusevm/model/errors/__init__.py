@@ -61,6 +61,13 @@ from fusevm.model.errors.conflict import (
     WrongCluster,
     WrongState,
 )
+from fusevm.model.errors.image import (
+    AddressRefused,
+    ArtifactRefused,
+    DigestMismatch,
+    FetchFailed,
+    ImageTooLarge,
+)
 from fusevm.model.errors.internal import (
     AgentFailure,
     CommandFailed,
@@ -108,7 +115,9 @@ from fusevm.model.errors.request import (
 
 __all__ = [
     "ActionUnderWay",
+    "AddressRefused",
     "AgentFailure",
+    "ArtifactRefused",
     "BadCwd",
     "BadField",
     "BadJson",
@@ -124,10 +133,12 @@ __all__ = [
     "Conflict",
     "DaemonFailed",
     "DataRootInUse",
+    "DigestMismatch",
     "DirectoryNotEmpty",
     "EnvironmentEnded",
     "EnvironmentNotFound",
     "Error",
+    "FetchFailed",
     "FileExists",
     "FileNotFound",
     "Forbidden",
@@ -144,6 +155,7 @@ __all__ = [
     "IdempotencyKeyReused",
     "ImageCorrupt",
     "ImageNotFound",
+    "ImageTooLarge",
     "Internal",
     "InvalidArgument",
     "IsADirectory",
