@@ -22,6 +22,7 @@ from fusevm.model import errors
 from fusevm.model.environment import State
 from fusevm.model.errors import error_classes, field_names
 from fusevm.model.fact import Kind
+from fusevm.model.machine import Machine
 from fusevm.wire.host_routes import HOST_ROUTES, render_host_openapi
 from fusevm.wire.openapi import render_openapi
 from fusevm.wire.routes import BODY_ERRORS, COMMON_ERRORS, GATE_ERRORS, ROUTES, Payload, Route, Scope, errors_of
@@ -235,10 +236,20 @@ def render_events() -> str:
 # -- metrics -------------------------------------------------------------------------------------------------------
 
 
+class _NoMachines:
+    """A host where nothing runs."""
+
+    def records(self) -> list[Machine]:
+        return []
+
+    def quarantined(self) -> dict[str, object]:
+        return {}
+
+
 def render_metrics() -> str:
     """Every metric of both programs."""
     control, host = ControlMetrics(), HostMetrics()
-    host.watch_machines(list, lambda: 0)
+    host.watch_machines(_NoMachines(), lambda: 0)
     control.registry.register(FleetGauges(tally=Tally(live={}, queued=0, queued_since_ms=None, snapshots={})))
     lines = [
         "# Metrics",

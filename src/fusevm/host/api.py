@@ -148,7 +148,8 @@ def _line(event: MachineEvent) -> bytes:
 
 
 async def _list(daemon: Daemon, _request: Request, _route: Route) -> Response:
-    machines = [render_machine(machine) for machine in daemon.machines.records()]
+    sick = daemon.machines.quarantined()
+    machines = [render_machine(machine, sick.get(machine.id)) for machine in daemon.machines.records()]
     return _json(MachineList(machines=machines, tombstones=await daemon.journal.tombstones()))
 
 
@@ -159,7 +160,8 @@ async def _create(daemon: Daemon, request: Request, route: Route) -> Response:
 
 
 async def _get(daemon: Daemon, request: Request, _route: Route) -> Response:
-    return _json(render_answer(daemon.machines.record(request.path_params["id"])))
+    machine = daemon.machines.record(request.path_params["id"])
+    return _json(render_answer(machine, daemon.machines.quarantined().get(machine.id)))
 
 
 async def _delete(daemon: Daemon, request: Request, _route: Route) -> Response:

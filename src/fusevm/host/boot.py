@@ -156,6 +156,6 @@ async def _last_word(vmm: Vmm, error: ConnectionError) -> str:
 
 
 async def _failed(machine: Machine, problem: str, parts: Surroundings) -> BootFailed:
-    tail = await parts.quarters.console_tail(machine.id)
+    tail = (await parts.quarters.remains(machine.id)).console_tail
     said = f"; the console's last lines:\n{tail}" if tail else "; the console is empty"
     return BootFailed(id=machine.id, problem=problem + said)

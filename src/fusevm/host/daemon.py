@@ -157,7 +157,8 @@ class Daemon:
         observed = {
             "epoch": self.events.epoch,
             "phases": {machine.id: machine.phase.value for machine in self.machines.records()},
-            "leftovers": [msgspec.to_builtins(leftover) for leftover in self._sweeper.present],
+            "drift": msgspec.to_builtins(self._sweeper.drift),
+            "quarantine": msgspec.to_builtins(self.machines.quarantined()),
         }
         return {"journal": state, "observed": observed, "host": msgspec.to_builtins(await self.facts())}
 
@@ -184,7 +185,4 @@ class Daemon:
         except Exception:
             log.exception("sweep_failed")
             return
-        for leftover in removed:
-            self.metrics.leftovers_removed.labels(leftover.kind).inc()
-        self.metrics.leftovers.set(len(self._sweeper.present))
-        self.metrics.sweep_seconds.set(time.monotonic() - began)
+        self.metrics.note_sweep(self._sweeper.drift, removed, time.monotonic() - began)

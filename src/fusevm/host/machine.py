@@ -22,11 +22,13 @@ import structlog
 from fusevm.host.agent import ask_shutdown
 from fusevm.host.boot import Marks, bring_up, check_guest, meet_guest
 from fusevm.host.channel import AgentClient
-from fusevm.host.mailbox import AnyOrder, Create, Delete, Exited, Mailbox, Recover, Start, Stop
+from fusevm.host.mailbox import AnyOrder, Create, Delete, Exited, Mailbox, Recover, Start, Stop, Tidy
+from fusevm.host.quarantine import BackOff, Quarantine
 from fusevm.host.rows import Operation
 from fusevm.host.surroundings import Surroundings
 from fusevm.host.tasks import CLEAN_UP_TIMEOUT_S, CleanUp, Stopped, run_unless
 from fusevm.host.vmm.driver import Vmm
+from fusevm.host.vmm.exit_reason import HOST_REBOOTED, SHUT_DOWN, explain_absence
 from fusevm.host.writer import Superseded
 from fusevm.model.errors import (
     BootFailed,
@@ -50,9 +52,8 @@ SHUTDOWN_GRACE_S = 10.0
 _ADOPTION_TIMEOUT_S = 10.0
 #: How long a caller waits for a machine that is being adopted.
 _RECOVERY_WAIT_S = 15.0
-_RETRY_FIRST_S, _RETRY_MAX_S = 1.0, 30.0
 #: Reasons of an exit that the guest itself wanted (`Vmm.wait_exit`).
-ORDERLY = ("the guest shut down",)
+ORDERLY = (SHUT_DOWN, f"{SHUT_DOWN} while the daemon was away")
 
 
 class MachineTask:
@@ -73,7 +74,8 @@ class MachineTask:
         self._group: asyncio.TaskGroup | None = None
         self._watch: asyncio.Task[None] | None = None
         self._retry: asyncio.TimerHandle | None = None
-        self._retry_s = _RETRY_FIRST_S
+        self._back_off = BackOff(parts.clock)
+        self._is_busy = False
         self._log = log.bind(machine=machine.id, uid=machine.fence.uid)
 
     # -- for other tasks --------------------------------------------------------------------------------------------
@@ -87,6 +89,25 @@ class MachineTask:
     def is_gone(self) -> bool:
         """True when nothing is left of it, neither in the journal."""
         return self._is_gone
+
+    @property
+    def quarantine(self) -> Quarantine | None:
+        """What could not be carried out and is tried again; None while all is well."""
+        return self._back_off.state
+
+    @property
+    def is_quiet(self) -> bool:
+        """True while nothing is under way with it, and nothing waits or is in quarantine."""
+        is_well = self._settled.is_set() and self._back_off.state is None
+        return is_well and self._mailbox.is_empty and not (self._is_busy or self._is_gone)
+
+    def isolate(self, problem: str) -> None:
+        """Nothing is tried with it until somebody orders it: its record cannot be trusted."""
+        self._back_off.give_up(problem)
+
+    def note_crash(self, problem: str) -> float:
+        """The task itself has failed, by a bug of ours; return the seconds until it should run again."""
+        return self._back_off.fail(problem)
 
     def begin_create(self, deadline_ms: int) -> None:
         """The intent was just written: boot the machine. Returns at once; `wait_created` has the outcome."""
@@ -116,6 +137,12 @@ class MachineTask:
         order = Stop(fence)
         self._mailbox.post(order)
         return await order.wait()
+
+    async def tidy(self) -> None:
+        """Remove what it should not have, if it rests."""
+        order = Tidy()
+        self._mailbox.post(order)
+        await order.wait()
 
     def begin_delete(self, machine: Machine) -> Delete:
         """The intent was just written, with this record: remove everything. Returns the order to wait for."""
@@ -182,9 +209,11 @@ class MachineTask:
     async def _perform(self, order: AnyOrder) -> None:
         """Carry out one order; whatever happens reaches those who wait for it."""
         name = type(order).__name__.lower()
+        self._is_busy = True
         try:
             order.succeed(await self._dispatch(order))
-            self._retry_s = _RETRY_FIRST_S
+            if self._retry is None:
+                self._back_off.succeed()
         except asyncio.CancelledError:
             order.fail(self._interruption())
             raise
@@ -192,27 +221,28 @@ class MachineTask:
             order.fail(self._interruption())
         except Error as e:
             self._log.warning("order_failed", order=name, problem=e.message, notes=getattr(e, "__notes__", []))
-            await self._retry_later(order)
+            await self._retry_later(order, e.message)
             order.fail(e)
         except Exception as e:  # noqa: BLE001 - the loop's boundary: logged with its traceback, told, tried again
             self._log.exception("order_crashed", order=name)
-            await self._retry_later(order)
+            await self._retry_later(order, f"{type(e).__name__}: {e}")
             order.fail(Internal(problem=f"{type(e).__name__}: {e}"))
         finally:
+            self._is_busy = False
             if self._retry is None:
                 self._settled.set()
 
-    async def _retry_later(self, order: AnyOrder) -> None:
-        """What is open in the journal, or unknown, is looked at again after a while."""
+    async def _retry_later(self, order: AnyOrder, problem: str) -> None:
+        """What is open in the journal, or unknown, is looked at again after a while: until then it is in quarantine."""
         operation = await self._parts.journal.operation(self._record.id)
         if self._is_gone or (operation is None and not isinstance(order, Recover | Exited)):
             return
         kind = operation.kind if operation is not None else "none"
-        self._log.warning("operation_open", kind=kind, retry_s=self._retry_s)
+        retry_s = self._back_off.fail(f"{kind}: {problem}" if operation is not None else problem)
+        self._log.warning("machine_quarantined", kind=kind, problem=problem, retry_s=retry_s)
         if self._retry is not None:
             self._retry.cancel()
-        self._retry = asyncio.get_running_loop().call_later(self._retry_s, self._post_retry, operation)
-        self._retry_s = min(_RETRY_MAX_S, 2 * self._retry_s)
+        self._retry = asyncio.get_running_loop().call_later(retry_s, self._post_retry, operation)
 
     def _post_retry(self, operation: Operation | None) -> None:
         self._retry = None
@@ -234,6 +264,10 @@ class MachineTask:
                 return self._record
             case Recover():
                 return await self._recover(order.operation)
+            case Tidy():
+                if self._record.phase in (Phase.STOPPED, Phase.FAILED):
+                    await self._parts.quarters.vacate(self._record, keep_disk=True)
+                return self._record
 
     # -- create and start -------------------------------------------------------------------------------------------
 
@@ -400,7 +434,7 @@ class MachineTask:
             return self._record
         vmm = await self._find_vmm()
         if vmm is None:
-            await self._note_exit(self._why_gone())
+            await self._note_exit(await self._why_gone())
             return self._record
         await self._check_adopted(vmm)
         return self._record
@@ -452,13 +486,19 @@ class MachineTask:
         return self._record, vmm
 
     def _lost(self) -> BootFailed:
-        return BootFailed(id=self._record.id, problem="the daemon ended while it was starting")
+        problem = HOST_REBOOTED if self._was_rebooted() else "the daemon ended while it was starting"
+        return BootFailed(id=self._record.id, problem=problem)
 
-    def _why_gone(self) -> str:
+    async def _why_gone(self) -> str:
+        """Nobody has seen its VMM end: what it has left is all that tells."""
+        if self._was_rebooted():
+            return HOST_REBOOTED
+        left = await self._parts.quarters.remains(self._record.id)
+        return explain_absence(left.console, is_out_of_memory=left.is_out_of_memory, is_disk_clean=left.is_disk_clean)
+
+    def _was_rebooted(self) -> bool:
         process = self._record.vmm
-        if process is not None and process.boot_id != self._parts.boot_id():
-            return "the host rebooted"
-        return "the VMM ended while the daemon was away"
+        return process is not None and process.boot_id != self._parts.boot_id()
 
     # -- small ------------------------------------------------------------------------------------------------------
 
@@ -517,12 +557,15 @@ class MachineTask:
 
     async def _insist(self, action: Callable[[], Awaitable[None]]) -> None:
         """Repeat an action until it succeeds; a delete, or the end of the daemon, cancels it."""
-        delay_s = _RETRY_FIRST_S
         while True:
             try:
                 async with asyncio.timeout(CLEAN_UP_TIMEOUT_S):
-                    return await action()
+                    await action()
             except (Error, OSError, TimeoutError) as e:
-                self._log.warning("step_repeated", problem=str(e) or "it took too long", retry_s=delay_s)
+                problem = str(e) or "it took too long"
+                delay_s = self._back_off.fail(problem)
+                self._log.warning("machine_quarantined", problem=problem, retry_s=delay_s)
+            else:
+                self._back_off.succeed()
+                return
             await asyncio.sleep(delay_s)
-            delay_s = min(_RETRY_MAX_S, 2 * delay_s)

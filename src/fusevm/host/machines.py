@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 import structlog
 
 from fusevm.host.channel import AgentClient
+from fusevm.host.drift import Claim, claim_of
 from fusevm.host.fencing import check_owner, check_reserved
 from fusevm.host.machine import MachineTask
 from fusevm.host.mailbox import Delete
+from fusevm.host.quarantine import Quarantine
 from fusevm.host.rows import Draft, Entry
 from fusevm.host.surroundings import Blueprint, Surroundings
 from fusevm.model.errors import BadField, GuestUnreachable, MachineNotFound, ShuttingDown
@@ -39,7 +41,6 @@ _MIN_DISK_BYTES = 16 << 20
 _MAX_BOOT_TIMEOUT_MS = 600_000
 #: A create that comes while an earlier attempt is being undone begins anew this often.
 _ATTEMPTS = 3
-_RESTART_S = 1.0
 DEFAULT_BOOT_TIMEOUT_MS = 60_000
 
 
@@ -94,6 +95,16 @@ class Machines:
         """Ids of every machine of which anything may exist."""
         return {machine_id for machine_id, task in self._tasks.items() if not task.is_gone}
 
+    def claims(self) -> dict[str, Claim]:
+        """What every machine must and may have on the host, as of now."""
+        live = {machine_id: task for machine_id, task in self._tasks.items() if not task.is_gone}
+        return {machine_id: claim_of(task.record, is_quiet=task.is_quiet) for machine_id, task in live.items()}
+
+    def quarantined(self) -> dict[str, Quarantine]:
+        """Machines of which something is open that has failed."""
+        live = {machine_id: task.quarantine for machine_id, task in self._tasks.items() if not task.is_gone}
+        return {machine_id: state for machine_id, state in live.items() if state is not None}
+
     async def guest(self, machine_id: str, fence: Fence | None) -> AgentClient:
         """Return the agent of a running machine. Raises MachineNotFound, WrongState, and for the fence.
 
@@ -135,6 +146,10 @@ class Machines:
         """End a machine in order and keep its disk. Idempotent."""
         check_reserved(fence)
         return await self._protect(self._find(machine_id).stop(fence))
+
+    async def tidy(self, machine_id: str) -> None:
+        """Remove what a machine at rest should not have. Raises MachineNotFound, and what the removal raises."""
+        await self._protect(self._find(machine_id).tidy())
 
     async def delete(self, machine_id: str, fence: Fence | None) -> None:
         """Remove a machine, whatever it is doing, and remember that. Idempotent."""
@@ -213,6 +228,7 @@ class Machines:
         task = self._spawn(entry.machine)
         if entry.damage:
             log.error("record_damaged", machine=entry.machine.id, problem=entry.damage)
+            task.isolate(entry.machine.error)
         if entry.operation is not None or not entry.damage:
             task.recover(entry.operation)
 
@@ -235,9 +251,9 @@ class Machines:
     async def _run_once(self, task: MachineTask) -> None:
         try:
             await task.run()
-        except Exception:
+        except Exception as e:
             log.exception("machine_task_crashed", machine=task.record.id)
-            await asyncio.sleep(_RESTART_S)
+            await asyncio.sleep(task.note_crash(f"{type(e).__name__}: {e}"))
             task.recover(await self._parts.journal.operation(task.record.id))
 
     async def _protect(self, work: Coroutine[Any, Any, T]) -> T:

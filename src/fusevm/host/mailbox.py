@@ -82,7 +82,11 @@ class Recover(Order):
         self.operation = operation
 
 
-AnyOrder: TypeAlias = Create | Start | Stop | Delete | Exited | Recover
+class Tidy(Order):
+    """A sweep has found what a machine at rest should not have: remove it."""
+
+
+AnyOrder: TypeAlias = Create | Start | Stop | Delete | Exited | Recover | Tidy
 
 
 class Mailbox:
@@ -114,6 +118,11 @@ class Mailbox:
         if not any(isinstance(waiting, Delete) for waiting in self._orders):
             self._overtaking.clear()
         return order
+
+    @property
+    def is_empty(self) -> bool:
+        """True when nothing waits."""
+        return not self._orders
 
     async def wait_overtaking(self) -> None:
         """Wait until a delete has come in."""

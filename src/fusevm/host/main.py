@@ -26,8 +26,10 @@ from fusevm.host.cgroup import Cgroups, observe_mounts
 from fusevm.host.clock import SystemClock
 from fusevm.host.config import HostConfig, parse_listen
 from fusevm.host.daemon import Daemon, Identification
+from fusevm.host.drift import Kind
 from fusevm.host.events import EventHub
 from fusevm.host.faults import make_fault
+from fusevm.host.grounds import Contents, Directories, Ground, Groups, Links, Mounts, Processes, Slots, Witness
 from fusevm.host.images.artifact import make_importer
 from fusevm.host.images.store import ImageStore
 from fusevm.host.images.workspace import write_durably
@@ -43,7 +45,7 @@ from fusevm.host.quarters import HostQuarters
 from fusevm.host.rows import Entry
 from fusevm.host.run import run
 from fusevm.host.surroundings import Surroundings
-from fusevm.host.sweep import Directories, Ground, Groups, Processes, Slots, Sweeper
+from fusevm.host.sweep import Sweeper
 from fusevm.host.tls import Identity, ensure_identity, make_ssl_context
 from fusevm.host.vmm.probe import Choice
 from fusevm.host.vmm.qemu import PROGRAM, QemuDriver
@@ -122,7 +124,7 @@ async def _serve(config: HostConfig) -> None:
             boot_id=boot_id,
         )
         machines = Machines(parts)
-        parts.metrics.watch_machines(machines.records, lambda: parts.events.subscribers)
+        parts.metrics.watch_machines(machines, lambda: parts.events.subscribers)
         daemon = Daemon(
             config,
             parts,
@@ -175,15 +177,21 @@ async def _make_cgroups(config: HostConfig) -> Cgroups | None:
 def _make_sweeper(
     config: HostConfig, machines: Machines, cgroups: Cgroups | None, network: HostNetwork | None
 ) -> Sweeper:
-    folder = config.data_root / "machines"
+    folder, run_dir, records = config.data_root / "machines", config.runtime_directory, machines.records
     # Processes first: nothing may use what is removed next.
-    grounds: list[Ground] = [Processes(folder)]
-    grounds += [Groups(cgroups)] if cgroups is not None else []
-    grounds += [Directories("machine directory", folder), Directories("run directory", config.runtime_directory)]
+    grounds: list[Ground] = [Processes(folder, records)]
+    grounds += [Groups(cgroups)] if cgroups is not None and cgroups.roots() else []
+    grounds += [
+        Mounts(folder, run_dir),
+        Directories(Kind.MACHINE_DIRECTORY, folder),
+        Directories(Kind.RUN_DIRECTORY, run_dir),
+    ]
+    witnesses: list[Witness] = [Contents(folder, run_dir)]
     slots = None
     if network is not None:
-        slots = Slots(network, lambda: {machine.slot for machine in machines.records() if machine.slot >= 0})
-    return Sweeper(grounds, machines.ids, slots=slots)
+        witnesses.append(Links(network, records))
+        slots = Slots(network, records)
+    return Sweeper(grounds, machines.claims, witnesses=witnesses, slots=slots, tidy=machines.tidy)
 
 
 def _slots_in_use(entries: list[Entry]) -> dict[int, Network]:

@@ -5,12 +5,15 @@ Owns: names and help texts. Must not: measure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from fusevm.host.drift import Drift, Kind, Thing
+from fusevm.host.process import resident_bytes
 from fusevm.model.machine import Machine, Phase
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -45,18 +48,31 @@ class Metrics:
         self.exits = Counter("fuse_host_machine_exits", "VMMs that ended without an order", registry=self.registry)
         self.leftovers_removed = Counter(
             "fuse_host_leftovers_removed",
-            "Things without an owner that a sweep removed",
+            "Things of nobody, or of a machine that should not have them, that a sweep has removed",
             ["kind"],
             registry=self.registry,
         )
-        self.leftovers = Gauge(
-            "fuse_host_leftovers", "Things without an owner at the last sweep (drift)", registry=self.registry
+        self.drift = Gauge(
+            "fuse_host_drift",
+            "How registry and host differ at the last sweep: leftovers that could not be removed yet, things missing",
+            ["kind", "state"],
+            registry=self.registry,
         )
         self.sweep_seconds = Gauge("fuse_host_sweep_seconds", "Duration of the last sweep", registry=self.registry)
 
-    def watch_machines(self, machines: Callable[[], list[Machine]], subscribers: Callable[[], int]) -> None:
+    def watch_machines(self, machines: Population, subscribers: Callable[[], int]) -> None:
         """Count machines by phase, and event streams, whenever somebody asks."""
-        self.registry.register(_Population(machines, subscribers))
+        self.registry.register(_Gauges(machines, subscribers))
+
+    def note_sweep(self, drift: Drift, removed: Iterable[Thing], seconds: float) -> None:
+        """A sweep is over."""
+        for thing in removed:
+            self.leftovers_removed.labels(thing.kind.value).inc()
+        for state, things in (("leftover", drift.leftovers | drift.surplus), ("missing", drift.missing)):
+            kinds = [thing.kind for thing in things]
+            for kind in Kind:
+                self.drift.labels(kind.value, state).set(kinds.count(kind))
+        self.sweep_seconds.set(seconds)
 
     def render(self) -> bytes:
         """Everything, as text."""
@@ -73,18 +89,36 @@ class Metrics:
             self.boot_seconds.labels(phase).observe(value_ms / 1000)
 
 
-class _Population(Collector):
-    """Machines by phase, as of now."""
+class Population(Protocol):
+    """Who is asked about machines."""
 
-    def __init__(self, machines: Callable[[], list[Machine]], subscribers: Callable[[], int]) -> None:
+    def records(self) -> list[Machine]: ...
+
+    def quarantined(self) -> Mapping[str, object]: ...
+
+
+class _Gauges(Collector):
+    """Machines by phase and what their VMMs take, as of now."""
+
+    def __init__(self, machines: Population, subscribers: Callable[[], int]) -> None:
         self._machines = machines
         self._subscribers = subscribers
 
     def collect(self) -> Iterator[Metric]:
         """Every phase, also an empty one."""
-        phases = [machine.phase for machine in self._machines()]
+        machines = self._machines.records()
+        phases = [machine.phase for machine in machines]
         family = GaugeMetricFamily("fuse_host_machines", "Machines by phase", labels=["phase"])
         for phase in Phase:
             family.add_metric([phase.value], phases.count(phase))
         yield family
+        yield GaugeMetricFamily(
+            "fuse_host_machines_quarantined",
+            "Machines with which something has failed and is tried again",
+            value=len(self._machines.quarantined()),
+        )
+        resident = sum(resident_bytes(machine.vmm.pid) for machine in machines if machine.vmm is not None)
+        yield GaugeMetricFamily(
+            "fuse_host_vmm_memory_bytes", "Resident memory of all VMM processes together", value=resident
+        )
         yield GaugeMetricFamily("fuse_host_event_streams", "Open event streams", value=self._subscribers())

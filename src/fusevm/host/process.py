@@ -42,6 +42,14 @@ def command_line_of(pid: int) -> list[str]:
         return []
 
 
+def resident_bytes(pid: int) -> int:
+    """Memory that a process has in RAM now, what it shares included; 0 when it has gone (proc(5), statm)."""
+    try:
+        return int((_PROC / str(pid) / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
+
+
 def _stat(pid: int) -> list[str] | None:
     try:
         text = (_PROC / str(pid) / "stat").read_text(errors="replace")

@@ -22,15 +22,17 @@ import structlog
 
 from fusevm.host.admission import Limits
 from fusevm.host.boot_files import BootFileFinder, BootFiles
-from fusevm.host.cgroup import Cgroup, Cgroups
+from fusevm.host.cgroup import Cgroup, Cgroups, has_run_out_of_memory
 from fusevm.host.cgroup import Limits as CgroupLimits
 from fusevm.host.config import HostConfig
 from fusevm.host.disk.room import DiskRoom
+from fusevm.host.disk.superblock import is_cleanly_left
 from fusevm.host.faults import Fault
 from fusevm.host.images.store import Image, ImageStore
+from fusevm.host.mounts import detach_below
 from fusevm.host.rows import Numbers
 from fusevm.host.strays import kill_strays
-from fusevm.host.surroundings import Blueprint, Lodging
+from fusevm.host.surroundings import Blueprint, Lodging, Remains
 from fusevm.host.tasks import CleanUp, run_all
 from fusevm.host.vmm.console import last_lines
 from fusevm.host.vmm.driver import BootPlan, Confinement
@@ -166,9 +168,17 @@ class HostQuarters:
         if steps.problems:
             raise Internal(problem=f"machine {machine.id}: {'; '.join(steps.problems)}")
 
-    async def console_tail(self, machine_id: str) -> str:
-        """The last printable lines of a machine's console."""
-        return last_lines(await asyncio.to_thread(_read_tail, self.console_log(machine_id)))
+    async def remains(self, machine_id: str) -> Remains:
+        """What a machine's last run has left to read: its console, its disk, its groups."""
+        console = await asyncio.to_thread(_read_tail, self.console_log(machine_id))
+        disk = await asyncio.to_thread(self.disks.find, machine_id)
+        group = await self._cgroups.find(machine_id) if self._cgroups is not None else Cgroup()
+        return Remains(
+            console_tail=last_lines(console),
+            console=console,
+            is_out_of_memory=await asyncio.to_thread(has_run_out_of_memory, group.paths),
+            is_disk_clean=await asyncio.to_thread(is_cleanly_left, *disk) if disk is not None else None,
+        )
 
     def console_log(self, machine_id: str) -> Path:
         """Where a machine's console output is."""
@@ -285,7 +295,8 @@ def check_reachable(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory with all that is in it. Idempotent; follows no links."""
+    """Remove a directory with all that is in it. Idempotent; follows no links, and enters nothing that is mounted."""
+    detach_below(path)
     try:
         shutil.rmtree(path)
     except FileNotFoundError:

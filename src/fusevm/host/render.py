@@ -8,9 +8,10 @@ import msgspec
 
 from fusevm.host.agent import decode_output
 from fusevm.host.images.store import Image
+from fusevm.host.quarantine import Quarantine
 from fusevm.model.machine import Machine
 from fusevm.wire.guest import ExecResult, StreamFlags
-from fusevm.wire.host_api import HostExecAnswer, ImageBody, MachineAnswer, MachineBody
+from fusevm.wire.host_api import HostExecAnswer, ImageBody, MachineAnswer, MachineBody, QuarantineBody
 
 #: Stands for the values of environment variables, which may be secrets.
 HIDDEN = "(hidden)"
@@ -24,7 +25,7 @@ def render_time(at_ms: int | None) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def render_machine(machine: Machine) -> MachineBody:
+def render_machine(machine: Machine, quarantine: Quarantine | None = None) -> MachineBody:
     """A machine without its secrets."""
     return MachineBody(
         id=machine.id,
@@ -42,12 +43,23 @@ def render_machine(machine: Machine) -> MachineBody:
         error=machine.error,
         created_at=render_time(machine.created_at_ms),
         started_at=render_time(machine.started_at_ms),
+        quarantine=render_quarantine(quarantine) if quarantine is not None else None,
     )
 
 
-def render_answer(machine: Machine) -> MachineAnswer:
+def render_quarantine(state: Quarantine) -> QuarantineBody:
+    """What is open with a machine, and when it is tried again."""
+    return QuarantineBody(
+        since=render_time(state.since_ms),
+        attempts=state.attempts,
+        problem=state.problem,
+        retry_at=render_time(state.retry_at_ms),
+    )
+
+
+def render_answer(machine: Machine, quarantine: Quarantine | None = None) -> MachineAnswer:
     """The body of every answer about one machine."""
-    return MachineAnswer(machine=render_machine(machine))
+    return MachineAnswer(machine=render_machine(machine, quarantine))
 
 
 def render_image(image: Image) -> ImageBody:

@@ -238,7 +238,7 @@ def _entry(row: tuple[Any, ...], held: dict[tuple[str, str], int]) -> Entry:
             id=machine_id,
             fence=Fence(cluster=cluster, uid=uid, incarnation=incarnation, action_seq=0),
             spec=MachineSpec(image="", cpus=cpus, memory_mib=memory_mib, disk_bytes=disk_bytes),
-            phase=Phase(phase),
+            phase=_phase(phase),
             slot=held.get((machine_id, "slot"), -1),
             uid=held.get((machine_id, "uid"), -1),
             error=f"its record is damaged: {damage}",
@@ -247,6 +247,14 @@ def _entry(row: tuple[Any, ...], held: dict[tuple[str, str], int]) -> Entry:
         )
     pending = Operation(kind=kind, step=step, started_at_ms=started_at_ms, deadline_ms=deadline_ms) if kind else None
     return Entry(machine=machine, operation=pending, damage=damage)
+
+
+def _phase(text: str) -> Phase:
+    """A phase that only a newer daemon knows is that of a machine which this one cannot serve."""
+    try:
+        return Phase(text)
+    except ValueError:
+        return Phase.FAILED
 
 
 def render_state(db: sqlite3.Connection) -> dict[str, Any]:

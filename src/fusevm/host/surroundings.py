@@ -47,6 +47,19 @@ class Blueprint(msgspec.Struct, frozen=True, kw_only=True):
     isolation: Isolation
 
 
+class Remains(msgspec.Struct, frozen=True, kw_only=True):
+    """What can still be found out about a run of a machine without its VMM."""
+
+    #: The last printable lines of its console; empty when there is none.
+    console_tail: str = ""
+    #: The same as it was written.
+    console: bytes = b""
+    #: Its control groups say that the kernel has killed one of its processes for want of memory.
+    is_out_of_memory: bool = False
+    #: Its disk's file system was left in order; None: nobody can tell.
+    is_disk_clean: bool | None = None
+
+
 class Quarters(Protocol):
     """What a machine occupies on the host besides its VMM: directories, disk, network slot, cgroup."""
 
@@ -74,8 +87,8 @@ class Quarters(Protocol):
         """Which numbers a machine may get."""
         ...
 
-    async def console_tail(self, machine_id: str) -> str:
-        """The last lines of a machine's console; empty when there is none."""
+    async def remains(self, machine_id: str) -> Remains:
+        """What a machine's last run has left to read."""
         ...
 
 

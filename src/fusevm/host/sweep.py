@@ -1,178 +1,144 @@
-"""Leftovers: what exists on the host under our names and belongs to no machine of the journal.
+"""Compares the registry with the host: removes what is nobody's, clears what a machine at rest should not have, tells
+what is missing.
 
-There should be none: whatever makes something has written its intent first. A sweep at the start and every minute finds
-what slips through all the same (a bug, a tool that lied), says so loudly, and removes it. Except at the start, a
-leftover must be seen twice: a machine may come or go between a look at the host and a look at the journal.
+There should be no difference: whatever makes something has written its intent first. A sweep at the start and every
+minute finds what slips through all the same (a bug, a tool that lied, a person), says so loudly, and removes it. Except
+at the start, everything must be seen twice: a machine may come or go between a look at the host and a look at the
+registry. What is missing is told and not made again: whoever took it away may have had a reason, and a machine without
+its disk is better looked at by a person.
 
-Owns: the comparison and the second look. Must not: touch anything that has a record.
+Owns: the second look, and what follows from it. Must not: touch anything of a machine behind its task's back.
 """
 
 from __future__ import annotations
 
-import asyncio
-import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from pathlib import Path
-from typing import Protocol
 
-import msgspec
 import structlog
 
-from fusevm.host.cgroup import Cgroups
-from fusevm.host.net.network import HostNetwork
-from fusevm.host.quarters import remove_tree
-from fusevm.host.strays import find_strays, kill_strays
+from fusevm.host.drift import Claim, Drift, Kind, Thing, compare
+from fusevm.host.grounds import Ground, Slots, Witness
 from fusevm.model.errors import Error
 
 log = structlog.get_logger()
 
 
-class Leftover(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing without an owner."""
-
-    #: `process`, `cgroup`, `run directory`, `machine directory`, `slot`.
-    kind: str
-    #: Machine id, or number of the slot.
-    name: str
-
-
-class Ground(Protocol):
-    """One kind of thing that machines leave behind."""
-
-    @property
-    def kind(self) -> str: ...
-
-    async def observe(self) -> set[str]:
-        """Names of the owners of everything that exists."""
-        ...
-
-    async def clear(self, name: str) -> None:
-        """Remove everything of one owner. Idempotent."""
-        ...
-
-
-class Processes:
-    """VMM processes, by the machine in their command line."""
-
-    kind = "process"
-
-    def __init__(self, machines: Path) -> None:
-        self._machines = machines
-
-    async def observe(self) -> set[str]:
-        """Machines that have processes."""
-        return set(await find_strays(self._machines))
-
-    async def clear(self, name: str) -> None:
-        """Kill them."""
-        await kill_strays(self._machines, name)
-
-
-class Groups:
-    """Control groups."""
-
-    kind = "cgroup"
-
-    def __init__(self, cgroups: Cgroups) -> None:
-        self._cgroups = cgroups
-
-    async def observe(self) -> set[str]:
-        """Machines that have groups."""
-        return await self._cgroups.names()
-
-    async def clear(self, name: str) -> None:
-        """Kill what is inside and remove them."""
-        await self._cgroups.remove(name)
-
-
-class Directories:
-    """A directory with one entry per machine."""
-
-    def __init__(self, kind: str, root: Path) -> None:
-        self.kind = kind
-        self._root = root
-
-    async def observe(self) -> set[str]:
-        """Names of the subdirectories."""
-        return await asyncio.to_thread(lambda: {entry.name for entry in os.scandir(self._root) if entry.is_dir()})
-
-    async def clear(self, name: str) -> None:
-        """Remove one."""
-        await asyncio.to_thread(remove_tree, self._root / name)
-
-
-class Slots:
-    """Network slots: the pool itself tells those that it keeps from those of nobody."""
-
-    kind = "slot"
-
-    def __init__(self, network: HostNetwork, reserved: Callable[[], set[int]]) -> None:
-        self._network = network
-        self._reserved = reserved
-
-    async def clear_all(self) -> set[str]:
-        """Repair the rules and remove the slots of nobody; return their numbers."""
-        await self._network.ensure()
-        return {str(number) for number in await self._network.sweep(self._reserved())}
-
-
 class Sweeper:
-    """Looks for leftovers and removes them."""
+    """Looks for differences and removes leftovers."""
 
     def __init__(
-        self, grounds: list[Ground], known: Callable[[], AbstractSet[str]], *, slots: Slots | None = None
+        self,
+        grounds: Sequence[Ground],
+        claims: Callable[[], Mapping[str, Claim]],
+        *,
+        witnesses: Sequence[Witness] = (),
+        slots: Slots | None = None,
+        tidy: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         self._grounds = grounds
+        self._witnesses = witnesses
         self._slots = slots
-        self._known = known
-        self._suspects: set[Leftover] = set()
+        #: What every known machine claims, as of now.
+        self._claims = claims
+        #: Clears what a machine at rest should not have, by its own task.
+        self._tidy = tidy
+        self._seen = Drift()
         #: Removed since the start.
         self.removed = 0
-        #: Present at the last look.
-        self.present: frozenset[Leftover] = frozenset()
+        #: How they differ now: leftovers and surplus that are still there, and what two looks have missed.
+        self.drift = Drift()
 
-    async def sweep(self, *, is_start: bool = False) -> frozenset[Leftover]:
+    @property
+    def kinds(self) -> AbstractSet[Kind]:
+        """Everything that leftovers can be."""
+        return {Kind.SLOT, *(ground.kind for ground in self._grounds)}
+
+    async def sweep(self, *, is_start: bool = False) -> frozenset[Thing]:
         """Look once; remove what was seen before, or at the start everything. Returns what was removed."""
-        found = await self._observe()
-        doomed = found if is_start else found & self._suspects
-        removed: set[Leftover] = set()
-        for ground in self._grounds:
-            for leftover in sorted((item for item in doomed if item.kind == ground.kind), key=lambda item: item.name):
-                if await self._clear(ground, leftover):
-                    removed.add(leftover)
+        seen = await self._look()
+        confirmed = seen.both(self._seen)
+        removed = await self._remove(seen.leftovers if is_start else confirmed.leftovers)
+        removed |= await self._clear_surplus(confirmed.surplus)
         if self._slots is not None:
             removed |= await self._clear_slots(self._slots)
-        self._suspects = found - removed
-        self.present = frozenset(self._suspects)
+        self._tell_missing(confirmed.missing)
+        left, surplus = seen.leftovers - removed, seen.surplus - removed
+        self._seen = Drift(leftovers=left, surplus=surplus, missing=seen.missing)
+        self.drift = Drift(leftovers=left, surplus=surplus, missing=confirmed.missing)
         self.removed += len(removed)
+        return removed
+
+    async def _look(self) -> Drift:
+        """What exists first, who is known then: whoever was made in between is known."""
+        found: dict[Kind, set[str]] = {}
+        for ground in self._grounds:
+            found |= await _ask(ground.kind, _observe_one(ground))
+        for witness in self._witnesses:
+            found |= await _ask(type(witness).__name__, witness.observe())
+        observed = {Thing(kind=kind, name=name) for kind, names in found.items() for name in names}
+        drift = compare(observed, self._claims(), found.keys())
+        # What a witness sees of nobody goes with what it is in.
+        leftovers = frozenset(thing for thing in drift.leftovers if thing.kind in self.kinds)
+        return Drift(leftovers=leftovers, surplus=drift.surplus, missing=drift.missing)
+
+    async def _remove(self, doomed: frozenset[Thing]) -> frozenset[Thing]:
+        removed: set[Thing] = set()
+        for ground in self._grounds:
+            for thing in sorted(thing for thing in doomed if thing.kind is ground.kind):
+                if thing.name not in self._claims() and await self._clear(ground, thing):
+                    removed.add(thing)
         return frozenset(removed)
 
-    async def _observe(self) -> set[Leftover]:
-        """What exists first, who is known then: whoever was made in between is known."""
-        observed = {
-            Leftover(kind=ground.kind, name=name) for ground in self._grounds for name in await ground.observe()
-        }
-        known = self._known()
-        return {leftover for leftover in observed if leftover.name not in known}
-
-    async def _clear(self, ground: Ground, leftover: Leftover) -> bool:
-        if leftover.name in self._known():
-            return False
+    async def _clear(self, ground: Ground, thing: Thing) -> bool:
         try:
-            await ground.clear(leftover.name)
+            await ground.clear(thing.name)
         except (Error, OSError) as e:
-            log.warning("leftover_not_removed", kind=leftover.kind, name=leftover.name, problem=str(e))
+            log.warning("leftover_not_removed", kind=thing.kind, name=thing.name, problem=str(e))
             return False
-        log.warning("leftover_removed", kind=leftover.kind, name=leftover.name)
+        log.warning("leftover_removed", kind=thing.kind, name=thing.name)
         return True
 
-    async def _clear_slots(self, slots: Slots) -> set[Leftover]:
+    async def _clear_surplus(self, surplus: frozenset[Thing]) -> frozenset[Thing]:
+        removed: set[Thing] = set()
+        if self._tidy is None:
+            return frozenset()
+        for name in sorted({thing.name for thing in surplus}):
+            things = {thing for thing in surplus if thing.name == name}
+            kinds = sorted(thing.kind for thing in things)
+            try:
+                await self._tidy(name)
+            except (Error, OSError) as e:
+                log.warning("surplus_not_removed", machine=name, kinds=kinds, problem=str(e))
+                continue
+            log.warning("surplus_removed", machine=name, kinds=kinds)
+            removed |= things
+        return frozenset(removed)
+
+    async def _clear_slots(self, slots: Slots) -> frozenset[Thing]:
         try:
             numbers = await slots.clear_all()
         except (Error, OSError) as e:
             log.warning("slots_not_swept", problem=str(e))
-            return set()
+            return frozenset()
         for number in numbers:
-            log.warning("leftover_removed", kind=slots.kind, name=number)
-        return {Leftover(kind=slots.kind, name=number) for number in numbers}
+            log.warning("leftover_removed", kind=Kind.SLOT, name=number)
+        return frozenset(Thing(kind=Kind.SLOT, name=number) for number in numbers)
+
+    def _tell_missing(self, missing: frozenset[Thing]) -> None:
+        """Once, when it is sure; the metric goes on."""
+        for thing in sorted(missing - self.drift.missing):
+            log.error("thing_missing", kind=thing.kind, machine=thing.name)
+
+
+async def _observe_one(ground: Ground) -> dict[Kind, set[str]]:
+    return {ground.kind: await ground.observe()}
+
+
+async def _ask(who: str, observation: Awaitable[dict[Kind, set[str]]]) -> dict[Kind, set[str]]:
+    """One that cannot look says nothing, and keeps no other from looking."""
+    try:
+        return await observation
+    except (Error, OSError) as e:
+        log.warning("not_looked_at", who=who, problem=str(e))
+        return {}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fusevm.host.admission import Limits
 from fusevm.host.rows import Numbers
-from fusevm.host.surroundings import Blueprint, Lodging
+from fusevm.host.surroundings import Blueprint, Lodging, Remains
 from fusevm.host.vmm.driver import BootPlan
 from fusevm.model.errors import BootFailed, Error, ImageNotFound
 from fusevm.model.machine import Isolation, Machine, MachineSpec, VmmProcess
@@ -175,7 +175,7 @@ class FakeQuarters:
         self.prepare_error: Error | None = None
         #: Raised by that many calls of `vacate`.
         self.vacate_errors: list[Error] = []
-        self.console = ""
+        self.left = Remains()
         self.limits_now = Limits(
             max_machines=1000,
             cpus=16,
@@ -229,10 +229,10 @@ class FakeQuarters:
         """Plenty."""
         return Numbers(warm_slots=(2, 3), slot_count=1000, uid_base=200_000, uid_count=1000)
 
-    async def console_tail(self, machine_id: str) -> str:
+    async def remains(self, machine_id: str) -> Remains:
         """What the test says."""
         del machine_id
-        return self.console
+        return self.left
 
     def _lodging(self, machine: Machine) -> Lodging:
         plan = BootPlan(

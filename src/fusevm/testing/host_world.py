@@ -67,7 +67,7 @@ class World:
             boot_id=lambda: self.boot_id,
         )
         machines = Machines(parts)
-        parts.metrics.watch_machines(machines.records, lambda: parts.events.subscribers)
+        parts.metrics.watch_machines(machines, lambda: parts.events.subscribers)
         config = HostConfig(data_root=self.root / "data", run_dir=self.root / "run")
         images = ImageStore(config.artefacts)
         daemon = Daemon(
@@ -75,7 +75,7 @@ class World:
             parts,
             images=images,
             artifacts=make_importer(config, images),
-            sweeper=Sweeper([], machines.ids),
+            sweeper=Sweeper([], machines.claims),
             machines=machines,
             identification=Identification(
                 driver="fake",

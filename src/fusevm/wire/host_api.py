@@ -110,6 +110,18 @@ class RestoreInPlace(msgspec.Struct, frozen=True, kw_only=True):
     snapshot_id: str
 
 
+class QuarantineBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Something with the machine has failed and is tried again by itself; other machines are not affected."""
+
+    #: RFC 3339.
+    since: str
+    attempts: int
+    #: Of the last attempt, for people.
+    problem: str
+    #: RFC 3339; empty: only an order (to delete it) helps.
+    retry_at: str = ""
+
+
 class MachineBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A machine as the API shows it."""
 
@@ -129,6 +141,8 @@ class MachineBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     #: RFC 3339.
     created_at: str
     started_at: str = ""
+    #: Only there while something is wrong.
+    quarantine: QuarantineBody | None = None
 
 
 class MachineAnswer(msgspec.Struct, frozen=True, kw_only=True):

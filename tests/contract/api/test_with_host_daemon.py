@@ -25,18 +25,24 @@ from fusevm.wire.guest import ExecRequest
 @contextlib.asynccontextmanager
 async def together(folder: Path, world: World, **changes: object) -> AsyncIterator[tuple[Running, Daemon]]:
     """A daemon on a TLS port, and a control plane that knows it as `default`."""
+    async with (
+        served(folder, world) as (setting, daemon),
+        running(FakeHost("unused"), hosts=(setting,), **changes) as server,
+    ):
+        yield server, daemon
+        daemon.events.close()
+
+
+@contextlib.asynccontextmanager
+async def served(folder: Path, world: World, port: int = 0) -> AsyncIterator[tuple[HostSetting, Daemon]]:
+    """A daemon on a TLS port, and how a control plane finds it."""
     async with world.daemon() as daemon:
         identity = ensure_identity(folder)
-        listener = bind_tcp(Listen(host="127.0.0.1", port=0))
-        port = listener.getsockname()[1]
+        listener = bind_tcp(Listen(host="127.0.0.1", port=port))
         app = Boundary(make_router(daemon), daemon.metrics, secret=identity.secret)
-        setting = HostSetting(id="default", url=f"https://127.0.0.1:{port}", token=identity.token)
-        async with (
-            serving(listener, app, make_ssl_context(identity)),
-            running(FakeHost("unused"), hosts=(setting,), **changes) as server,
-        ):
-            yield server, daemon
-            daemon.events.close()
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        async with serving(listener, app, make_ssl_context(identity)):
+            yield HostSetting(id="default", url=url, token=identity.token), daemon
 
 
 async def test_a_life_through_both(tmp_path: Path) -> None:
@@ -107,6 +113,34 @@ async def test_a_vmm_that_dies_fails_its_environment(tmp_path: Path) -> None:
 
         await until(is_failed)
         assert daemon.machines.records() == []
+
+
+async def test_a_reboot_of_the_host_ends_what_ran_there_and_says_so(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with contextlib.AsyncExitStack() as life:
+        setting, daemon = await life.enter_async_context(served(tmp_path, world))
+        async with running(FakeHost("unused"), hosts=(setting,), reconcile_s=0.2) as server:
+            made = await server.create()
+            daemon.events.close()
+            await life.aclose()
+            for process in list(world.driver.processes.values()):
+                process.end("the power went")
+            world.boot_id = "another boot"
+            port = int(setting.url.rpartition(":")[2])
+            async with served(tmp_path, world, port) as (_, daemon):
+
+                async def is_over() -> bool:
+                    body = (await server.get(uid=made["uid"])).json()
+                    return body["state"] == "failed" and daemon.machines.records() == []
+
+                await until(is_over)
+                ending = (await server.record(made["uid"])).ending
+                assert ending is not None
+                assert (ending.reason, "host rebooted" in ending.message) == ("machine_exited", True)
+                # The name is free, and the host serves.
+                assert (await server.create())["state"] == "running"
+                daemon.events.close()
+    assert len(world.leftovers[0]) == 1
 
 
 async def test_orphans_go_and_later_orders_are_still_accepted(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import msgspec
 import pytest
 
 from fusevm.host.agent import ask_health
+from fusevm.host.surroundings import Remains
+from fusevm.host.vmm.exit_reason import AWAY
 from fusevm.model.errors import (
     BadField,
     BootFailed,
@@ -140,7 +142,7 @@ async def test_a_refused_create_has_no_effects(world: World):
 
 @pytest.mark.parametrize("failure", ["quarters", "driver", "exit", "nonce", "protocol", "silence"])
 async def test_a_failed_create_leaves_nothing_and_can_be_repeated(world: World, failure: str):
-    world.quarters.console = "fused: FATAL: no disk"
+    world.quarters.left = Remains(console_tail="fused: FATAL: no disk")
     match failure:
         case "quarters":
             world.quarters.prepare_error = CommandFailed(command="ip", exit_status=1, stderr="no")
@@ -211,7 +213,7 @@ async def test_many_creates_at_once(world: World):
 
 
 async def test_what_could_not_be_undone_stays_in_the_journal_and_is_undone_later(world: World, monkeypatch):
-    monkeypatch.setattr("fusevm.host.machine._RETRY_FIRST_S", 0.05)
+    monkeypatch.setattr("fusevm.host.quarantine.FIRST_S", 0.05)
     world.driver.boot_error = BootFailed(id="m-1", problem="no")
     world.quarters.vacate_errors = [Internal(problem="busy"), Internal(problem="still busy")]
     async with world.daemon() as daemon:
@@ -276,7 +278,7 @@ async def test_a_delete_of_an_unknown_machine_keeps_its_late_create_dead(world: 
 
 
 async def test_a_delete_that_cannot_finish_is_told_and_finished_later(world: World, monkeypatch):
-    monkeypatch.setattr("fusevm.host.machine._RETRY_FIRST_S", 0.02)
+    monkeypatch.setattr("fusevm.host.quarantine.FIRST_S", 0.02)
     async with world.daemon() as daemon:
         await daemon.machines.create(order(), fence())
         world.quarters.vacate_errors = [Internal(problem="busy")]
@@ -393,7 +395,7 @@ async def test_a_guest_that_shuts_itself_down_is_stopped_not_failed(world: World
 
 
 async def test_what_an_exit_left_is_removed_until_it_is_gone(world: World, monkeypatch):
-    monkeypatch.setattr("fusevm.host.machine._RETRY_FIRST_S", 0.01)
+    monkeypatch.setattr("fusevm.host.quarantine.FIRST_S", 0.01)
     async with world.daemon() as daemon:
         await daemon.machines.create(order(), fence())
         world.quarters.vacate_errors = [Internal(problem="busy")] * 3
@@ -418,7 +420,7 @@ async def test_machines_outlive_the_daemon_and_are_adopted(world: World):
     assert world.driver.boots == 1
 
 
-@pytest.mark.parametrize(("boot_id", "words"), [("another", "the host rebooted"), (None, "while the daemon was away")])
+@pytest.mark.parametrize(("boot_id", "words"), [("another", "host rebooted"), (None, f"unknown: {AWAY}")])
 async def test_a_vmm_that_ended_meanwhile_is_a_failed_machine(world: World, boot_id: str | None, words: str):
     async with world.daemon() as daemon:
         await daemon.machines.create(order(), fence())
@@ -427,7 +429,7 @@ async def test_a_vmm_that_ended_meanwhile_is_a_failed_machine(world: World, boot
     async with world.daemon() as daemon:
         await until(lambda: daemon.machines.record("m-1").slot == -1)
         failed = daemon.machines.record("m-1")
-        assert (failed.phase, words in failed.error) == (Phase.FAILED, True)
+        assert (failed.phase, failed.error) == (Phase.FAILED, words)
         await daemon.machines.stop("m-1", fence())
         assert (await daemon.machines.start("m-1", fence())).phase is Phase.RUNNING
 
@@ -491,7 +493,7 @@ async def test_a_broken_machine_keeps_no_other_from_being_taken_up(world: World,
         return await adopt(plan, process)
 
     monkeypatch.setattr(world.driver, "adopt", broken)
-    monkeypatch.setattr("fusevm.host.machine._RETRY_FIRST_S", 0.02)
+    monkeypatch.setattr("fusevm.host.quarantine.FIRST_S", 0.02)
     async with world.daemon() as daemon:
         assert await daemon.machines.guest("m-2", fence(uid="u2"))
         monkeypatch.setattr(world.driver, "adopt", adopt)
@@ -499,7 +501,7 @@ async def test_a_broken_machine_keeps_no_other_from_being_taken_up(world: World,
 
 
 async def test_a_task_with_a_bug_is_restarted(world: World, monkeypatch):
-    monkeypatch.setattr("fusevm.host.machines._RESTART_S", 0.01)
+    monkeypatch.setattr("fusevm.host.quarantine.FIRST_S", 0.01)
     async with world.daemon() as daemon:
         await daemon.machines.create(order(), fence())
         task = daemon.machines._tasks["m-1"]

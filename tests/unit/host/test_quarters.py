@@ -168,11 +168,11 @@ async def test_limits_are_those_of_this_host(quarters: HostQuarters):
 
 
 async def test_the_console_tail_is_printable(quarters: HostQuarters):
-    assert await quarters.console_tail("m-1") == ""
+    assert (await quarters.remains("m-1")).console_tail == ""
     log = quarters.console_log("m-1")
     log.parent.mkdir(parents=True)
     log.write_bytes(b"x\n" * 50_000 + b"\x1b[31mfused: FATAL: no disk\x1b[0m\r\n\xff\n")
-    assert (await quarters.console_tail("m-1")).splitlines()[-1] == "fused: FATAL: no disk"
+    assert (await quarters.remains("m-1")).console_tail.splitlines()[-1] == "fused: FATAL: no disk"
 
 
 async def test_storage_is_counted_in_blocks(quarters: HostQuarters, tmp_path: Path):

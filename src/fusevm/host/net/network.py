@@ -23,7 +23,7 @@ class HostNetwork:
     """Namespaces, policy and DNS of all machines of one daemon."""
 
     def __init__(self, plan: NetworkPlan, *, uplink: str = "", warm: int = 4, resolv_conf: Path = RESOLV_CONF) -> None:
-        self._plan = plan
+        self.plan = plan
         #: Interface that the administrator chose; empty: that of the default route.
         self._uplink = uplink
         self._firewall = Firewall(plan)
@@ -36,7 +36,7 @@ class HostNetwork:
         Returns the failures of kept slots: such a machine has no network, the others do. Raises
         NetworkRangeConflict and BadSetting before anything is touched. Switches IPv4 forwarding on.
         """
-        check_range(self._plan, await observe_routes())
+        check_range(self.plan, await observe_routes())
         uplinks = await observe_uplinks(self._uplink)
         await ensure_forwarding()
         return await self._pool.open(keep, uplinks)

@@ -8,8 +8,14 @@ import msgspec
 from fusevm.host.vmm.console import last_lines
 
 UNKNOWN = "unknown"
+#: What the daemon says of machines that it finds without their VMM when it starts.
+HOST_REBOOTED = "host rebooted"
+AWAY = "the VMM ended while the daemon was away"
+SHUT_DOWN = "the guest shut down"
 OUT_OF_MEMORY = "the VMM was killed because memory ran out"
 _PANIC = re.compile(rb"Kernel panic - not syncing: ([^\r\n]{1,200})")
+#: The agent's first word once it serves (guest/cmd/fused).
+_READY = b"fused: ready after "
 _FATAL = re.compile(rb"fused: FATAL: ([^\r\n]{1,400})")
 
 
@@ -41,12 +47,24 @@ def explain_exit(words: LastWords) -> str:
         if panic := _PANIC.findall(words.console):
             return f"the guest's kernel panicked: {last_lines(panic[-1])}"
     if by_guest:
-        return "the guest shut down"
+        return SHUT_DOWN
     if words.shutdown == "host-signal":
         return "the VMM was asked to end by a signal"
     if words.shutdown:
         return f"the VMM ended ({words.shutdown})"
     return _by_status(words)
+
+
+def explain_absence(console: bytes, *, is_out_of_memory: bool, is_disk_clean: bool | None) -> str:
+    """Return why a VMM is no more whose end nobody has seen: no status, no event, no console since the daemon ended.
+
+    A disk that was left in order is that of a guest which shut down. The console may go back to earlier runs: what
+    counts is what was said after the agent of this one was ready.
+    """
+    said = console[console.rfind(_READY) + 1 :] if _READY in console else console
+    shutdown = "guest-shutdown" if is_disk_clean else ""
+    reason = explain_exit(LastWords(console=said, shutdown=shutdown, is_out_of_memory=is_out_of_memory))
+    return f"{UNKNOWN}: {AWAY}" if reason == UNKNOWN else f"{reason} while the daemon was away"
 
 
 def _by_status(words: LastWords) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fusevm.host.vmm.exit_reason import LastWords, explain_exit
+from fusevm.host.vmm.exit_reason import LastWords, explain_absence, explain_exit
 
 PANIC = b"[ 1.0] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n[ 1.1] CPU: 0\r\n"
 FATAL = b"fused: FATAL: no disk with serial 'overlay'\r\n"
@@ -36,6 +36,24 @@ FATAL = b"fused: FATAL: no disk with serial 'overlay'\r\n"
 )
 def test_reasons(words, reason):
     assert explain_exit(words) == reason
+
+
+AWAY = " while the daemon was away"
+
+
+@pytest.mark.parametrize(
+    ("console", "is_out_of_memory", "is_disk_clean", "reason"),
+    [
+        (b"", False, True, f"the guest shut down{AWAY}"),
+        (b"", True, False, f"the VMM was killed because memory ran out{AWAY}"),
+        (PANIC, False, False, f"the guest's kernel panicked: VFS: Unable to mount root fs{AWAY}"),
+        # What an earlier run of the machine said is no reason.
+        (PANIC + b"fused: ready after 900 ms\r\n", False, None, f"unknown: the VMM ended{AWAY}"),
+        (b"fused: ready after 900 ms\r\nhello", False, False, f"unknown: the VMM ended{AWAY}"),
+    ],
+)
+def test_the_reason_of_an_end_that_nobody_has_seen(console, is_out_of_memory, is_disk_clean, reason):
+    assert explain_absence(console, is_out_of_memory=is_out_of_memory, is_disk_clean=is_disk_clean) == reason
 
 
 def test_what_a_guest_says_is_cut_and_cleaned():
