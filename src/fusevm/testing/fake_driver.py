@@ -13,7 +13,7 @@ from pathlib import Path
 from fusevm.host.admission import Limits
 from fusevm.host.rows import Numbers
 from fusevm.host.surroundings import Blueprint, Lodging, Remains
-from fusevm.host.vmm.driver import BootPlan
+from fusevm.host.vmm.driver import BootPlan, VmmGone
 from fusevm.model.errors import BootFailed, Error, ImageNotFound
 from fusevm.model.machine import Isolation, Machine, MachineSpec, VmmProcess
 from fusevm.testing.fake_agent import FakeAgent, MemoryStream, memory_pair
@@ -54,6 +54,7 @@ class FakeProcess:
         self.identity = identity
         self.agent = FakeAgent(nonce, lambda: self.end(GUEST_SHUT_DOWN), protocol=driver.protocol)
         self.exit_reason = ""
+        self.is_paused = False
         self.ended = asyncio.Event()
         self.serving: set[asyncio.Task[None]] = set()
 
@@ -98,6 +99,18 @@ class FakeVmm:
         self._running.serving.add(serving)
         serving.add_done_callback(self._running.serving.discard)
         return ours
+
+    async def pause(self) -> None:
+        """Stop; streams to the agent are not held up."""
+        if self._running.ended.is_set():
+            raise VmmGone(self._running.exit_reason)
+        self._running.is_paused = True
+
+    async def resume(self) -> None:
+        """Go on."""
+        if self._running.ended.is_set():
+            raise VmmGone(self._running.exit_reason)
+        self._running.is_paused = False
 
     async def wait_exit(self) -> str:
         """Wait for the end of the process, or for `close`."""

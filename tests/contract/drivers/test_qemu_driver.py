@@ -34,10 +34,10 @@ socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [b"x"], [tap])
 """
 
 
-@pytest.fixture(autouse=True)
-def only_qemu(under_test):
-    if under_test.name != "qemu":
-        pytest.skip("about the qemu driver")
+@pytest.fixture(scope="session")
+def under_test(drivers):
+    """This driver alone."""
+    return drivers["qemu"]
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ _TURN_COST = 64
 #: Cost units that a machine may use at once (an entire verbose boot) and per second thereafter.
 _BURST, _RATE = 4 << 20, 64 << 10
 _PAUSE_S = 0.1
+#: A pipe has 1 MiB at most, unless root makes it larger (pipe(7)).
+_DRAINED_CHUNKS = 16
 _UNPRINTABLE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e]")
 
 
@@ -87,14 +89,32 @@ class ConsoleLog:
         self._open()
 
 
+class _Budget:
+    """What may be read: a burst, and so much per second. It may be overdrawn by one turn."""
+
+    def __init__(self) -> None:
+        self._left = float(_BURST)
+        self._refilled = time.monotonic()
+
+    def take(self, size: int) -> bool:
+        """Book a turn that read `size` bytes; False: pause."""
+        now = time.monotonic()
+        self._left = min(_BURST, self._left + (now - self._refilled) * _RATE) - size - _TURN_COST
+        self._refilled = now
+        return self._left >= 0
+
+    def fill(self) -> None:
+        """Let it be as at the start."""
+        self._left = float(_BURST)
+
+
 class ConsoleReader(asyncio.Protocol):
     """Reads the serial port's socket into a log, at a bounded rate."""
 
     def __init__(self, log: ConsoleLog) -> None:
         self._log = log
         self._transport: asyncio.Transport | None = None
-        self._budget = float(_BURST)
-        self._refilled = time.monotonic()
+        self._budget = _Budget()
         self._resuming: asyncio.TimerHandle | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         #: How often a flood was slowed down.
@@ -111,10 +131,7 @@ class ConsoleReader(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._log.write(data)
-        now = time.monotonic()
-        self._budget = min(_BURST, self._budget + (now - self._refilled) * _RATE) - len(data) - _TURN_COST
-        self._refilled = now
-        if self._budget < 0 and self._transport is not None:
+        if not self._budget.take(len(data)) and self._transport is not None:
             self.pauses += 1
             self._transport.pause_reading()
             self._resuming = asyncio.get_running_loop().call_later(_PAUSE_S, self._resume)
@@ -138,7 +155,7 @@ class ConsoleReader(asyncio.Protocol):
 
     def drain(self) -> None:
         """Read on without pauses: the VMM has ended, and its last words are what matters."""
-        self._budget = float(_BURST)
+        self._budget.fill()
         if self._resuming is not None:
             self._resuming.cancel()
             self._resume()
@@ -177,11 +194,18 @@ class PipeReader:
 
 
 class FifoReader:
-    """Reads a named pipe whose writer may come and go: the reader holds it open itself, so it never ends by itself."""
+    """Reads a named pipe whose writer may come and go: the reader holds it open itself, so it never ends by itself.
+
+    At a bounded rate: a writer that floods it fills the pipe, and loses what it writes beyond.
+    """
 
     def __init__(self, path: Path, on_data: Callable[[bytes], None]) -> None:
         self._on_data = on_data
         self._loop = asyncio.get_running_loop()
+        self._budget = _Budget()
+        self._resuming: asyncio.TimerHandle | None = None
+        #: How often a flood was slowed down.
+        self.pauses = 0
         # The writer's directory is not ours: no link is followed, and nothing but a pipe is read.
         self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         if not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
@@ -190,24 +214,39 @@ class FifoReader:
         self._loop.add_reader(self._fd, self._read)
 
     def drain(self) -> None:
-        """Read what is left; the writer has ended."""
-        while self._fd >= 0 and self._read():
-            pass
+        """Read what is left, at most a full pipe; the writer has ended."""
+        for _ in range(_DRAINED_CHUNKS):
+            if self._fd < 0 or not self._take():
+                return
 
     def close(self) -> None:
         """Stop reading. Idempotent."""
+        if self._resuming is not None:
+            self._resuming.cancel()
         if self._fd >= 0:
             self._loop.remove_reader(self._fd)
             os.close(self._fd)
             self._fd = -1
 
-    def _read(self) -> bool:
+    def _read(self) -> None:
+        size = self._take()
+        if size and not self._budget.take(size):
+            self.pauses += 1
+            self._loop.remove_reader(self._fd)
+            self._resuming = self._loop.call_later(_PAUSE_S, self._resume)
+
+    def _resume(self) -> None:
+        if self._fd >= 0:
+            self._loop.add_reader(self._fd, self._read)
+
+    def _take(self) -> int:
+        """Read once; how much there was."""
         try:
             data = os.read(self._fd, _CHUNK)
         except BlockingIOError:
-            return False
+            return 0
         self._on_data(data)
-        return bool(data)
+        return len(data)
 
 
 def last_lines(data: bytes, count: int = 6, limit: int = 600) -> str:

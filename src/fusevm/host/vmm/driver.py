@@ -12,6 +12,17 @@ from fusevm.host.channel import AgentStream
 from fusevm.model.machine import VmmProcess
 
 
+class VmmGone(ConnectionError):
+    """The VMM has ended; the text says why."""
+
+
+class Rate(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device may do, on average over a second; 0: no limit."""
+
+    bytes_per_s: int = 0
+    ops_per_s: int = 0
+
+
 class Nic(msgspec.Struct, frozen=True, kw_only=True):
     """The machine's network device."""
 
@@ -50,6 +61,8 @@ class BootPlan(msgspec.Struct, frozen=True, kw_only=True):
     #: Private writable disk (ext4).
     overlay: Path | None = None
     overlay_format: Literal["raw", "qcow2"] = "qcow2"
+    #: Limit of each disk, image and overlay alike.
+    disk_rate: Rate = Rate()
     #: Private directory of the machine for sockets and logs; its path is short (108-byte socket limit).
     run_dir: Path
     #: Where console and VMM output go, bounded by `console_bytes` (rotated, newest kept).
@@ -72,6 +85,17 @@ class Vmm(Protocol):
 
         Raises ConnectionError; when the VMM has gone, its text is the reason that `wait_exit` returns.
         """
+        ...
+
+    async def pause(self) -> None:
+        """Stop the machine where it is; returns when nothing of it runs. Idempotent; an adopted one stays paused.
+
+        Streams stay open and are silent meanwhile. Raises VmmGone, NotSupported without a means to, Timeout.
+        """
+        ...
+
+    async def resume(self) -> None:
+        """Let a paused machine go on. Idempotent. Raises as `pause` does."""
         ...
 
     async def wait_exit(self) -> str:

@@ -24,6 +24,8 @@ class LastWords(msgspec.Struct, frozen=True, kw_only=True):
 
     #: Exit status, negative for a signal; None when the process was no child of ours.
     status: int | None = None
+    #: What this VMM means by that status; empty when it is like any program's.
+    meaning: str = ""
     #: `reason` of QEMU's SHUTDOWN event; empty when there was none.
     shutdown: str = ""
     #: We killed it ourselves, for this reason.
@@ -76,7 +78,8 @@ def _by_status(words: LastWords) -> str:
         return f"{UNKNOWN}{tail}"
     if words.status < 0:
         return f"the VMM was killed by {_signal_name(-words.status)}{tail}"
-    return f"the VMM failed with status {words.status}{tail}"
+    meaning = f" ({words.meaning})" if words.meaning else ""
+    return f"the VMM failed with status {words.status}{meaning}{tail}"
 
 
 def _signal_name(number: int) -> str:

@@ -21,7 +21,7 @@ from fusevm.host.cgroup import has_run_out_of_memory
 from fusevm.host.channel import GuestChannel, GuestStream, TooManyStreams, connect_unix
 from fusevm.host.process import ProcessHandle, command_line_of
 from fusevm.host.vmm.console import ConsoleLog, ConsoleReader, PipeReader, last_lines
-from fusevm.host.vmm.driver import BootPlan
+from fusevm.host.vmm.driver import BootPlan, VmmGone
 from fusevm.host.vmm.exit_reason import LastWords, explain_exit
 from fusevm.host.vmm.launch import (
     Launch,
@@ -35,7 +35,7 @@ from fusevm.host.vmm.launch import (
 from fusevm.host.vmm.qemu_args import Acceleration, Accelerator, Descriptors, render_command_line
 from fusevm.host.vmm.qmp import Event, Qmp, QmpError
 from fusevm.host.vmm.tsc import ensure_tsc_khz
-from fusevm.model.errors import BootFailed
+from fusevm.model.errors import BootFailed, NotSupported, Timeout
 from fusevm.model.machine import VmmProcess
 
 _log = logging.getLogger(__name__)
@@ -46,10 +46,8 @@ _KVM: Final = Path("/dev/kvm")
 _LAST_WORDS_S: Final = 2.0
 #: A channel that broke because the VMM ended: how long its end may take to be seen.
 _END_SEEN_S: Final = 1.0
-
-
-class VmmGone(ConnectionError):
-    """The VMM has ended; the text says why."""
+#: How long QEMU may take to stop and flush its disks.
+_ORDER_S: Final = 30.0
 
 
 class RunFiles(msgspec.Struct, frozen=True):
@@ -142,6 +140,14 @@ class QemuVmm:
         except ConnectionError as e:
             raise await self._why(e) from e
 
+    async def pause(self) -> None:
+        """Stop the virtual CPUs; what the guest has written to its disks is with the host's kernel then."""
+        await self._order("stop")
+
+    async def resume(self) -> None:
+        """Let them go on."""
+        await self._order("cont")
+
     async def wait_exit(self) -> str:
         """Return why the process ended once it has."""
         return await asyncio.shield(self._exit)
@@ -214,6 +220,17 @@ class QemuVmm:
             async with asyncio.timeout(_END_SEEN_S):
                 return VmmGone(await self.wait_exit())
         return error
+
+    async def _order(self, command: str) -> None:
+        if self._qmp is None:
+            raise NotSupported(feature="Pausing a machine whose control socket is gone")
+        try:
+            async with asyncio.timeout(_ORDER_S):
+                await self._qmp.execute(command)
+        except ConnectionError as e:
+            raise await self._why(e) from e
+        except TimeoutError as e:
+            raise Timeout(what=f"`{command}` of {self._id}", limit_s=round(_ORDER_S)) from e
 
     async def _kill(self, reason: str) -> None:
         if not self._exit.done():

@@ -32,6 +32,7 @@ from fusevm.model.errors.capacity import (
     Unavailable,
     Unimplemented,
     VmmMissing,
+    VmmUnsuitable,
 )
 from fusevm.model.errors.conflict import (
     ActionUnderWay,
@@ -211,6 +212,7 @@ __all__ = [
     "UnknownSignal",
     "UnknownUser",
     "VmmMissing",
+    "VmmUnsuitable",
     "WrongCluster",
     "WrongState",
     "error_classes",

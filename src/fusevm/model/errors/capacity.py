@@ -180,6 +180,16 @@ class VmmMissing(Unavailable):
     remedy: str
 
 
+class VmmUnsuitable(Unavailable):
+    """The VMM that is installed is none that machines may be run with."""
+
+    reason = "vmm_unsuitable"
+    retryable = False
+    template = "{program} is refused: {problem}"
+    program: str
+    problem: str
+
+
 class Timeout(Error):
     code, status, retryable = "timeout", 504, True
     reason = "timeout"

@@ -1,25 +1,29 @@
-"""The `firecracker` program: its arguments, its API, its guest, its exit status."""
+"""The `firecracker` program: its arguments, its API, its guest, its exit status. It runs in its jail."""
 
 import argparse
 import asyncio
 import contextlib
+import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Final, Literal, NoReturn
 
 import msgspec
 
 from fusevm.host.net.tap import attach_tap
 from fusevm.testing.fake_firecracker.guests import Guest, Hardware, ProcessGuest, QemuGuest, StartFailed
-from fusevm.testing.fake_firecracker.rules import VERSION, Answer, Rules
+from fusevm.testing.fake_firecracker.rules import Answer, Rules
 from fusevm.testing.fake_firecracker.server import ApiServer
-from fusevm.testing.fake_firecracker.sinks import Serial, open_sink
+from fusevm.testing.fake_firecracker.sinks import Counts, Log, Serial, open_sink
 from fusevm.testing.fake_firecracker.vsock import VsockServer
 from fusevm.wire.streams import ByteStream
 
 #: Exit statuses of the reference.
 BAD_ARGUMENTS, GENERIC = 153, 1
+#: Seconds between two lines of metrics.
+_METRICS_S: Final = 60
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,26 +35,29 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Firecracker:
-    """One microVM process; `root` is what it takes for `/`."""
+    """One microVM process."""
 
-    def __init__(self, arguments: argparse.Namespace, root: Path, setup: Setup) -> None:
-        self._root = root
+    def __init__(self, arguments: argparse.Namespace, setup: Setup) -> None:
         self._setup = setup
-        self._api_path = arguments.api_sock
+        self._api_path: str = arguments.api_sock
         self._rules = Rules(arguments.id)
+        if arguments.metadata:
+            self._rules.metadata = json.loads(Path(arguments.metadata).read_bytes())
         self._guest: Guest | None = None
+        self._log = Log(arguments.id)
+        self._counts = Counts()
         self._serial: Serial | None = None
-        self._log = -1
         self._tap: int | None = None
         self._servers: list[asyncio.Server] = []
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting: asyncio.Task[None] | None = None
+        self._waiting: list[asyncio.Future[None]] = []
 
     async def run(self) -> int:
         """Serve until the guest ends; the exit status."""
-        self._servers.append(await ApiServer(self._decide).start(self._short(self._api_path)))
+        self._servers.append(await ApiServer(self._decide).start(self._api_path))
         status = await self._ended
-        self._say(f"Firecracker exiting successfully. exit_code={status}" if status == 0 else "Firecracker exiting")
+        self._log.write("Info", f"Firecracker exiting successfully. exit_code={status}")
+        self._counts.flush()
         return status
 
     # -- requests -------------------------------------------------------------------------------------------------
@@ -58,13 +65,19 @@ class Firecracker:
     async def _decide(self, method: str, path: str, content: bytes) -> Answer:
         before = (self._rules.state, dict(self._rules.config))
         answer = self._rules.answer(method, path, content)
-        self._say(f"The API server received a {method} request on {path}. {answer.status}")
+        self._log.write("Info", f"The API server received a {method.capitalize()} request on {path!r}.")
         try:
             await self._prepare(path, answer)
             await self._carry_out(answer.effect)
         except (OSError, StartFailed) as error:
             self._rules.state, self._rules.config = before
-            return Answer(400, {"fault_message": f"{path.strip('/')}: {error}"})
+            answer = Answer(400, {"fault_message": f"{path.strip('/')}: {error}"})
+        section = {"GET": "get_api_requests", "PATCH": "patch_api_requests"}.get(method, "put_api_requests")
+        self._counts.add(
+            section, f"{path.split('/')[1] or 'instance_info'}_{'count' if answer.status < 300 else 'fails'}"
+        )
+        if answer.status >= 300:
+            self._log.write("Error", f"Received Error. Status code: {answer.status}. Message: {answer.body}")
         return answer
 
     async def _prepare(self, path: str, answer: Answer) -> None:
@@ -74,27 +87,32 @@ class Firecracker:
         body = self._rules.config.get(path, {})
         if path == "/vsock":
             bridge = VsockServer(self._connect, lambda: self._rules.is_deaf)
-            self._servers.append(await bridge.start(self._short(body["uds_path"])))
+            self._servers.append(await bridge.start(body["uds_path"]))
         elif path.startswith("/network-interfaces/"):
             self._tap = attach_tap(body["host_dev_name"])
         elif path.startswith("/drives/"):
-            flags = os.O_RDONLY if body.get("is_read_only") else os.O_RDWR
-            os.close(os.open(self._outside(body["path_on_host"]), flags))
+            os.close(os.open(body["path_on_host"], os.O_RDONLY if body.get("is_read_only") else os.O_RDWR))
         elif path == "/boot-source":
             for field in ("kernel_image_path", "initrd_path"):
                 if field in body:
-                    os.close(os.open(self._outside(body[field]), os.O_RDONLY))
+                    os.close(os.open(body[field], os.O_RDONLY))
 
     async def _carry_out(self, effect: str) -> None:
+        config = self._rules.config
         match effect:
             case "/logger":
-                self._log = open_sink(self._outside(self._rules.config["/logger"]["log_path"]))
+                self._log.open(Path(config[effect]["log_path"]), config[effect].get("level", "Info"))
+            case "/metrics":
+                self._counts.open(Path(config[effect]["metrics_path"]))
+                self._waiting.append(asyncio.ensure_future(self._keep_counting()))
             case "/serial":
-                body = self._rules.config["/serial"]
-                self._serial = Serial(open_sink(self._outside(body["serial_out_path"])), body.get("rate_limiter"))
+                sink = open_sink(Path(config[effect]["serial_out_path"]))
+                self._serial = Serial(sink, config[effect].get("rate_limiter"), self._counts)
+            case "flush":
+                self._counts.flush()
             case "start":
                 self._guest = await self._start()
-                self._waiting = asyncio.ensure_future(self._wait(self._guest))
+                self._waiting.append(asyncio.ensure_future(self._wait(self._guest)))
             case "pause" if self._guest is not None:
                 await self._guest.pause()
             case "resume" if self._guest is not None:
@@ -102,11 +120,15 @@ class Firecracker:
             case "ctrl-alt-del" if self._guest is not None:
                 await self._guest.reset()
 
+    async def _keep_counting(self) -> None:
+        while True:
+            self._counts.flush()
+            await asyncio.sleep(_METRICS_S)
+
     # -- the guest ------------------------------------------------------------------------------------------------
 
     async def _start(self) -> Guest:
-        hardware = self._hardware()
-        folder = self._outside("/run")
+        hardware, folder = self._hardware(), Path("/run")
         if self._setup.guests == "process":
             return await ProcessGuest.start(self._setup.agent, hardware, folder)
         return await QemuGuest.start(hardware, folder, self._write_serial)
@@ -116,16 +138,16 @@ class Firecracker:
         boot, machine = config["/boot-source"], config.get("/machine-config", {})
         drives = [body for path, body in config.items() if path.startswith("/drives/")]
         nics = [body for path, body in config.items() if path.startswith("/network-interfaces/")]
-        readonly = [one for one in drives if one.get("is_read_only")]
-        writable = [one for one in drives if not one.get("is_read_only")]
+        readonly = [Path(one["path_on_host"]) for one in drives if one.get("is_read_only")]
+        writable = [Path(one["path_on_host"]) for one in drives if not one.get("is_read_only")]
         return Hardware(
             cpus=machine.get("vcpu_count", 1),
             memory_mib=machine.get("mem_size_mib", 128),
-            kernel=self._outside(boot["kernel_image_path"]),
-            initramfs=self._outside(boot["initrd_path"]),
+            kernel=Path(boot["kernel_image_path"]),
+            initramfs=Path(boot["initrd_path"]),
             boot_args=boot.get("boot_args", ""),
-            image=self._outside(readonly[0]["path_on_host"]) if readonly else None,
-            overlay=self._outside(writable[0]["path_on_host"]) if writable else None,
+            image=readonly[0] if readonly else None,
+            overlay=writable[0] if writable else None,
             tap=self._tap,
             mac=nics[0].get("guest_mac", "") if nics else "",
         )
@@ -136,27 +158,18 @@ class Firecracker:
             self._ended.set_result(0)
 
     async def _connect(self) -> ByteStream:
-        if self._guest is None:
+        if self._guest is None or "/vsock" not in self._rules.config:
             raise ConnectionRefusedError("the microVM does not run")
-        return await self._guest.connect()
-
-    # -- inside ---------------------------------------------------------------------------------------------------
-
-    def _outside(self, path: str) -> Path:
-        return self._root / path.removeprefix("/")
-
-    def _short(self, path: str) -> str:
-        """A socket's path has 107 bytes; inside a real jail it is short by itself."""
-        return os.path.relpath(self._outside(path), Path.cwd())
+        stream = await self._guest.connect()
+        self._counts.add("vsock", "conns_added")
+        return stream
 
     def _write_serial(self, data: bytes) -> None:
         if self._serial is not None:
             self._serial.write(data)
-
-    def _say(self, text: str) -> None:
-        if self._log >= 0:
+        else:
             with contextlib.suppress(OSError):
-                os.write(self._log, f"[{self._rules.state}] {text}\n".encode())
+                os.write(sys.stdout.fileno(), data)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -169,23 +182,24 @@ class _Parser(argparse.ArgumentParser):
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The program's arguments. Exits for those that it does not know."""
     parser = _Parser(prog="firecracker", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"Firecracker v{VERSION}")
     parser.add_argument("--id", default="anonymous-instance")
     parser.add_argument("--api-sock", default="/run/firecracker.socket")
-    for name in ("--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-us"):
+    for name in ("--metadata", "--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-us"):
         parser.add_argument(name)
     return parser.parse_args(words)
 
 
-def serve(arguments: argparse.Namespace, root: Path, setup: Setup) -> int:
+def main(words: Sequence[str], setup: Setup) -> int:
     """Run one process; the exit status."""
-    os.chdir(root)
+    arguments = parse(words)
+    os.chdir("/")
+    os.environ["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"  # for the fake's own children; the jailer has cleared it
 
-    async def main() -> int:
-        return await Firecracker(arguments, root, setup).run()
+    async def run() -> int:
+        return await Firecracker(arguments, setup).run()
 
     try:
-        return asyncio.run(main())
-    except OSError as error:
-        print(f"Failed to open the API socket: {error}")
+        return asyncio.run(run())
+    except (OSError, ValueError) as error:
+        print(f"Error: {error}", file=sys.stderr)
         return GENERIC

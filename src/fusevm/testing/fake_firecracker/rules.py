@@ -12,11 +12,21 @@ from fusevm.testing.fake_firecracker.schema import BODIES, find_problem
 VERSION: Final = "1.16.1"
 MAX_BODY: Final = 51_200
 _MAX_DEVICES: Final = 17
+_MAX_TAP_NAME: Final = 15
 _RESOURCE_ID = re.compile(r"[A-Za-z0-9_]{1,64}")
 State = Literal["Not started", "Running", "Paused"]
 #: Requests that configure a boot: none may come before a load, all must come before the start.
 _BOOT: Final = frozenset(
-    {"/machine-config", "/boot-source", "/drives/{id}", "/network-interfaces/{id}", "/vsock", "/entropy", "/balloon"}
+    {
+        "/machine-config",
+        "/boot-source",
+        "/drives/{id}",
+        "/network-interfaces/{id}",
+        "/vsock",
+        "/mmds/config",
+        "/entropy",
+        "/balloon",
+    }
 )
 #: Once each.
 _ONCE: Final = frozenset({"/logger", "/metrics", "/serial"})
@@ -44,6 +54,8 @@ class Rules:
         self._is_bare_pause = False
         #: New connections from the host hang for ever.
         self.is_deaf = False
+        #: What the guest may read as metadata; None: never set, and lost by a snapshot.
+        self.metadata: Any = None
 
     def answer(self, method: str, path: str, content: bytes) -> Answer:
         """Decide about one request."""
@@ -51,6 +63,8 @@ class Rules:
             return Answer(413, {"fault_message": "HTTP payload is larger than the limit"})
         if method == "GET":
             return self._read(path, content)
+        if path == "/mmds" and method in ("PUT", "PATCH"):
+            return self._set_metadata(method, content)
         pattern = _pattern(path)
         fields = BODIES.get((method, pattern))
         if fields is None:
@@ -81,8 +95,20 @@ class Rules:
                 return Answer(200, {key.strip("/"): value for key, value in self.config.items()})
             case "/balloon" if "/balloon" in self.config:
                 return Answer(200, self.config["/balloon"])
+            case "/mmds":
+                return Answer(200, self.metadata if self.metadata is not None else {})
             case _:
                 return _fault(f"Invalid request method and/or path: GET {path}.")
+
+    def _set_metadata(self, method: str, content: bytes) -> Answer:
+        try:
+            body = json.loads(content)
+        except ValueError as error:
+            return _fault(f"An error occurred when deserializing the json body of a request: {error}.")
+        if method == "PATCH" and self.metadata is None:
+            return _fault("The MMDS data store is not initialized.")
+        self.metadata = _merged(self.metadata, body) if method == "PATCH" else body
+        return Answer(204)
 
     def _act(self, method: str, pattern: str, path: str, body: dict[str, Any]) -> Answer:
         is_started = self.state != "Not started"
@@ -125,7 +151,14 @@ class Rules:
                 if body["is_root_device"] and set(roots) - {path}:
                     return "A root block device already exists!"
                 return "" if body.get("path_on_host") or body.get("socket") else "Invalid drive: no path."
+            case "/mmds/config":
+                known = {one.rpartition("/")[2] for one in self.config if one.startswith("/network-interfaces/")}
+                if not body["network_interfaces"] or set(body["network_interfaces"]) - known:
+                    return "The list of network interface IDs provided contains at least one ID that does not exist."
+                return ""
             case "/network-interfaces/{id}":
+                if len(body["host_dev_name"]) > _MAX_TAP_NAME or not 68 <= body.get("mtu", 1500) <= 65_535:
+                    return "Invalid network interface configuration."
                 macs = {c.get("guest_mac") for p, c in self.config.items() if p.startswith("/network") and p != path}
                 return "The MAC address is already in use." if body.get("guest_mac") in macs - {None} else ""
             case "/vsock":
@@ -188,6 +221,19 @@ class Rules:
 def _pattern(path: str) -> str:
     words = path.split("/")
     return f"/{words[1]}/{{id}}" if len(words) == 3 and words[1] in ("drives", "network-interfaces") else path
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """RFC 7396, JSON merge patch."""
+    if not isinstance(new, dict):
+        return new
+    base = dict(old) if isinstance(old, dict) else {}
+    for name, value in new.items():
+        if value is None:
+            base.pop(name, None)
+        else:
+            base[name] = _merged(base.get(name), value)
+    return base
 
 
 def _id_problem(path: str, pattern: str, body: dict[str, Any]) -> str:

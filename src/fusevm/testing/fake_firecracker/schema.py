@@ -89,6 +89,12 @@ BODIES: Final[dict[tuple[str, str], dict[str, Field]]] = {
         "free_page_hinting": _FLAG,
     },
     ("PATCH", "/balloon"): {"amount_mib": _NEEDED_NUMBER},
+    ("PUT", "/mmds/config"): {
+        "network_interfaces": Field(list, True),
+        "version": Field(("V1", "V2")),
+        "ipv4_address": _TEXT,
+        "imds_compat": _FLAG,
+    },
     ("PUT", "/actions"): {"action_type": Field(("FlushMetrics", "InstanceStart", "SendCtrlAltDel"), True)},
     ("PATCH", "/vm"): {"state": Field(("Paused", "Resumed"), True)},
     ("PUT", "/snapshot/create"): {

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from fusevm.host.vmm.console import ConsoleLog, ConsoleReader, PipeReader, last_lines
+from fusevm.host.vmm.console import ConsoleLog, ConsoleReader, FifoReader, PipeReader, last_lines
 
 
 @pytest.fixture
@@ -113,6 +113,67 @@ async def test_a_pipe_keeps_what_was_said_while_nobody_read(tmp_path):
     os.close(vmm)
     await second.ended
     assert bytes(heard) == b"early meanwhile late"
+
+
+@pytest.fixture
+def fifo(tmp_path):
+    """A named pipe, and its writer's end."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    writer = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    yield path, writer
+    os.close(writer)
+
+
+async def test_a_writer_of_a_fifo_may_come_and_go(fifo):
+    path, writer = fifo
+    said = bytearray()
+    reader = FifoReader(path, said.extend)
+    for word in (b"one", b"two"):
+        os.write(writer, word)
+        async with asyncio.timeout(30):
+            while not said.endswith(word):
+                await asyncio.sleep(0.001)
+    os.write(writer, b"last")
+    reader.drain()
+    reader.close()
+    reader.close()
+    assert said == b"onetwolast"
+
+
+async def test_a_flooded_fifo_is_read_at_a_bounded_rate_and_goes_on(fifo, monkeypatch):
+    monkeypatch.setattr("fusevm.host.vmm.console._BURST", 1000)
+    monkeypatch.setattr("fusevm.host.vmm.console._PAUSE_S", 0.01)
+    path, writer = fifo
+    said = bytearray()
+    reader = FifoReader(path, said.extend)
+    os.write(writer, bytes(5000))
+    async with asyncio.timeout(30):
+        while not reader.pauses:
+            await asyncio.sleep(0.001)
+        os.write(writer, b"end")
+        while not said.endswith(b"end"):
+            await asyncio.sleep(0.001)
+    reader.close()
+
+
+async def test_draining_a_fifo_that_is_still_written_to_ends(fifo):
+    path, writer = fifo
+    reader = FifoReader(path, lambda _data: os.write(writer, b"more"))
+    os.write(writer, b"first")
+    reader.drain()
+    reader.close()
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+async def test_only_a_fifo_itself_is_read(fifo, tmp_path, kind):
+    path = tmp_path / kind
+    if kind == "link":
+        path.symlink_to(fifo[0])
+    else:
+        path.write_bytes(b"")
+    with pytest.raises(OSError):
+        FifoReader(path, lambda _data: None)
 
 
 def test_last_lines_are_printable_and_few():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fusevm.host.vmm.firecracker import pins
-from fusevm.host.vmm.firecracker.versions import Version, judge_version
+from fusevm.host.vmm.firecracker.versions import Version, judge_versions
 
 
 @pytest.mark.parametrize("table", [pins.RELEASES, pins.KERNELS])
@@ -20,7 +20,8 @@ def test_every_architecture_has_an_address_and_a_digest(table: dict[str, pins.Pi
 
 
 def test_what_is_installed_is_what_the_driver_accepts():
-    assert judge_version(Version(*pins.VERSION)) == ""
+    pinned = Version(*pins.VERSION)
+    assert judge_versions(pinned, pinned) == ""
     for pin in pins.RELEASES.values():
         assert pin.url.count(f"v{pins.VERSION_TEXT}") == 2
     assert pins.release_folder(Path("/var/lib/fuse")) == Path("/var/lib/fuse/firecracker/1.16.1")

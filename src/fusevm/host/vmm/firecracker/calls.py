@@ -7,7 +7,7 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
-from fusevm.host.vmm.driver import BootPlan
+from fusevm.host.vmm.driver import BootPlan, Rate
 from fusevm.host.vmm.firecracker import records
 from fusevm.host.vmm.firecracker.jail import Inside
 
@@ -26,6 +26,10 @@ GUEST_CID: Final = 3
 NIC: Final = "net0"
 #: Console output that a guest may write: at once, and per second.
 _SERIAL_BURST, _SERIAL_PER_S = 1 << 20, 64 << 10
+#: Random bytes that a guest may take per second: it seeds itself with some hundred, once.
+_ENTROPY_PER_S: Final = 64 << 10
+#: Buckets are filled anew so often, in milliseconds.
+_REFILL_MS: Final = 1000
 
 
 class Call(NamedTuple):
@@ -50,16 +54,18 @@ def plan_boot(plan: BootPlan, inside: Inside) -> list[Call]:
     ]
     # Firecracker gives disks serials of its own: the agent takes the first for the image, the second for the overlay.
     if plan.image is not None:
-        calls.append(_drive("image", inside.image, is_read_only=True))
+        calls.append(_drive("image", inside.image, plan.disk_rate, is_read_only=True))
     if plan.overlay is not None:
-        calls.append(_drive("overlay", inside.overlay, is_read_only=False))
+        calls.append(_drive("overlay", inside.overlay, plan.disk_rate, is_read_only=False))
     if plan.nic is not None:
         nic = records.NetworkInterface(iface_id=NIC, host_dev_name=plan.nic.tap, guest_mac=plan.nic.mac)
         calls.append(_put(f"/network-interfaces/{NIC}", nic))
+        # Version 1 answers whoever asks, also somebody else's request that a program in the guest passes on.
+        calls.append(_put("/mmds/config", records.MmdsConfig(network_interfaces=(NIC,), version="V2")))
     return [
         *calls,
         _put("/vsock", records.Vsock(guest_cid=GUEST_CID, uds_path=inside.vsock)),
-        _put("/entropy", records.Entropy()),
+        _put("/entropy", records.Entropy(rate_limiter=records.RateLimiter(bandwidth=_bucket(_ENTROPY_PER_S)))),
         _put("/balloon", records.Balloon(amount_mib=0, deflate_on_oom=True, free_page_reporting=True)),
         _put("/actions", records.Action(action_type="InstanceStart")),
     ]
@@ -67,9 +73,10 @@ def plan_boot(plan: BootPlan, inside: Inside) -> list[Call]:
 
 def plan_sinks(inside: Inside) -> list[Call]:
     """Where log, metrics and console go; set anew for each process, a loaded snapshot has none."""
-    limit = records.TokenBucket(size=_SERIAL_PER_S, refill_time=1000, one_time_burst=_SERIAL_BURST)
+    limit = _bucket(_SERIAL_PER_S, burst=_SERIAL_BURST)
     return [
-        _put("/logger", records.Logger(log_path=inside.log, level="Warning", show_level=True)),
+        # At `Info` it says how it has ended, which nobody else can tell a daemon that did not start it.
+        _put("/logger", records.Logger(log_path=inside.log, level="Info", show_level=True)),
         _put("/metrics", records.Metrics(metrics_path=inside.metrics)),
         _put("/serial", records.Serial(serial_out_path=inside.console, rate_limiter=limit)),
     ]
@@ -80,7 +87,7 @@ def render_boot_args(plan: BootPlan) -> str:
     return f"{_KERNEL_ALWAYS} {plan.command_line}".strip()
 
 
-def _drive(name: str, path: str, *, is_read_only: bool) -> Call:
+def _drive(name: str, path: str, rate: Rate, *, is_read_only: bool) -> Call:
     # What the guest has synced survives a crash of the host: docs/decisions/0004.
     drive = records.Drive(
         drive_id=name,
@@ -88,8 +95,22 @@ def _drive(name: str, path: str, *, is_read_only: bool) -> Call:
         is_root_device=False,
         is_read_only=is_read_only,
         cache_type="Unsafe" if is_read_only else "Writeback",
+        rate_limiter=_limiter(rate),
     )
     return _put(f"/drives/{name}", drive)
+
+
+def _limiter(rate: Rate) -> records.RateLimiter | msgspec.UnsetType:
+    if rate == Rate():
+        return msgspec.UNSET
+    return records.RateLimiter(
+        bandwidth=_bucket(rate.bytes_per_s) if rate.bytes_per_s else msgspec.UNSET,
+        ops=_bucket(rate.ops_per_s) if rate.ops_per_s else msgspec.UNSET,
+    )
+
+
+def _bucket(per_s: int, burst: int | msgspec.UnsetType = msgspec.UNSET) -> records.TokenBucket:
+    return records.TokenBucket(size=per_s, refill_time=_REFILL_MS, one_time_burst=burst)
 
 
 def _put(path: str, body: msgspec.Struct) -> Call:

@@ -42,6 +42,10 @@ class ApiClient:
         """Who it is, and its state. Raises as `send`."""
         return msgspec.json.decode(await self.send(Call("GET", "/")), type=InstanceInfo)
 
+    async def metadata(self) -> object:
+        """What the guest may read from the metadata service. Raises as `send`."""
+        return msgspec.json.decode(await self.send(Call("GET", "/mmds")))
+
     async def send(self, call: Call, limit_s: float = CALL_S) -> bytes:
         """Make a call; a good answer says that it has been carried out.
 

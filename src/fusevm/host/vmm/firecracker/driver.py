@@ -4,18 +4,19 @@ import asyncio
 import os
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from fusevm.host.process import ProcessHandle, command_line_of
 from fusevm.host.run import run
 from fusevm.host.vmm.driver import BootPlan, Confinement
 from fusevm.host.vmm.firecracker import staging
 from fusevm.host.vmm.firecracker.calls import MAX_BOOT_ARGS, plan_boot, render_boot_args
-from fusevm.host.vmm.firecracker.jail import Inside, Jail, JailOrder, render_jailer
-from fusevm.host.vmm.firecracker.versions import judge_version, parse_version
-from fusevm.host.vmm.firecracker.vmm import FirecrackerVmm, pipe_of
+from fusevm.host.vmm.firecracker.jail import Inside, Jail, JailOrder, find_jail, render_jailer
+from fusevm.host.vmm.firecracker.overwatch import PATIENCE, Patience
+from fusevm.host.vmm.firecracker.versions import judge_versions, parse_version
+from fusevm.host.vmm.firecracker.vmm import Count, FirecrackerVmm, pipe_of
 from fusevm.host.vmm.launch import Launch, find_program, open_output, start_in_thread
-from fusevm.model.errors import BootFailed, VmmMissing
+from fusevm.model.errors import BootFailed, VmmUnsuitable
 from fusevm.model.machine import VmmProcess
 
 FIRECRACKER, JAILER = "firecracker", "jailer"
@@ -26,45 +27,70 @@ _VERSION_S: Final = 10
 _INSIDE: Final = Inside()
 
 
+class Programs(NamedTuple):
+    """The two programs, links resolved: the jail is named after them, and they are what is running."""
+
+    firecracker: Path
+    jailer: Path
+
+
 class FirecrackerDriver:
     """Starts and finds Firecracker processes."""
 
     name = "firecracker"
 
-    def __init__(self, *, firecracker: str = FIRECRACKER, jailer: str = JAILER) -> None:
-        self._firecracker = firecracker
-        self._jailer = jailer
-        self._judged: set[str] = set()
+    def __init__(
+        self,
+        *,
+        firecracker: str = FIRECRACKER,
+        jailer: str = JAILER,
+        count: Count = lambda _added: None,
+        patience: Patience = PATIENCE,
+    ) -> None:
+        self._names = (firecracker, jailer)
+        self._count = count
+        self._patience = patience
+        #: The programs that were found good, by what tells one file from another.
+        self._judged: tuple[tuple[int, int, int], ...] = ()
+
+    async def find_programs(self) -> Programs:
+        """Return the programs that this driver is for. Raises VmmMissing, VmmUnsuitable."""
+        programs, key = await asyncio.to_thread(_look_up, self._names)
+        if key != self._judged:
+            said = [(await run([program, "--version"], timeout_s=_VERSION_S)).text for program in programs]
+            problem = judge_versions(*map(parse_version, said))
+            if problem:
+                raise VmmUnsuitable(program=str(programs.firecracker), problem=problem)
+            self._judged = key
+        return programs
 
     async def boot(self, plan: BootPlan) -> FirecrackerVmm:
         """Start the jailer and configure the machine; returns when the guest runs, before it is up.
 
-        Raises VmmMissing, BootFailed, BadSetting; nothing but the console log is left then.
+        Raises VmmMissing, VmmUnsuitable, BootFailed, BadSetting; nothing but the console log is left then.
         """
-        firecracker, jailer = (find_program(name, REMEDY) for name in (self._firecracker, self._jailer))
-        for program in (firecracker, jailer):
-            await self._check_version(program)
-        if len(os.fsencode(render_boot_args(plan))) > MAX_BOOT_ARGS:
-            raise BootFailed(
-                id=plan.machine_id, problem=f"its kernel command line is longer than {MAX_BOOT_ARGS} bytes"
-            )
-        jail = _jail_of(plan)
+        programs = await self.find_programs()
+        check_plan(plan)
+        jail = Jail(base=_base_of(plan), machine_id=plan.machine_id, program=programs.firecracker.name)
         async with AsyncExitStack() as undo:
-            undo.push_async_callback(asyncio.to_thread, staging.remove, jail)
+            undo.push_async_callback(asyncio.to_thread, staging.remove, jail.base)
             await asyncio.to_thread(staging.stage, plan, jail, _INSIDE)
             with ExitStack() as passed:  # what is Firecracker's alone once it runs
                 output = open_output(pipe_of(plan))
                 passed.callback(os.close, output)
-                order = _order(plan, Path(jailer), Path(firecracker))
+                undo.callback(pipe_of(plan).unlink, missing_ok=True)
                 # The jailer gives up root by itself; it joins the cgroups as whoever it was started by.
-                inherited = Confinement(cgroups=plan.confinement.cgroups)
                 launch = Launch(
-                    argv=render_jailer(order, jail, _INSIDE), pass_fds=(), output_fd=output, confinement=inherited
+                    argv=render_jailer(_order(plan, programs), jail, _INSIDE),
+                    pass_fds=(),
+                    output_fd=output,
+                    confinement=Confinement(cgroups=plan.confinement.cgroups),
                 )
-                vmm = FirecrackerVmm(plan, jail, _INSIDE, ProcessHandle.of_child(await start_in_thread(launch)))
+                vmm = self._hold(plan, jail, ProcessHandle.of_child(await start_in_thread(launch)))
                 undo.push_async_callback(_discard, vmm)
                 vmm.listen()
             await vmm.carry_out(plan_boot(plan, _INSIDE))
+            vmm.oversee()
             undo.pop_all()
             return vmm
 
@@ -73,32 +99,46 @@ class FirecrackerDriver:
         handle = ProcessHandle.find(process)
         if handle is None:
             return None
-        if plan.machine_id not in command_line_of(process.pid):
+        jail = find_jail(_base_of(plan), plan.machine_id)
+        if jail is None or plan.machine_id not in command_line_of(process.pid):
             handle.close()
             return None
-        vmm = FirecrackerVmm(plan, _jail_of(plan), _INSIDE, handle)
+        vmm = self._hold(plan, jail, handle)
         vmm.reattach()
         return vmm
 
-    async def _check_version(self, program: str) -> None:
-        if program in self._judged:
-            return
-        found = await run([program, "--version"], timeout_s=_VERSION_S)
-        problem = judge_version(parse_version(found.stdout.decode(errors="replace")))
-        if problem:
-            raise VmmMissing(program=program, remedy=problem)
-        self._judged.add(program)
+    def _hold(self, plan: BootPlan, jail: Jail, handle: ProcessHandle) -> FirecrackerVmm:
+        return FirecrackerVmm(plan, jail, _INSIDE, handle, count=self._count, patience=self._patience)
 
 
-def _jail_of(plan: BootPlan) -> Jail:
-    return Jail(base=plan.console_log.parent / JAIL, machine_id=plan.machine_id)
+def _look_up(names: tuple[str, str]) -> tuple[Programs, tuple[tuple[int, int, int], ...]]:
+    """Find the programs, and what tells these files from later ones of the same names. Raises VmmMissing."""
+    programs = Programs(*(Path(find_program(name, REMEDY)).resolve() for name in names))
+    return programs, tuple((found.st_dev, found.st_ino, found.st_mtime_ns) for found in map(os.stat, programs))
 
 
-def _order(plan: BootPlan, jailer: Path, firecracker: Path) -> JailOrder:
+def check_plan(plan: BootPlan) -> None:
+    """Raise BootFailed for a machine that Firecracker cannot have."""
+    problem = ""
+    if len(os.fsencode(render_boot_args(plan))) > MAX_BOOT_ARGS:
+        problem = f"its kernel command line is longer than {MAX_BOOT_ARGS} bytes"
+    elif plan.overlay is not None and plan.overlay_format != "raw":
+        problem = f"its disk is {plan.overlay_format}, and Firecracker reads only raw; it was made for another driver"
+    elif plan.nic is not None and not plan.nic.tap:
+        problem = "its network is no tap, and Firecracker has no other"
+    if problem:
+        raise BootFailed(id=plan.machine_id, problem=problem)
+
+
+def _base_of(plan: BootPlan) -> Path:
+    return plan.console_log.parent / JAIL
+
+
+def _order(plan: BootPlan, programs: Programs) -> JailOrder:
     fence = plan.confinement
     return JailOrder(
-        jailer=jailer,
-        firecracker=firecracker,
+        jailer=programs.jailer,
+        firecracker=programs.firecracker,
         uid=fence.uid if fence.uid is not None else os.getuid(),
         gid=fence.gid if fence.gid is not None else os.getgid(),
         netns=plan.nic.netns if plan.nic is not None else None,

@@ -1,7 +1,7 @@
-"""The jail of one machine: where its files are, inside and outside, and how the jailer is called. Pure.
+"""The jail of one machine: where its files are, inside and outside, and how the jailer is called.
 
-`<base>/firecracker/<id>/root` is the root directory that Firecracker sees. The jailer makes it, with the program's copy
-and the device nodes, and never removes it.
+`<base>/<program>/<id>/root` is the root directory that Firecracker sees; `<program>` is the file name of its program.
+The jailer makes it, with the program's copy and the device nodes, and never removes it.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,6 @@ from typing import Final
 
 import msgspec
 
-#: Name of the program in the jail; the jailer names the directory after it.
-PROGRAM: Final = "firecracker"
 #: More descriptors than a machine with few devices and a thousand streams needs; the table is sized by it at start.
 _MAX_FILES: Final = 2048
 
@@ -20,6 +18,8 @@ class Inside(msgspec.Struct, frozen=True, kw_only=True):
     """Paths as Firecracker sees them."""
 
     api: str = "/run/api.sock"
+    #: What `--metadata` reads, before the guest can ask for it.
+    metadata: str = "/metadata.json"
     vsock: str = "/run/v.sock"
     log: str = "/run/log"
     metrics: str = "/run/metrics"
@@ -33,23 +33,16 @@ class Inside(msgspec.Struct, frozen=True, kw_only=True):
 class Jail(msgspec.Struct, frozen=True, kw_only=True):
     """One machine's directories, as the daemon sees them."""
 
+    #: All of it is this machine's.
     base: Path
     machine_id: str
-
-    @property
-    def folder(self) -> Path:
-        """Everything of this jail."""
-        return self.base / PROGRAM / self.machine_id
+    #: File name of Firecracker's program, links resolved: the jailer names the directory after it.
+    program: str
 
     @property
     def root(self) -> Path:
         """What is `/` inside."""
-        return self.folder / "root"
-
-    @property
-    def pid_file(self) -> Path:
-        """Written by the jailer; one that is left over makes the next start fail."""
-        return self.root / f"{PROGRAM}.pid"
+        return self.base / self.program / self.machine_id / "root"
 
     def outside(self, path: str) -> Path:
         """The same file for the daemon."""
@@ -69,11 +62,19 @@ class JailOrder(msgspec.Struct, frozen=True, kw_only=True):
     max_file_bytes: int
 
 
+def find_jail(base: Path, machine_id: str) -> Jail | None:
+    """The jail that is there, whatever its program is called; None without."""
+    for root in sorted(base.glob(f"*/{machine_id}/root")):
+        return Jail(base=base, machine_id=machine_id, program=root.parent.parent.name)
+    return None
+
+
 def render_jailer(order: JailOrder, jail: Jail, inside: Inside) -> Sequence[str]:
     """The words of the jailer's command line.
 
     Its own cgroup options are not used: they cannot set `io.max`, and without one they leave the process silently
-    where it is. The process that becomes the jailer has joined the machine's cgroups before (`launch`).
+    where it is. The process that becomes the jailer has joined the machine's cgroups before (`launch`). It stays in the
+    daemon's process namespace and in no new session of the jailer's, so that its pid and its exit status are known.
     """
     return [
         str(order.jailer),
@@ -87,4 +88,5 @@ def render_jailer(order: JailOrder, jail: Jail, inside: Inside) -> Sequence[str]
         *("--resource-limit", f"fsize={order.max_file_bytes}"),
         "--",
         *("--api-sock", inside.api),
+        *("--metadata", inside.metadata),
     ]

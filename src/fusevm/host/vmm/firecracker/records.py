@@ -60,23 +60,12 @@ class Drive(_Body, frozen=True, kw_only=True):
     rate_limiter: RateLimiter | msgspec.UnsetType = msgspec.UNSET
 
 
-class DriveChange(_Body, frozen=True, kw_only=True):
-    """`PATCH /drives/{drive_id}`, also while paused after a load."""
-
-    drive_id: str
-    path_on_host: str | msgspec.UnsetType = msgspec.UNSET
-    rate_limiter: RateLimiter | msgspec.UnsetType = msgspec.UNSET
-
-
 class NetworkInterface(_Body, frozen=True, kw_only=True):
     """`PUT /network-interfaces/{iface_id}`; the tap is opened by name, in the jail's network namespace."""
 
     iface_id: str
     host_dev_name: str
     guest_mac: str
-    mtu: int | msgspec.UnsetType = msgspec.UNSET
-    rx_rate_limiter: RateLimiter | msgspec.UnsetType = msgspec.UNSET
-    tx_rate_limiter: RateLimiter | msgspec.UnsetType = msgspec.UNSET
 
 
 class Vsock(_Body, frozen=True, kw_only=True):
@@ -84,6 +73,13 @@ class Vsock(_Body, frozen=True, kw_only=True):
 
     guest_cid: int
     uds_path: str
+
+
+class MmdsConfig(_Body, frozen=True, kw_only=True):
+    """`PUT /mmds/config`; the interfaces must have been configured before. The data are not part of it."""
+
+    network_interfaces: tuple[str, ...]
+    version: Literal["V1", "V2"] = "V1"
 
 
 class Entropy(_Body, frozen=True, kw_only=True):
@@ -99,12 +95,6 @@ class Balloon(_Body, frozen=True, kw_only=True):
     deflate_on_oom: bool
     stats_polling_interval_s: int = 0
     free_page_reporting: bool = False
-
-
-class BalloonTarget(_Body, frozen=True, kw_only=True):
-    """`PATCH /balloon`."""
-
-    amount_mib: int
 
 
 class Serial(_Body, frozen=True, kw_only=True):
@@ -131,45 +121,7 @@ class Metrics(_Body, frozen=True, kw_only=True):
 class Action(_Body, frozen=True, kw_only=True):
     """`PUT /actions`."""
 
-    action_type: Literal["InstanceStart", "FlushMetrics", "SendCtrlAltDel"]
-
-
-class VmState(_Body, frozen=True, kw_only=True):
-    """`PATCH /vm`. Repeating is harmless."""
-
-    state: Literal["Paused", "Resumed"]
-
-
-class SnapshotCreate(_Body, frozen=True, kw_only=True):
-    """`PUT /snapshot/create`, while paused."""
-
-    snapshot_type: Literal["Full", "Diff"]
-    snapshot_path: str
-    mem_file_path: str
-
-
-class MemoryBackend(_Body, frozen=True, kw_only=True):
-    """Where a loaded machine's memory comes from."""
-
-    backend_type: Literal["File", "Uffd"]
-    backend_path: str
-
-
-class NetworkOverride(_Body, frozen=True, kw_only=True):
-    """Another tap than the snapshot's."""
-
-    iface_id: str
-    host_dev_name: str
-
-
-class SnapshotLoad(_Body, frozen=True, kw_only=True):
-    """`PUT /snapshot/load`, before anything but logger, metrics and serial. One that fails ends the process."""
-
-    snapshot_path: str
-    mem_backend: MemoryBackend
-    resume_vm: bool = False
-    track_dirty_pages: bool = False
-    network_overrides: tuple[NetworkOverride, ...] = ()
+    action_type: Literal["InstanceStart"]
 
 
 class InstanceInfo(msgspec.Struct, frozen=True, kw_only=True):

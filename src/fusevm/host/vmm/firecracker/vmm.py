@@ -4,18 +4,23 @@ import asyncio
 import contextlib
 import logging
 import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+from fusevm.host import freezer
 from fusevm.host.cgroup import has_run_out_of_memory
 from fusevm.host.process import ProcessHandle
 from fusevm.host.vmm.console import ConsoleLog, FifoReader
-from fusevm.host.vmm.driver import BootPlan
+from fusevm.host.vmm.driver import BootPlan, VmmGone
 from fusevm.host.vmm.exit_reason import LastWords, explain_exit
 from fusevm.host.vmm.firecracker import staging
 from fusevm.host.vmm.firecracker.calls import Call
 from fusevm.host.vmm.firecracker.client import ApiClient, Fault
+from fusevm.host.vmm.firecracker.exits import explain_status, is_for_people, parse_status
 from fusevm.host.vmm.firecracker.jail import Inside, Jail
+from fusevm.host.vmm.firecracker.overwatch import Patience, wait_hung
+from fusevm.host.vmm.firecracker.readings import Lines, parse_line
 from fusevm.host.vmm.firecracker.sockets import GuestConnection, SocketRefused, connect_guest
 from fusevm.model.errors import BootFailed
 from fusevm.model.machine import VmmProcess
@@ -27,9 +32,11 @@ AGENT_PORT: Final = 1024
 _LOOK_S, _MAX_LOOK_S = 0.002, 0.05
 #: A connection that broke because the VMM ended: how long its end may take to be seen.
 _END_SEEN_S: Final = 1.0
+#: How long the jailer and Firecracker may take to open the API; 12 ms are usual.
+_START_S: Final = 60.0
 _KEPT_OUTPUT: Final = 16 << 10
-#: What Firecracker logs when its guest has asked for a reset, the only end that a guest of ours can ask for.
-_ENDED_WELL: Final = b"exit_code=0"
+#: Told what a machine's metrics have added (`readings`).
+Count = Callable[[Mapping[str, int]], None]
 
 
 def pipe_of(plan: BootPlan) -> Path:
@@ -37,14 +44,12 @@ def pipe_of(plan: BootPlan) -> Path:
     return plan.run_dir / "vmm.out"
 
 
-class VmmGone(ConnectionError):
-    """The VMM has ended; the text says why."""
-
-
 class FirecrackerVmm:
     """A running (or just ended) Firecracker."""
 
-    def __init__(self, plan: BootPlan, jail: Jail, inside: Inside, handle: ProcessHandle) -> None:
+    def __init__(
+        self, plan: BootPlan, jail: Jail, inside: Inside, handle: ProcessHandle, *, count: Count, patience: Patience
+    ) -> None:
         self._id = plan.machine_id
         self._jail = jail
         self._inside = inside
@@ -52,11 +57,16 @@ class FirecrackerVmm:
         self._cgroups = plan.confinement.cgroups
         self._handle = handle
         self._console = ConsoleLog(plan.console_log, plan.console_bytes)
-        self._output = bytearray()
+        #: What is shown to people, and the log with all its levels.
+        self._output, self._said = bytearray(), bytearray()
+        self._count = count
+        self._lines, self._log_lines = Lines(), Lines()
+        self._patience = patience
         self._pipe = pipe_of(plan)
         self._readers: list[FifoReader] = []
         self._api = ApiClient(jail.outside(inside.api), self._uid)
         self._killed = ""
+        self._overseeing: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         self._exit: asyncio.Future[str] = loop.create_future()
         self._watching = loop.create_task(self._watch(), name=f"vmm {self._id}")
@@ -86,6 +96,18 @@ class FirecrackerVmm:
                 await self._pause(pause_s)
                 pause_s = min(2 * pause_s, _MAX_LOOK_S)
 
+    async def pause(self) -> None:
+        """Freeze the machine's control group: no API call, so that 1.16.1 keeps its vsock connections."""
+        if self._handle.has_ended:
+            raise VmmGone(await self.wait_exit())
+        await freezer.freeze(self._cgroups)
+
+    async def resume(self) -> None:
+        """Thaw it."""
+        if self._handle.has_ended:
+            raise VmmGone(await self.wait_exit())
+        await asyncio.to_thread(freezer.thaw, self._cgroups)
+
     async def wait_exit(self) -> str:
         """Return why the process ended once it has."""
         return await asyncio.shield(self._exit)
@@ -93,15 +115,16 @@ class FirecrackerVmm:
     async def kill(self) -> None:
         """SIGKILL, and return when the process is gone."""
         if not self._exit.done():
-            self._killed = self._killed or "killed by the daemon"
-            self._handle.send(signal.SIGKILL)
+            await asyncio.to_thread(self._end, "killed by the daemon")
         await self.wait_exit()
 
     async def close(self) -> None:
         """Let go of it without ending it. Waiters of `wait_exit` get ConnectionError."""
-        self._watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._watching
+        for task in (self._overseeing, self._watching):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         await self._release()
         if not self._exit.done():
             self._exit.set_exception(ConnectionError("the daemon let go of the VMM"))
@@ -114,8 +137,9 @@ class FirecrackerVmm:
         inside, outside = self._inside, self._jail.outside
         self._readers = [
             FifoReader(self._pipe, self._on_output),
-            FifoReader(outside(inside.log), self._on_output),
+            FifoReader(outside(inside.log), self._on_log),
             FifoReader(outside(inside.console), self._console.write),
+            FifoReader(outside(inside.metrics), self._on_metrics),
         ]
 
     def reattach(self) -> None:
@@ -125,11 +149,17 @@ class FirecrackerVmm:
             self.listen()
         except OSError as e:
             _log.warning("adopted VMM cannot be heard", extra={"machine": self._id, "problem": str(e)})
+        self.oversee()
+
+    def oversee(self) -> None:
+        """End the VMM if it comes to hang."""
+        self._overseeing = asyncio.get_running_loop().create_task(self._oversee(), name=f"overwatch {self._id}")
 
     async def carry_out(self, calls: list[Call]) -> None:
         """Wait for the API and say all this. Raises BootFailed with the reason of the end, or of the refusal."""
-        await self._until_api()
         try:
+            async with asyncio.timeout(_START_S):
+                await self._until_api()
             for call in calls:
                 await self._api.send(call)
         except Fault as fault:
@@ -142,11 +172,15 @@ class FirecrackerVmm:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     async def _until_api(self) -> None:
-        socket = self._jail.outside(self._inside.api)
-        while not socket.is_socket():
-            if self._handle.has_ended:
-                raise BootFailed(id=self._id, problem=await self.wait_exit())
-            await asyncio.sleep(_LOOK_S)
+        """Wait for a first answer. Raises VmmGone, OSError."""
+        while not self._handle.has_ended:
+            try:
+                await self._api.info()
+            except (FileNotFoundError, ConnectionRefusedError):  # not made yet, or made and not listening yet
+                await asyncio.sleep(_LOOK_S)
+            else:
+                return
+        raise VmmGone(await self.wait_exit())
 
     async def _pause(self, seconds: float) -> None:
         """Wait a little, but not beyond the end of the VMM."""
@@ -161,19 +195,34 @@ class FirecrackerVmm:
                 return VmmGone(await self.wait_exit())
         return error
 
+    async def _oversee(self) -> None:
+        await wait_hung(self._api.info, lambda: freezer.is_frozen(self._cgroups), self._patience)
+        _log.error("the VMM hangs and is ended", extra={"machine": self._id, "limit_s": self._patience.limit_s})
+        await asyncio.to_thread(self._end, f"the VMM hung: its API was silent for {self._patience.limit_s:g} s")
+
+    def _end(self, reason: str) -> None:
+        self._killed = self._killed or reason
+        self._handle.send(signal.SIGKILL)
+        freezer.thaw(self._cgroups)  # where a frozen process cannot die (cgroup v1)
+
     async def _watch(self) -> None:
         """Wait for the end, hear the last words, and clean up."""
         status = await self._handle.wait()
+        if self._overseeing is not None:
+            self._overseeing.cancel()
         for reader in self._readers:
             reader.drain()
-        output = bytes(self._output)
+        if status is None:  # no child of ours
+            status = parse_status(bytes(self._said))
         words = LastWords(
             status=status,
-            shutdown="guest-reset" if status == 0 or (status is None and _ENDED_WELL in output) else "",
+            # The only end that a guest can bring about; a panic and a triple fault are resets, too.
+            shutdown="guest-reset" if status == 0 else "",
             killed=self._killed,
+            meaning=explain_status(status),
             is_out_of_memory=await asyncio.to_thread(has_run_out_of_memory, self._cgroups),
             console=self._console.tail,
-            output=output,
+            output=bytes(self._output),
         )
         await self._release()
         await asyncio.to_thread(self._remove)
@@ -181,7 +230,7 @@ class FirecrackerVmm:
             self._exit.set_result(explain_exit(words))
 
     def _remove(self) -> None:
-        staging.remove(self._jail)
+        staging.remove(self._jail.base)
         self._pipe.unlink(missing_ok=True)
 
     async def _release(self) -> None:
@@ -194,3 +243,16 @@ class FirecrackerVmm:
     def _on_output(self, data: bytes) -> None:
         self._output += data
         del self._output[:-_KEPT_OUTPUT]
+        self._console.write(data)
+
+    def _on_log(self, data: bytes) -> None:
+        self._said += data
+        del self._said[:-_KEPT_OUTPUT]
+        for line in self._log_lines.feed(data):
+            if is_for_people(line):
+                self._on_output(line + b"\n")
+
+    def _on_metrics(self, data: bytes) -> None:
+        for line in self._lines.feed(data):
+            if added := parse_line(line):
+                self._count(added)
