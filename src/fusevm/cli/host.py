@@ -24,12 +24,19 @@ from fusevm.wire.rest_fleet import CapacityInput
         "uncordon": ("fusevm.cli.host:uncordon", "Place on a host again."),
         "drain": ("fusevm.cli.host:drain", "Cordon a host and drain its environments."),
         "rm": ("fusevm.cli.host:rm", "Forget hosts without environments."),
+        "install": ("fusevm.cli.host_install:install", "Turn this machine into a host."),
+        "install-service": ("fusevm.cli.host_install:install_service", "Install only the host daemon's service."),
+        "start": ("fusevm.cli.host_install:start", "Start the installed host daemon."),
+        "upgrade": ("fusevm.cli.host_install:upgrade", "Let the services run this version; machines run on."),
+        "install-control": ("fusevm.cli.host_install:install_control", "Run a control plane beside the host daemon."),
+        "uninstall": ("fusevm.cli.host_install:uninstall", "Remove the services and what they have made."),
+        "doctor": ("fusevm.cli.doctor:doctor", "Check whether this machine is fit to run environments."),
         "serve": ("fusevm.cli.host_daemon:serve", "Run the host daemon in the foreground."),
         "state": ("fusevm.cli.host_daemon:state_", "Print everything that this machine's host daemon knows."),
     },
 )
 def host() -> None:
-    """Register, show, drain and remove hosts; run the host daemon."""
+    """Register, show, drain and remove hosts; install and run the host daemon."""
 
 
 def _host_argument(function: Any) -> Any:

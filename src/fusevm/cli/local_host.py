@@ -24,6 +24,18 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
+def is_healthy(path: Path) -> bool:
+    """Does a host daemon answer there?"""
+    connection = _UnixConnection(path)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == http.client.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
 def read_state(path: Path) -> Any:
     """What `GET /state` answers. Raises CliError when nobody listens."""
     connection = _UnixConnection(path)

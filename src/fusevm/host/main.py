@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+import resource
 import secrets
 import signal
 from contextlib import AsyncExitStack
@@ -65,12 +66,20 @@ def serve(config: HostConfig) -> int:
     configure_logging()
     try:
         config.check()
+        raise_file_limit()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(config))
     except Error as e:
         log.critical("not_started", reason=e.reason, problem=e.message)
         raise
     return 0
+
+
+def raise_file_limit() -> None:
+    """Allow this process as many descriptors as it may have: a machine takes some, and the usual 1024 end at 200."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _serve(config: HostConfig) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -102,10 +103,14 @@ class KernelStore:
         self._root = data / "kernels"
         self._names = Names(self._root)
 
-    async def ensure(self, path: Path | None = None, *, progress: Progress = ignore_progress) -> Kernel:
+    async def ensure(
+        self, path: Path | None = None, *, packages: Sequence[Path] = (), progress: Progress = ignore_progress
+    ) -> Kernel:
         """Return the kernel of a file, or without one Debian's cloud kernel, fetched when it is not there yet.
 
-        A file is a bzImage or an ELF with the drivers built in. Raises KernelCorrupt, CommandFailed (apt), NoSpace.
+        A file is a bzImage or an ELF with the drivers built in. `packages`: the package files of the cloud kernel (with
+        Ubuntu's separate one of modules), when they need not be fetched. Raises KernelCorrupt, CommandFailed (apt),
+        NoSpace.
         """
         if path is not None:
             return await self._ensure_file(path)
@@ -115,7 +120,7 @@ class KernelStore:
                 with contextlib.suppress(KernelCorrupt):  # a damaged one is fetched again
                     return await self.resolve(DEFAULT)
             async with workspace(self._root, _NEEDED_BYTES) as folder:
-                parts = await fetch_debian(folder, progress)
+                parts = await (unpack(packages, folder, progress) if packages else fetch_debian(folder, progress))
                 kernel = await self._save(folder, parts)
             await asyncio.to_thread(self._names.set, DEFAULT, kernel.digest)
         progress(ProgressEvent(step="Kernel ready", detail=f"{kernel.record.version} in {kernel.directory}"))
@@ -202,6 +207,11 @@ async def fetch_debian(folder: Path, progress: Progress) -> _Parts:
     if not files:
         said = f"no mirror of this machine has any of {', '.join(META_PACKAGES)}; name a kernel with --kernel"
         raise CommandFailed(command=f"apt-cache depends {META_PACKAGES[0]}", exit_status=0, stderr=said)
+    return await unpack(files, folder, progress)
+
+
+async def unpack(files: Sequence[Path], folder: Path, progress: Progress) -> _Parts:
+    """Take the kernel out of its package files, within `folder`."""
     tree = folder / "tree"
     progress(ProgressEvent(step="Unpacking the kernel"))
     for file in files:

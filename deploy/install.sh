@@ -1,0 +1,52 @@
+#!/bin/sh
+# Make this server run Fuse: put the program of this source folder into /opt/fuse, then let it install the rest.
+#
+#   sudo deploy/install.sh [install|upgrade] [OPTION...]      the options are those of `fuse host install`
+#
+# Safe to repeat. Every version has a folder of its own, so that services run the old one until the new one is whole.
+set -eu
+
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+fail() { printf 'install: %s\n' "$*" >&2; exit 1; }
+say() { printf 'install: %s\n' "$*" >&2; }
+# quietly COMMAND...: its output is shown only when it fails.
+quietly() {
+    output=$("$@" 2>&1 </dev/null) || { printf '%s\n' "$output" >&2; fail "this failed: $*"; }
+}
+
+[ "$(id -u)" = 0 ] || fail "root is needed: sudo $0 $*"
+command -v apt-get >/dev/null || fail "Debian or Ubuntu is needed: there is no apt-get"
+case ${1:-} in install | upgrade) action=$1; shift ;; *) action=install ;; esac
+
+if ! python3 -c 'import ensurepip, venv, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    say "installing Python"
+    quietly apt-get -q update
+    quietly env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends python3-venv ca-certificates
+fi
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed"
+
+key=$(cd "$root" && find pyproject.toml hatch_build.py guest src requirements/run.txt -type f \
+    ! -name '*.pyc' ! -name 'fused-*' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c1-12)
+target=/opt/fuse/$key
+if [ ! -e "$target/whole" ]; then
+    say "installing the program in $target"
+    rm -rf "$target" "$target.build"
+    umask 022
+    mkdir -p /opt/fuse "$target.build"
+    trap 'rm -rf "$target.build"' EXIT
+    # The sources may be anybody's, and read-only: what is built is a copy.
+    (cd "$root" && tar -c --exclude=.git --exclude=.venv --exclude=.cache --exclude='fused-*' .) \
+        | tar -x --no-same-owner -C "$target.build"
+    quietly python3 -m venv "$target.build/.builder"
+    quietly "$target.build/.builder/bin/python" -m pip install -q --require-hashes --only-binary=:all: \
+        -r "$root/requirements/build.txt"
+    quietly "$target.build/.builder/bin/python" -m pip wheel -q --no-deps --no-build-isolation \
+        -w "$target.build/wheel" "$target.build"
+    quietly python3 -m venv "$target"
+    quietly "$target/bin/python" -m pip install -q --require-hashes --only-binary=:all: -r "$root/requirements/run.txt"
+    quietly "$target/bin/python" -m pip install -q --no-deps "$target.build"/wheel/*.whl
+    : >"$target/whole"
+    rm -rf "$target.build"
+    trap - EXIT
+fi
+exec "$target/bin/fuse" host "$action" "$@"

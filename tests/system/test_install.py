@@ -1,0 +1,175 @@
+"""Installing under a real systemd, with a real journal: from a bare machine to a serving host, and back to nothing."""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import os
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import systemd_world
+from systemd_world import SHARED, World
+
+from fusevm.cli.install.env_file import parse_env
+from fusevm.host.vmm.firecracker.pins import KERNELS, RELEASES, VERSION_TEXT
+from own_world import run_prefix
+
+_spec = importlib.util.spec_from_file_location(
+    "bzimages", Path(__file__).parents[1] / "unit" / "host" / "images" / "test_bzimage.py"
+)
+bzimages = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(bzimages)
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+RELEASE, KERNEL = RELEASES["x86_64"].name, KERNELS["x86_64"].name
+PORT = 8099
+#: Kills itself after so many steps of an installation.
+KILLED = """
+import os, signal, sys
+from fusevm.cli.install import perform, plan, session
+class Killed(perform.Performer):
+    left = int(sys.argv[1])
+    async def perform(self, step):
+        await super().perform(step)
+        Killed.left -= 1
+        if Killed.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+work = session.open_host({"source": None, "mirror": sys.argv[2], "digests": tuple(sys.argv[3:]), "image": ""})
+work.carry_out(plan.plan_host, Killed)
+"""
+
+
+def make_release(version: str = VERSION_TEXT) -> bytes:
+    """An archive as the origin's, with programs that say their version."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for name in ("firecracker", "jailer"):
+            text = f"#!/bin/sh\necho '{name.capitalize()} v{version}'\n".encode()
+            member = tarfile.TarInfo(f"release-v{version}-x86_64/{name}-v{version}-x86_64")
+            member.size, member.mode = len(text), 0o755
+            archive.addfile(member, io.BytesIO(text))
+        evil = tarfile.TarInfo("../../../etc/evil")
+        archive.addfile(evil, io.BytesIO())
+    return packed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a mirror of the pinned files has; their digests are not the pinned ones."""
+    folder = tmp_path_factory.mktemp("mirror")
+    (folder / RELEASE).write_bytes(make_release())
+    (folder / KERNEL).write_bytes(bzimages.make_elf())
+    return folder
+
+
+def digests(mirror: Path) -> list[str]:
+    """The options that name them."""
+    names = (RELEASE, KERNEL)
+    return [f"{name}={hashlib.sha256((mirror / name).read_bytes()).hexdigest()}" for name in names]
+
+
+@contextlib.contextmanager
+def booted(folder: Path, mirror: Path) -> Iterator[World]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root for namespaces of its own")
+    with systemd_world.running(folder, f"{run_prefix()}sd", mirror) as world:
+        command = ["python3", "-m", "http.server", str(PORT), "--bind", "127.0.0.1", "--directory", str(SHARED)]
+        world.run("systemd-run", "--unit=mirror", *command)
+        # Debian's kernel is not here: one that was stored before.
+        stored = "import asyncio, pathlib, sys; from fusevm.host.images.kernel import KernelStore, DEFAULT\n"
+        stored += "store = KernelStore(pathlib.Path('/var/lib/fuse'))\n"
+        stored += f"kernel = asyncio.run(store.ensure(pathlib.Path('{SHARED / KERNEL}')))\n"
+        stored += "store._names.set(DEFAULT, kernel.digest)\n"
+        world.run("/opt/fuse/old/bin/python", "-c", stored)
+        yield world
+
+
+@pytest.fixture
+def world(tmp_path: Path, mirror: Path) -> Iterator[World]:
+    with booted(tmp_path, mirror) as world:
+        yield world
+
+
+def install(
+    world: World, mirror: Path, *more: str, program: str = "old", check: bool = True
+) -> "subprocess.CompletedProcess[str]":
+    named = [word for pair in digests(mirror) for word in ("--sha256", pair)]
+    words = ["host", "install", "--image", "", "--mirror", f"http://127.0.0.1:{PORT}", *named, *more]
+    return world.fuse(*words, program=program, check=check)
+
+
+def lines(text: str) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in text.splitlines())
+
+
+def test_a_bare_machine_becomes_a_serving_host_and_is_bare_again(world: World, mirror: Path):
+    planned = install(world, mirror, "--plan").stdout
+    assert "daemon-reload" in planned
+    assert not world.exists("/etc/fuse")
+
+    said = lines(install(world, mirror).stdout)
+    assert set(said) == {"FIRECRACKER_BASE_URL", "FIRECRACKER_TOKEN"}
+    assert said["FIRECRACKER_BASE_URL"] == "https://127.0.0.1:8090"
+    assert said["FIRECRACKER_TOKEN"] == world.read("/var/lib/fuse/host/token").strip()
+    assert world.show("fuse-host", "ActiveState") == "active"
+    assert world.show("fuse-host", "UnitFileState") == "enabled"
+    assert not world.exists("/var/lib/fuse/downloads")
+    assert not world.exists("/etc/evil")
+    program = parse_env(world.read("/etc/fuse/host.env"))["FIRECRACKER_BINARY_PATH"]
+    assert world.run(program, "--version").stdout.strip() == f"Firecracker v{VERSION_TEXT}"
+    # Pasted into a shell, the lines are variables.
+    pasted = world.run(
+        "sh", "-c", f"export {' '.join(f'{k}={v}' for k, v in said.items())}; echo $FIRECRACKER_BASE_URL"
+    )
+    assert pasted.stdout.strip() == said["FIRECRACKER_BASE_URL"]
+
+    pid = world.show("fuse-host", "MainPID")
+    assert install(world, mirror, "--plan").stdout.strip() == "nothing is to be done"
+    assert lines(install(world, mirror).stdout) == said
+    assert world.show("fuse-host", "MainPID") == pid
+
+    clients = lines(world.fuse("host", "install-control", env={"DATABASE_URL": ""}).stdout)
+    assert set(clients) == {"FUSE_BASE_URL", "FUSE_TOKEN"}
+    listed = world.fuse("host", "list", "-o", "json", env=clients).stdout
+    assert '"default"' in listed
+    settings = parse_env(world.read("/etc/fuse/control.env"))
+    assert (settings["ORCH_REQUIRE_AUTH"], settings["FIRECRACKER_TOKEN"]) == ("true", said["FIRECRACKER_TOKEN"])
+    assert len(settings["TOKEN_ENCRYPTION_KEY"]) == 64
+    assert world.path("/etc/fuse/control.env").stat().st_mode & 0o777 == 0o600
+    assert lines(world.fuse("host", "install-control").stdout) == clients
+    assert parse_env(world.read("/etc/fuse/control.env")) == settings
+
+    world.fuse("host", "uninstall")
+    for path in ("/etc/fuse", "/var/lib/fuse", "/run/fuse", "/usr/local/bin/fuse", "/opt/fuse/old", "/opt/fuse/new"):
+        assert not world.exists(path), path
+    for path in ("/var/lib/fuse-control", "/var/lib/private/fuse-control", "/etc/systemd/system/fuse-host.service"):
+        assert not world.exists(path), path
+    assert world.run("ip", "-o", "link").stdout.count("\n") == 1
+    assert world.run("nft", "list", "ruleset").stdout == ""
+    assert world.run("sh", "-c", "ls /run/netns 2>/dev/null || true").stdout == ""
+    assert world.show("fuse-host", "LoadState") == "not-found"
+
+
+def test_killed_after_every_step_it_is_finished_by_the_next_run(world: World, mirror: Path):
+    plan, steps = install(world, mirror, "--plan").stdout, 1
+    planned, last_steps = set(plan.splitlines()), list[str]()
+    while plan.strip() != "nothing is to be done":
+        words = [KILLED, str(steps), f"http://127.0.0.1:{PORT}", *digests(mirror)]
+        done = world.run("/opt/fuse/old/bin/python", "-c", *words, check=False)
+        if (done.returncode, done.stderr) == (0, ""):
+            break  # all that was left was to wait, and that was over
+        assert done.returncode in (-9, 137), (done.stdout, done.stderr)
+        before, plan = plan, install(world, mirror, "--plan").stdout
+        # A file that was fetched stays in the plan, and is not fetched again, until it is unpacked.
+        steps = 2 if plan == before and steps == 1 else 1
+        last_steps.append(done.stderr.splitlines()[-1])
+        assert len(last_steps) <= 30, plan
+    # Waiting may be over before it is begun again; a unit that systemd has not loaded yet needs no reload.
+    assert planned - set(last_steps) <= {"wait until the host daemon answers", "systemctl daemon-reload"}
+    said = lines(install(world, mirror).stdout)
+    assert said["FIRECRACKER_TOKEN"] == world.read("/var/lib/fuse/host/token").strip()
+    assert world.show("fuse-host", "ActiveState") == "active"
