@@ -1,7 +1,6 @@
 """Fixtures of the real tests. The host of a test is empty at its end, or the test fails."""
 
 import asyncio
-import contextlib
 import os
 import shutil
 import sys
@@ -22,7 +21,7 @@ from previous_agent import NotAvailable, previous_agent
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from real_host import Box, Guest, Host, make_fence, until
+from real_host import Box, Guest, Host, make_fence
 
 
 @pytest.fixture(scope="session")
@@ -44,17 +43,10 @@ def host(artefacts: Path) -> Iterator[Host]:
     host = Host(Box(), artefacts, f"{run_prefix()}h")
     try:
         yield host
-        left = asyncio.run(_wait_empty(host))
+        left = asyncio.run(host.wait_empty())
         assert not left, (left, host.tail())
     finally:
         host.close()
-
-
-async def _wait_empty(host: Host) -> list[str]:
-    """What is left when the kernel has had its time to take network devices apart."""
-    with contextlib.suppress(TimeoutError):
-        await until(lambda: not host.leftovers(), 60)
-    return host.leftovers()
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +90,7 @@ def bare_host(bare_artefacts: Path) -> Iterator[Host]:
     host = Host(Box(), bare_artefacts, f"{run_prefix()}b")
     try:
         yield host
-        left = asyncio.run(_wait_empty(host))
+        left = asyncio.run(host.wait_empty())
         assert not left, (left, host.tail())
     finally:
         host.close()
@@ -132,7 +124,7 @@ def older_host(older_artefacts: Path) -> Iterator[Host]:
     host = Host(Box(), older_artefacts, f"{run_prefix()}o")
     try:
         yield host
-        left = asyncio.run(_wait_empty(host))
+        left = asyncio.run(host.wait_empty())
         assert not left, (left, host.tail())
     finally:
         host.close()

@@ -82,8 +82,12 @@ class Box:
 class Host:
     """A data directory, and the daemons that run on it."""
 
-    def __init__(self, box: Box, artefacts: Path, name: str, *, warm_slots: int = 0) -> None:
+    def __init__(
+        self, box: Box, artefacts: Path, name: str, *, warm_slots: int = 0, module: str = "fusevm.host"
+    ) -> None:
         self.box = box
+        #: The program: the daemon itself, or one of `fusevm.testing`.
+        self._module = module
         self.instance = name
         self.folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir="/var/tmp"))
         self.folder.chmod(0o755)
@@ -122,7 +126,7 @@ class Host:
             "--disk-reserve-bytes": 1 << 30,
         }
         words = [str(word) for option in options.items() for word in option]
-        argv = self.box.enter(sys.executable, "-m", "fusevm.host", *words, *more)
+        argv = self.box.enter(sys.executable, "-m", self._module, *words, *more)
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
         environment.pop(VARIABLE, None)
         if fault:
@@ -170,7 +174,7 @@ class Host:
             self._daemon.wait()
         shutil.rmtree(self.folder)
         shutil.rmtree(self.run_dir, ignore_errors=True)
-        for name in self._cgroup_names():
+        for name in self.group_names():
             asyncio.run(self._cgroups().remove(name))
         for root in self._cgroups().roots():
             for folder in (root / self.instance / "machines", root / self.instance):
@@ -187,7 +191,7 @@ class Host:
         links = self.box.run("ip", "-o", "link", "show").splitlines()
         found += [f"link {line}" for line in links if ": lo" not in line]
         found += [f"mount {line}" for line in self._observe_mounts() - self._mounts]
-        found += [f"cgroup {name}" for name in self._cgroup_names()]
+        found += [f"cgroup {name}" for name in self.group_names()]
         for kind, folder in (("machine", self.data / "machines"), ("run", self.run_dir)):
             if folder.exists():
                 found += [f"{kind} directory {entry.name}" for entry in folder.iterdir() if entry.is_dir()]
@@ -195,6 +199,12 @@ class Host:
         maps = [entry["map"] for entry in elements if "map" in entry and entry["map"]["name"] == "machines"]
         found += [f"nft element {element}" for item in maps for element in item.get("elem", [])]
         return found
+
+    async def wait_empty(self) -> list[str]:
+        """What is left when the kernel has had its time to take network devices apart."""
+        with contextlib.suppress(TimeoutError):
+            await until(lambda: not self.leftovers(), 60)
+        return self.leftovers()
 
     def _processes(self) -> list[str]:
         """Command lines inside the box that name our machines."""
@@ -204,7 +214,8 @@ class Host:
     def _observe_mounts(self) -> set[str]:
         return set(self.box.run("cat", "/proc/self/mounts").splitlines())
 
-    def _cgroup_names(self) -> set[str]:
+    def group_names(self) -> set[str]:
+        """Machines that have control groups."""
         parents = [root / self.instance / "machines" for root in self._cgroups().roots()]
         return {entry.name for parent in parents if parent.is_dir() for entry in parent.iterdir() if entry.is_dir()}
 

@@ -1,6 +1,36 @@
-"""Makes `namespaces` and `network_lab` importable whatever pytest's import mode is."""
+"""Makes `namespaces`, `network_lab` and `real_host` importable whatever pytest's import mode is."""
 
+import asyncio
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from artefacts import ensure_artefacts
+from fusevm.model.errors import VmmMissing
+from own_world import run_prefix
+
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "real"))
+
+from real_host import Box, Host
+
+
+@pytest.fixture
+def agent_host() -> Iterator[Host]:
+    """A host without a daemon, in a box of its own, whose VMMs will be small processes: everything else is real."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root for namespaces of its own")
+    try:
+        artefacts = ensure_artefacts()
+    except VmmMissing as e:
+        pytest.skip(str(e))
+    host = Host(Box(), artefacts, f"{run_prefix()}a", module="fusevm.testing.agent_daemon")
+    try:
+        yield host
+        left = asyncio.run(host.wait_empty())
+        assert not left, (left, host.tail())
+    finally:
+        host.close()

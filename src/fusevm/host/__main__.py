@@ -17,7 +17,7 @@ from fusevm.wire.exit_status import exit_status
 def main() -> int:
     """Parse the command line and serve; the exit status."""
     try:
-        return serve(make_config(_parser().parse_args()))
+        return serve(make_config(make_parser().parse_args()))
     except Error as error:
         sys.stderr.write(f"fuse host: {error.message}\n")
         return exit_status(error)
@@ -29,7 +29,8 @@ def make_config(args: argparse.Namespace) -> HostConfig:
     return HostConfig(**said, fault=os.environ.get(VARIABLE, ""))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Options are the fields of the configuration."""
     parser = argparse.ArgumentParser(prog="python -m fusevm.host", description=__doc__)
     parser.add_argument("--data-root", type=Path, required=True, help="journal, disks, keys")
     parser.add_argument("--run-dir", type=Path, help="sockets; a short path")

@@ -25,13 +25,11 @@ from fusevm.host.net.plan import plan_slot
 from fusevm.host.process import identify
 from fusevm.host.quarters import remove_tree
 from fusevm.host.strays import find_strays, kill_strays
+from fusevm.host.vmm.driver import JAIL
 from fusevm.model.errors import Error
 from fusevm.model.machine import Machine
 
 Records = Callable[[], list[Machine]]
-
-#: What a driver keeps beside the disk: the root directory of a VMM.
-JAIL = "jail"
 
 
 class Witness(Protocol):

@@ -21,15 +21,16 @@ import uvloop
 
 from fusevm import __version__
 from fusevm.host.api import make_router
-from fusevm.host.boot_files import BootFileFinder, choose_driver
+from fusevm.host.boot_files import BootFileFinder
 from fusevm.host.boundary import Boundary
 from fusevm.host.cgroup import Cgroups, observe_mounts
 from fusevm.host.clock import SystemClock
 from fusevm.host.config import HostConfig, parse_listen
 from fusevm.host.daemon import Daemon, Identification
 from fusevm.host.drift import Kind
+from fusevm.host.engine import ChooseEngine, Engine, choose_engine
 from fusevm.host.events import EventHub
-from fusevm.host.faults import make_fault
+from fusevm.host.faults import Fault, make_fault
 from fusevm.host.grounds import Contents, Directories, Ground, Groups, Links, Mounts, Processes, Slots, Witness
 from fusevm.host.images.artifact import make_importer
 from fusevm.host.images.store import ImageStore
@@ -44,13 +45,9 @@ from fusevm.host.net.plan import NetworkPlan
 from fusevm.host.process import boot_id
 from fusevm.host.quarters import HostQuarters
 from fusevm.host.rows import Entry
-from fusevm.host.run import run
 from fusevm.host.surroundings import Surroundings
 from fusevm.host.sweep import Sweeper
 from fusevm.host.tls import Identity, ensure_identity, make_ssl_context
-from fusevm.host.vmm.probe import Choice
-from fusevm.host.vmm.qemu import PROGRAM, QemuDriver
-from fusevm.host.vmm.qemu_args import overhead_mib
 from fusevm.host.wiring import SlotWiring, UserWiring, Wiring
 from fusevm.model.environment import Network
 from fusevm.model.errors import Error
@@ -58,17 +55,16 @@ from fusevm.model.errors import Error
 log = structlog.get_logger()
 
 STATE_FILE = "host.json"
-_VERSION_TIMEOUT_S = 10.0
 
 
-def serve(config: HostConfig) -> int:
+def serve(config: HostConfig, engines: ChooseEngine = choose_engine, fault: Fault | None = None) -> int:
     """Run the daemon until SIGTERM or SIGINT; the exit status. Raises Error when it cannot start."""
     configure_logging()
     try:
         config.check()
         raise_file_limit()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(config))
+            runner.run(_serve(config, engines, fault or make_fault(config.fault)))
     except Error as e:
         log.critical("not_started", reason=e.reason, problem=e.message)
         raise
@@ -82,9 +78,9 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _serve(config: HostConfig) -> None:
+async def _serve(config: HostConfig, engines: ChooseEngine, fault: Fault) -> None:
     stop = _watch_signals()
-    clock, fault = SystemClock(), make_fault(config.fault)
+    clock = SystemClock()
     async with AsyncExitStack() as stack:
         # Nobody else works in these directories, under this name, or at these addresses.
         stack.callback(os.close, await asyncio.to_thread(lock_directory, config.runtime_directory))
@@ -103,8 +99,7 @@ async def _serve(config: HostConfig) -> None:
 
         # What machines are made of.
         images, finder = ImageStore(config.artefacts), BootFileFinder(config)
-        choice = await choose_driver(config, await finder.try_find())
-        driver = QemuDriver(accelerator=choice.accelerator, cache_dir=config.data_root)
+        engine = await engines(config, await finder.try_find())
         wiring, network = _make_wiring(config)
         cgroups = await _make_cgroups(config)
         quarters = HostQuarters(
@@ -113,8 +108,8 @@ async def _serve(config: HostConfig) -> None:
             boot_files=finder,
             wiring=wiring,
             cgroups=cgroups,
-            driver=driver.name,
-            overhead_mib=overhead_mib(choice.accelerator),
+            driver=engine.driver.name,
+            overhead_mib=engine.overhead_mib,
             fault=fault,
         )
         entries = await journal.entries()
@@ -125,7 +120,7 @@ async def _serve(config: HostConfig) -> None:
         parts = Surroundings(
             journal=journal,
             quarters=quarters,
-            driver=driver,
+            driver=engine.driver,
             events=EventHub(secrets.token_hex(8), clock.now_ms),
             metrics=Metrics(),
             clock=clock,
@@ -141,7 +136,7 @@ async def _serve(config: HostConfig) -> None:
             artifacts=make_importer(config, images),
             sweeper=_make_sweeper(config, machines, cgroups, network),
             machines=machines,
-            identification=_identify(driver, choice, wiring, finder, await observe_vmm_version()),
+            identification=_identify(engine, wiring, finder),
         )
         await stack.enter_async_context(daemon.running(entries))
 
@@ -154,7 +149,7 @@ async def _serve(config: HostConfig) -> None:
             await stack.enter_async_context(serving(tcp, app, tls))
         stack.callback(parts.events.close)
 
-        await asyncio.to_thread(_announce, config, identity, choice, tcp.getsockname() if tcp is not None else None)
+        await asyncio.to_thread(_announce, config, identity, engine, tcp.getsockname() if tcp is not None else None)
         await stop.wait()
         log.info("stopping", machines=len(machines.records()))
 
@@ -208,37 +203,20 @@ def _slots_in_use(entries: list[Entry]) -> dict[int, Network]:
     return {entry.machine.slot: entry.machine.spec.network for entry in entries if entry.machine.slot >= 0}
 
 
-def _identify(
-    driver: QemuDriver, choice: Choice, wiring: Wiring, finder: BootFileFinder, vmm_version: str
-) -> Identification:
+def _identify(engine: Engine, wiring: Wiring, finder: BootFileFinder) -> Identification:
     files = finder.found
     return Identification(
-        driver=f"{driver.name} ({choice.accelerator})",
-        driver_reason=choice.why,
+        driver=engine.title,
+        driver_reason=engine.why,
         isolation=wiring.isolation,
         arch={"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine()),
         kernel=files.kernel_version if files is not None else "",
         agent_version=files.agent_version if files is not None else "",
-        vmm_version=vmm_version,
+        vmm_version=engine.version,
     )
 
 
-async def observe_vmm_version() -> str:
-    """The version that QEMU says it has; empty when it cannot be asked: the daemon serves without, too."""
-    try:
-        done = await run([PROGRAM, "--version"], timeout_s=_VERSION_TIMEOUT_S)
-    except (Error, OSError) as e:
-        log.warning("vmm_version_unknown", problem=str(e))
-        return ""
-    return parse_vmm_version(done.text)
-
-
-def parse_vmm_version(text: str) -> str:
-    """The number in what `qemu-system-x86_64 --version` prints; empty when there is none."""
-    return next(iter(text.partition("version ")[2].split()), "")
-
-
-def _announce(config: HostConfig, identity: Identity, choice: Choice, address: tuple[Any, ...] | None) -> None:
+def _announce(config: HostConfig, identity: Identity, engine: Engine, address: tuple[Any, ...] | None) -> None:
     """Say where we are: a file for programs, a line for people."""
     urls = [f"unix://{config.api_socket}"]
     if address is not None:
@@ -250,8 +228,8 @@ def _announce(config: HostConfig, identity: Identity, choice: Choice, address: t
         "urls": urls,
         "token_file": str(config.data_root / "token"),
         "pin": identity.pin,
-        "driver": f"qemu ({choice.accelerator})",
-        "driver_reason": choice.why,
+        "driver": engine.title,
+        "driver_reason": engine.why,
     }
     write_durably(config.data_root / STATE_FILE, msgspec.json.format(msgspec.json.encode(state)), mode=0o644)
     log.info("ready", **state)

@@ -35,7 +35,7 @@ from fusevm.host.strays import kill_strays
 from fusevm.host.surroundings import Blueprint, Lodging, Remains
 from fusevm.host.tasks import CleanUp, run_all
 from fusevm.host.vmm.console import last_lines
-from fusevm.host.vmm.driver import BootPlan, Confinement
+from fusevm.host.vmm.driver import JAIL, BootPlan, Confinement
 from fusevm.host.wiring import Wire, Wiring
 from fusevm.model.environment import Network
 from fusevm.model.errors import BadSetting, Internal, NoSpace
@@ -158,6 +158,8 @@ class HostQuarters:
             steps.push("disk", lambda: asyncio.to_thread(remove_tree, self._machines / machine.id))
         else:
             steps.push("disk", lambda: self.disks.sync(machine.id))
+            # A driver's; its VMM has ended.
+            steps.push("jail", lambda: asyncio.to_thread(remove_tree, self._machines / machine.id / JAIL))
         steps.push("run directory", lambda: asyncio.to_thread(remove_tree, self._run_dir(machine.id)))
         steps.push("network", lambda: self._wiring.disconnect(machine))
         if self._cgroups is not None:

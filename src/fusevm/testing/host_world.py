@@ -14,7 +14,7 @@ from fusevm.host.clock import SystemClock
 from fusevm.host.config import HostConfig
 from fusevm.host.daemon import Daemon, Identification
 from fusevm.host.events import EventHub, Subscription
-from fusevm.host.faults import Fault, NoFault
+from fusevm.host.faults import Fault, is_known
 from fusevm.host.images.artifact import make_importer
 from fusevm.host.images.store import ImageStore
 from fusevm.host.journal import Journal
@@ -39,6 +39,18 @@ def order(machine_id: str = "m-1", spec: MachineSpec = SPEC, boot_timeout_ms: in
     return CreateMachine(machine_id=machine_id, spec=spec, boot_timeout_ms=boot_timeout_ms)
 
 
+class KnownPoints:
+    """Remembers the kill points that `host.faults` does not list: nobody would kill a daemon there."""
+
+    def __init__(self) -> None:
+        self.unknown: set[str] = set()
+
+    def reached(self, point: str) -> None:
+        """Called from the event loop and from the journal's thread."""
+        if not is_known(point):
+            self.unknown.add(point)
+
+
 class World:
     """What a restart of the daemon does not touch."""
 
@@ -48,7 +60,8 @@ class World:
         self.quarters = FakeQuarters(self.driver, root)
         self.boot_id = BOOT_ID
         #: Of the next daemon.
-        self.fault: Fault = NoFault()
+        self.points = KnownPoints()
+        self.fault: Fault = self.points
         self.events: list[MachineEvent] = []
 
     @asynccontextmanager
@@ -94,6 +107,8 @@ class World:
                 await listening
         finally:
             await journal.close()
+        if self.points.unknown:
+            raise RuntimeError(f"kill points that are not in host.faults: {sorted(self.points.unknown)}")
 
     async def _listen(self, subscription: Subscription) -> None:
         while (event := await subscription.next()) is not None:

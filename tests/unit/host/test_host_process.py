@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fusevm.host.engine import parse_vmm_version
 from fusevm.host.journal import lock_directory
-from fusevm.host.main import parse_vmm_version
 
 
 @pytest.fixture

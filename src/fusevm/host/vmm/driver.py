@@ -11,6 +11,9 @@ import msgspec
 from fusevm.host.channel import AgentStream
 from fusevm.model.machine import VmmProcess
 
+#: What a driver keeps of a run beside the disk, in the machine's directory: the root directory of its VMM.
+JAIL = "jail"
+
 
 class VmmGone(ConnectionError):
     """The VMM has ended; the text says why."""

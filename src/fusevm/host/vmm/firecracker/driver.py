@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from fusevm.host.process import ProcessHandle, command_line_of
 from fusevm.host.run import run
-from fusevm.host.vmm.driver import BootPlan, Confinement
+from fusevm.host.vmm.driver import JAIL, BootPlan, Confinement
 from fusevm.host.vmm.firecracker import staging
 from fusevm.host.vmm.firecracker.calls import MAX_BOOT_ARGS, plan_boot, render_boot_args
 from fusevm.host.vmm.firecracker.jail import Inside, Jail, JailOrder, find_jail, render_jailer
@@ -21,8 +21,6 @@ from fusevm.model.machine import VmmProcess
 
 FIRECRACKER, JAILER = "firecracker", "jailer"
 REMEDY: Final = "install the pinned release with `fuse host install`"
-#: The jail of a machine, in its directory.
-JAIL: Final = "jail"
 _VERSION_S: Final = 10
 _INSIDE: Final = Inside()
 

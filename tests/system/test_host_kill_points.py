@@ -1,0 +1,186 @@
+"""A daemon process that dies by SIGKILL at every kill point of every operation, over real namespaces, rules, control
+groups and disks; VMMs are small processes (`fusevm.testing.agent_driver`). Its next run finishes the operation or
+undoes it, and then registry and host agree.
+
+The points are those that the code has (`host.faults`): one that is added there has to be reached here, and one that is
+reached without being listed fails the test.
+"""
+
+import contextlib
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from real_host import Guest, Host, make_fence, until
+
+from fusevm.host.faults import POINTS
+from fusevm.model.errors import BootFailed
+from fusevm.model.machine import Fence
+from fusevm.testing.agent_daemon import FAULT, UNKNOWN
+from fusevm.testing.agent_driver import MUTE, REFUSE
+from fusevm.wire.host_api import MachineBody
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+
+SPEC = {"memory_mib": 64, "disk_bytes": 64 << 20}
+ID = "m-1"
+Deed = Callable[[Host, "Order"], Awaitable[object]]
+
+
+class Order:
+    """Orders of one environment, numbered."""
+
+    def __init__(self, uid: str) -> None:
+        self._uid = uid
+        self._seq = 0
+
+    @property
+    def next(self) -> Fence:
+        self._seq += 1
+        return self.now
+
+    @property
+    def now(self) -> Fence:
+        """The newest order, once more."""
+        return make_fence(self._uid, 1, self._seq)
+
+
+# -- what leads to a point --------------------------------------------------------------------------------------------
+
+
+async def create(host: Host, order: Order) -> MachineBody:
+    return await host.create(ID, order.next, **SPEC)
+
+
+async def stop(host: Host, order: Order) -> None:
+    await host.ask("POST", f"/machines/{ID}/stop", order.next)
+
+
+async def start(host: Host, order: Order) -> None:
+    await host.ask("POST", f"/machines/{ID}/start", order.next)
+
+
+async def delete(host: Host, order: Order) -> None:
+    await host.delete(ID, order.next)
+
+
+async def create_in_vain(host: Host, order: Order) -> None:
+    with pytest.raises(BootFailed):
+        await host.create(ID, order.next, boot_timeout_ms=1000, **{**SPEC, "hostname": MUTE})
+
+
+async def start_in_vain(host: Host, order: Order) -> None:
+    (host.data / "machines" / ID / REFUSE).touch()
+    with pytest.raises(BootFailed):
+        await start(host, order)
+
+
+async def end_vmm(host: Host, _order: Order) -> None:
+    (line,) = (line for line in host.leftovers() if line.startswith("process"))
+    host.box.run("kill", "-9", line.split()[1])
+
+
+#: By operation, the kinds of points of which are told by their first word: what comes before, and what reaches them.
+BEFORE: dict[str, tuple[Deed, ...]] = {
+    "create": (),
+    "quarters": (),
+    "delete": (create,),
+    "stop": (create,),
+    "start": (create, stop),
+    "exit": (create,),
+}
+DEEDS: dict[str, Deed] = {
+    "create": create,
+    "quarters": create,
+    "delete": delete,
+    "stop": stop,
+    "start": start,
+    "exit": end_vmm,
+    "create.undone": create_in_vain,
+    "start.undone": start_in_vain,
+}
+
+
+def test_every_operation_has_its_deed():
+    assert {point.partition(".")[0] for point in POINTS} == BEFORE.keys()
+
+
+# -- the invariant ----------------------------------------------------------------------------------------------------
+
+
+async def is_settled(host: Host) -> bool:
+    state = json.loads(await host.ask("GET", "/state"))
+    return not any(entry["operation"] for entry in state["journal"]["entries"])
+
+
+def admitted(host: Host) -> int:
+    """Machines that the host's rules let through."""
+    listing = json.loads(host.box.run("nft", "-j", "list", "table", "inet", f"fuse_{host.instance}"))
+    sets = {entry["set"]["name"]: entry["set"] for entry in listing["nftables"] if "set" in entry}
+    return len(sets["sources"].get("elem", []))
+
+
+async def check_agreement(host: Host) -> list[MachineBody]:
+    """Nothing is open, and the host has what the registry says, of every kind and neither more nor less."""
+    await until(lambda: is_settled(host), 180)
+    machines = await host.machines()
+    running = {machine.id for machine in machines if machine.phase == "running"}
+    wanted = {kind: len(running) for kind in ("process", "namespace", "link", "run directory", "cgroup", "nft element")}
+    wanted["machine directory"] = len(machines)
+
+    def counted() -> dict[str, int]:
+        lines = [line for line in host.leftovers() if not line.startswith("nft element")]
+        kinds = {kind: sum(line.startswith(kind) for line in lines) for kind in wanted}
+        kinds["nft element"] = admitted(host)
+        return kinds
+
+    try:
+        await until(lambda: counted() == wanted, 60)
+    except TimeoutError:
+        raise AssertionError((counted(), wanted, host.leftovers(), host.tail())) from None
+    reserved = json.loads(await host.ask("GET", "/state"))["journal"]["reservations"]
+    assert sorted({row["machine_id"] for row in reserved}) == sorted(machine.id for machine in machines)
+    assert {row["machine_id"] for row in reserved if row["kind"] == "slot"} == running
+    return machines
+
+
+@pytest.mark.parametrize("operation", sorted(BEFORE))
+async def test_a_daemon_that_dies_at_any_point_of(agent_host: Host, operation: str):
+    host = agent_host
+    await host.start()
+    for number, point in enumerate(sorted(point for point in POINTS if point.partition(".")[0] == operation)):
+        await kill_at(host, point, Order(f"u{number}"))
+    assert await host.stop() == 0
+    assert not (host.data / UNKNOWN).exists(), (host.data / UNKNOWN).read_text()
+
+
+async def kill_at(host: Host, point: str, order: Order) -> None:
+    """Let the daemon die there, start it again, look, and clear up."""
+    for deed in BEFORE[point.partition(".")[0]]:
+        await deed(host, order)
+    arm(host, point)
+    deed = DEEDS.get(point.removesuffix(".writing")) or DEEDS[point.partition(".")[0]]
+    with contextlib.suppress(ConnectionError):
+        await deed(host, order)
+    assert await host.wait_end() == -9, point
+
+    await host.start()
+    machines = await check_agreement(host)
+    phases = [machine.phase.value for machine in machines]
+    assert phases in ([], ["running"], ["stopped"], ["failed"]), point
+    if point.partition(".")[0] in ("create", "quarters") and "undone" not in point:
+        # Whoever got no answer asks again, and gets the machine: the one that there is, or another.
+        machine = await host.create(ID, order.now, **SPEC)
+        assert machine.phase == "running"
+        assert phases in ([], ["running"])
+        assert (await Guest(host, ID, order.now).exec("true", cwd="/")).exit_code == 0
+    await host.delete(ID, order.next)
+    assert await check_agreement(host) == []
+    assert await host.wait_empty() == []
+
+
+def arm(host: Host, point: str) -> None:
+    new = Path(f"{host.data / FAULT}.new")
+    new.write_text(point)
+    new.rename(host.data / FAULT)
