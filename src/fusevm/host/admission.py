@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from fusevm.model.errors import HostFull
+from fusevm.model.errors import BadField, HostFull
 from fusevm.model.host import Resources
 from fusevm.model.machine import MachineSpec
 
@@ -70,6 +70,30 @@ def check_admission(usage: Usage, limits: Limits, spec: MachineSpec, *, is_new: 
         raise HostFull(resource="disk", needed=f"{spec.disk_bytes} bytes", free=f"{max(0, disk_free)} bytes")
     if usage.machines >= limits.max_machines:
         raise HostFull(resource="machines", needed="1", free="0")
+
+
+class Size(msgspec.Struct, frozen=True, kw_only=True):
+    """What a machine is to become; 0: as it is."""
+
+    memory_mib: int = 0
+    disk_bytes: int = 0
+
+
+def resized(spec: MachineSpec, size: Size, others: Usage, limits: Limits) -> MachineSpec:
+    """The spec of a machine of another size. Raises BadField for a smaller disk, HostFull for one that cannot be.
+
+    `others` is what the other machines have booked: of disk it counts, of memory only what the host has at all.
+    The machine is at rest afterwards, and its start is admitted like any other.
+    """
+    disk_bytes = size.disk_bytes or spec.disk_bytes
+    if disk_bytes < spec.disk_bytes:
+        problem = f"must not be less than the {spec.disk_bytes} that the disk has: disks only grow"
+        raise BadField(field="storage_bytes", problem=problem)
+    memory_mib = size.memory_mib or spec.memory_mib
+    spec = msgspec.structs.replace(spec, memory_mib=memory_mib, disk_bytes=disk_bytes)
+    booked = msgspec.structs.replace(others, machines=0, active=0, cpus=0, memory_mib=0)
+    check_admission(booked, limits, spec, is_new=True)
+    return spec
 
 
 def render_capacity(limits: Limits) -> Resources:

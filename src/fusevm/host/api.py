@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import msgspec
 from starlette.requests import Request
@@ -20,32 +20,26 @@ from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from fusevm import __version__
+from fusevm.host.bodies import UNKNOWN, decode_noting, read_body, render_json
 from fusevm.host.console import left_out, read_console
+from fusevm.host.contract.create import is_contract_form
+from fusevm.host.contract.handlers import CONTRACT_HANDLERS, create_by_contract, default_user, render_one
+from fusevm.host.contract.render import render_body
 from fusevm.host.daemon import Daemon
 from fusevm.host.relay import relay_frames, relay_request, run_for_client
-from fusevm.host.render import render_answer, render_exec, render_machine
-from fusevm.model.errors import BadField, MethodNotAllowed, PayloadTooLarge, RouteNotFound
+from fusevm.host.render import render_exec
+from fusevm.model.errors import BadField, MethodNotAllowed, RouteNotFound
 from fusevm.model.machine import Fence
-from fusevm.wire.decode import decode_body, describe_unknown, render_warning
+from fusevm.wire.contract import CreateContractMachine
+from fusevm.wire.decode import describe_unknown, render_warning
 from fusevm.wire.guest import ExecRequest
-from fusevm.wire.host_api import (
-    CreateMachine,
-    Health,
-    HostExec,
-    MachineEvent,
-    MachineList,
-    StorageAnswer,
-    parse_fence,
-)
+from fusevm.wire.host_api import CreateMachine, Health, HostExec, MachineEvent, StorageAnswer, parse_fence
 from fusevm.wire.host_routes import HOST_ROUTES, render_host_openapi
 from fusevm.wire.routes import Payload, Route
 
-T = TypeVar("T")
 Handler: TypeAlias = Callable[[Daemon, Request, Route], Awaitable[Response]]
 
 _DEFAULT_EXEC_MS, _MAX_EXEC_MS = 30_000, 300_000
-#: Where a request keeps the names of its unknown fields.
-_UNKNOWN = "fuse.unknown"
 _DEFAULT_TAIL_BYTES, _MAX_TAIL_BYTES = 64 << 10, 64 << 20
 _KEEPALIVE_S = 15.0
 
@@ -58,7 +52,8 @@ def make_router(daemon: Daemon) -> Router:
         if route.is_websocket:
             routes.append(WebSocketRoute(route.path, _FramesEndpoint(daemon)))
         else:
-            by_path.setdefault(route.path, {})[route.method] = route
+            # Two forms of one request are two rows: their handlers tell them apart.
+            by_path.setdefault(route.path, {}).setdefault(route.method, route)
     # Starlette would answer 405 by itself, in words of its own: one endpoint per path takes all methods.
     routes += [StarletteRoute(path, _Endpoint(daemon, methods)) for path, methods in by_path.items()]
     return Router(routes, redirect_slashes=False, default=_no_route)
@@ -82,8 +77,8 @@ class _Endpoint:
             await _relay(self._daemon, scope, receive, send)
             return
         response = await HANDLERS[route.name](self._daemon, Request(scope, receive), route)
-        if scope.get(_UNKNOWN):
-            response.headers["warning"] = render_warning(describe_unknown(scope[_UNKNOWN]))
+        if scope.get(UNKNOWN):
+            response.headers["warning"] = render_warning(describe_unknown(scope[UNKNOWN]))
         await response(scope, receive, send)
 
 
@@ -95,27 +90,27 @@ async def _no_route(scope: Scope, _receive: Receive, _send: Send) -> None:
 
 
 async def _health(_daemon: Daemon, _request: Request, _route: Route) -> Response:
-    return _json(Health())
+    return render_json(Health())
 
 
 async def _openapi(_daemon: Daemon, _request: Request, _route: Route) -> Response:
-    return _json(render_host_openapi(__version__))
+    return render_json(render_host_openapi(__version__))
 
 
 async def _info(daemon: Daemon, _request: Request, _route: Route) -> Response:
-    return _json(await daemon.facts())
+    return render_json(await daemon.facts())
 
 
 async def _state(daemon: Daemon, _request: Request, _route: Route) -> Response:
-    return _json(await daemon.render_state())
+    return render_json(await daemon.render_state())
 
 
 async def _images(daemon: Daemon, _request: Request, _route: Route) -> Response:
-    return _json(await daemon.list_images())
+    return render_json(await daemon.list_images())
 
 
 async def _storage(daemon: Daemon, _request: Request, _route: Route) -> Response:
-    return _json(StorageAnswer(report=await daemon.observe_storage()))
+    return render_json(StorageAnswer(report=await daemon.observe_storage()))
 
 
 async def _metrics(daemon: Daemon, _request: Request, _route: Route) -> Response:
@@ -149,19 +144,22 @@ def _line(event: MachineEvent) -> bytes:
 
 async def _list(daemon: Daemon, _request: Request, _route: Route) -> Response:
     sick = daemon.machines.quarantined()
-    machines = [render_machine(machine, sick.get(machine.id)) for machine in daemon.machines.records()]
-    return _json(MachineList(machines=machines, tombstones=await daemon.journal.tombstones()))
+    machines = [render_body(machine, sick.get(machine.id)) for machine in daemon.machines.records()]
+    return render_json({"machines": machines, "tombstones": await daemon.journal.tombstones()})
 
 
 async def _create(daemon: Daemon, request: Request, route: Route) -> Response:
-    body = await _decode(request, route, CreateMachine)
-    machine = await daemon.machines.create(body, parse_fence(request.headers))
-    return _json(render_answer(machine), 201)
+    raw, fence = await read_body(request, route), parse_fence(request.headers)
+    if is_contract_form(raw):
+        machine = await create_by_contract(daemon, decode_noting(request, raw, CreateContractMachine), fence)
+    else:
+        machine = await daemon.machines.create(decode_noting(request, raw, CreateMachine), fence)
+    return render_one(machine, 201)
 
 
 async def _get(daemon: Daemon, request: Request, _route: Route) -> Response:
     machine = daemon.machines.record(request.path_params["id"])
-    return _json(render_answer(machine, daemon.machines.quarantined().get(machine.id)))
+    return render_one(machine, quarantine=daemon.machines.quarantined().get(machine.id))
 
 
 async def _delete(daemon: Daemon, request: Request, _route: Route) -> Response:
@@ -170,7 +168,7 @@ async def _delete(daemon: Daemon, request: Request, _route: Route) -> Response:
 
 
 async def _start(daemon: Daemon, request: Request, _route: Route) -> Response:
-    return _json(render_answer(await daemon.machines.start(request.path_params["id"], parse_fence(request.headers))))
+    return render_one(await daemon.machines.start(request.path_params["id"], parse_fence(request.headers)))
 
 
 async def _stop(daemon: Daemon, request: Request, _route: Route) -> Response:
@@ -179,18 +177,19 @@ async def _stop(daemon: Daemon, request: Request, _route: Route) -> Response:
 
 
 async def _exec(daemon: Daemon, request: Request, route: Route) -> Response:
-    body = await _decode(request, route, HostExec)
+    body = decode_noting(request, await read_body(request, route), HostExec)
     if not body.command:
         raise BadField(field="command", problem="must not be empty")
     limit_ms = min(body.timeout_ms if body.timeout_ms > 0 else _DEFAULT_EXEC_MS, _MAX_EXEC_MS)
-    command = ExecRequest(cmd=body.command, cwd=body.cwd, env=body.env, user=body.user, timeout_ms=limit_ms)
     machine_id = request.path_params["id"]
     fence = parse_fence(request.headers)
+    user = body.user or default_user(daemon.machines.owned(machine_id, fence))
+    command = ExecRequest(cmd=body.command, cwd=body.cwd, env=body.env, user=user, timeout_ms=limit_ms)
     work = daemon.run_command(machine_id, fence, command)
     result = await run_for_client(request.receive, machine_id, work)
     if result is None:
         return Response(status_code=499)  # nobody reads it
-    return _json(render_exec(result))
+    return render_json(render_exec(result))
 
 
 async def _logs(daemon: Daemon, request: Request, _route: Route) -> Response:
@@ -254,6 +253,7 @@ HANDLERS: dict[str, Handler] = {
     "openapi": _openapi,
     "list_machines": _list,
     "create_machine": _create,
+    "create_contract_machine": _create,
     "get_machine": _get,
     "delete_machine": _delete,
     "start_machine": _start,
@@ -265,25 +265,11 @@ HANDLERS: dict[str, Handler] = {
     "state": _state,
     "storage_report": _storage,
     "metrics": _metrics,
+    **CONTRACT_HANDLERS,
 }
 
 
 # -- small ------------------------------------------------------------------------------------------------------------
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
-
-
-async def _decode(request: Request, route: Route, kind: type[T]) -> T:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > route.limit:
-            raise PayloadTooLarge(limit=route.limit)
-    value, unknown = decode_body(bytes(body), kind)
-    request.scope[_UNKNOWN] = unknown
-    return value
 
 
 def _integer(text: str | None, field: str, default: int, most: int) -> int:

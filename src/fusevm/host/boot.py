@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -17,7 +17,9 @@ from fusevm.host.tasks import CleanUp, Stopped, run_unless
 from fusevm.host.vmm.driver import Vmm
 from fusevm.model.errors import BootFailed, Error
 from fusevm.model.machine import Machine
-from fusevm.wire.guest import AgentHealth, Configure
+from fusevm.wire.guest import AgentHealth, Configure, LoginKeys
+
+BootKind: TypeAlias = Literal["create", "start", "visit"]
 
 _ENTROPY_BYTES = 64
 #: The agent's channel broke: how long to wait for the VMM's own word about why.
@@ -34,7 +36,7 @@ class Marks(msgspec.Struct, kw_only=True):
 
 
 async def bring_up(
-    machine: Machine, kind: Literal["create", "start"], deadline_ms: int, parts: Surroundings, undo: CleanUp
+    machine: Machine, kind: BootKind, deadline_ms: int, parts: Surroundings, undo: CleanUp
 ) -> tuple[Machine, Vmm]:
     """Make quarters, start the VMM and configure the agent. What exists at any moment is on `undo`.
 
@@ -54,11 +56,11 @@ async def bring_up(
 
 
 async def _launch(
-    machine: Machine, kind: Literal["create", "start"], parts: Surroundings, undo: CleanUp, marks: Marks
+    machine: Machine, kind: BootKind, parts: Surroundings, undo: CleanUp, marks: Marks
 ) -> tuple[Machine, Vmm, Configure]:
     """Make quarters and start the VMM."""
-    lodging = await parts.quarters.prepare(machine)
-    undo.push("quarters", lambda: parts.quarters.vacate(machine, keep_disk=kind == "start"))
+    lodging = await parts.quarters.prepare(machine, is_visit=kind == "visit")
+    undo.push("quarters", lambda: parts.quarters.vacate(machine, keep_disk=kind != "create"))
     try:
         prepared = msgspec.structs.replace(machine, address=lodging.address)
         prepared = await parts.journal.mark(prepared, kind, "prepared")
@@ -103,16 +105,36 @@ def _seconds_left(deadline_ms: int, parts: Surroundings) -> float:
 
 async def check_guest(machine: Machine, vmm: Vmm) -> str:
     """Ask a running VMM's agent who it is; return what is wrong with the answer, or "". Raises ConnectionError."""
-    return judge_guest(machine, await ask_health(vmm))
+    return judge_guest(machine, await ask_health(vmm), expects_login=True)
 
 
-def judge_guest(machine: Machine, health: AgentHealth) -> str:
+def judge_guest(machine: Machine, health: AgentHealth, *, expects_login: bool) -> str:
     """What is wrong with the agent that answers, or ""."""
     if health.nonce != machine.nonce:
         return "another guest answers on its channel"
     if not is_compatible(health.protocol):
         return f"its agent speaks protocol {health.protocol!r}, which this daemon does not"
+    if machine.contract is None or not expects_login:
+        return ""
+    if health.login is None:
+        return "its agent lets nobody log in: it is older than this daemon"
+    # What the guest has on its disk is what clients of SSH will see.
+    if health.login.host_public_key != machine.contract.login.host_public_key:
+        return "another SSH host key than the one that was made for it is on its disk"
     return ""
+
+
+def render_login(machine: Machine) -> LoginKeys | None:
+    """What the agent must know for people to log in; None for a machine without."""
+    if machine.contract is None:
+        return None
+    login = machine.contract.login
+    return LoginKeys(
+        host_key=login.host_key,
+        host_public_key=login.host_public_key,
+        authorized_keys=login.authorized_keys,
+        trusted_user_ca_keys=login.trusted_user_ca_keys,
+    )
 
 
 def with_timings(machine: Machine, marks: Marks) -> Machine:
@@ -136,11 +158,13 @@ async def _converse(
     async with converse(vmm) as talk:
         marks.first_byte = parts.clock.monotonic_ms()
         entropy = base64.b64encode(parts.clock.entropy(_ENTROPY_BYTES)).decode()
-        configure = msgspec.structs.replace(configure, generation=machine.generation, entropy_b64=entropy)
+        # Whoever only visits a disk lets nobody in.
+        login = render_login(machine) if kind != "visit" else None
+        configure = msgspec.structs.replace(configure, generation=machine.generation, entropy_b64=entropy, login=login)
         # One exchange, because a cold agent takes tens of milliseconds for each: the channel is a socket that we made
         # for this VMM alone, and the nonce in the answer is the second proof.
         health = await talk.configure(msgspec.structs.replace(configure, time_unix_ns=parts.clock.now_ns()))
-        problem = judge_guest(machine, health)
+        problem = judge_guest(machine, health, expects_login=login is not None)
         if problem:
             raise await _failed(machine, problem, parts)
         parts.fault.reached(f"{kind}.answered")

@@ -95,6 +95,8 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     instance: str = "fuse"
     #: Seconds between two sweeps for leftovers.
     sweep_interval_s: float = 60.0
+    #: Public key of the SSH authority whose users every machine of the contract lets in, before those of its create.
+    login_ca: str = ""
     #: Tests only: the journal point at which the process kills itself.
     fault: str = ""
 

@@ -22,6 +22,7 @@ from fusevm.host.admission import render_capacity, render_reserved
 from fusevm.host.agent import run_command
 from fusevm.host.channel import AgentClient
 from fusevm.host.config import HostConfig
+from fusevm.host.contract.create import Importer
 from fusevm.host.events import EventHub
 from fusevm.host.images.artifact import ArtifactImporter
 from fusevm.host.images.store import ImageStore
@@ -69,8 +70,11 @@ class Daemon:
         sweeper: Sweeper,
         machines: Machines,
         identification: Identification,
+        importer: Importer | None = None,
     ) -> None:
-        self._config = config
+        self.config = config
+        #: Of images at URLs; None: there is none.
+        self.importer = importer
         self._parts = parts
         self._images = images
         self.artifacts = artifacts
@@ -89,6 +93,10 @@ class Daemon:
     @property
     def journal(self) -> Journal:
         return self._parts.journal
+
+    def entropy(self, size: int) -> bytes:
+        """Fresh random bytes."""
+        return self._parts.clock.entropy(size)
 
     @asynccontextmanager
     async def running(self, entries: list[Entry]) -> AsyncIterator[None]:
@@ -140,7 +148,7 @@ class Daemon:
     def console_log(self, machine_id: str, fence: Fence | None) -> tuple[Machine, Path]:
         """A machine and where its console is. Raises MachineNotFound, and for the fence."""
         machine = self.machines.owned(machine_id, fence)
-        return machine, self._config.data_root / "machines" / machine_id / "console.log"
+        return machine, self.config.data_root / "machines" / machine_id / "console.log"
 
     def is_live(self, machine: Machine) -> bool:
         """May exactly this machine, and not a later one of its id, still say something?"""
@@ -165,12 +173,12 @@ class Daemon:
     async def observe_storage(self) -> StorageReport:
         """What takes how much of the disk."""
         now = render_time(self._parts.clock.now_ms())
-        return await asyncio.to_thread(observe_storage, self._config, now)
+        return await asyncio.to_thread(observe_storage, self.config, now)
 
     # -- by itself --------------------------------------------------------------------------------------------------
 
     async def _keep_sweeping(self) -> None:
-        interval_s = self._config.sweep_interval_s
+        interval_s = self.config.sweep_interval_s
         while True:
             await asyncio.sleep(interval_s * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311 - spreads load
             await self._sweep(is_start=False)

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
-from fusevm.host.admission import Limits, Usage, check_admission
+from fusevm.host.admission import Limits, Size, Usage, check_admission, resized
 from fusevm.host.clock import read_moment
 from fusevm.host.faults import Fault
 from fusevm.host.fencing import LOCAL, check_cluster, check_order, check_owner
@@ -52,7 +52,15 @@ from fusevm.host.rows import (
 )
 from fusevm.host.sql import load_migrations
 from fusevm.host.writer import DiskFull, Superseded, Writer
-from fusevm.model.errors import DataRootInUse, Internal, MachineExists, MachineNotFound, NoSpace, SchemaTooNew
+from fusevm.model.errors import (
+    DataRootInUse,
+    Internal,
+    MachineExists,
+    MachineNotFound,
+    NoSpace,
+    SchemaTooNew,
+    WrongState,
+)
 from fusevm.model.fencing import Seen, check_new, check_valid
 from fusevm.model.machine import Fence, Machine, Moment, Phase
 
@@ -191,6 +199,54 @@ class Journal:
             return machine
 
         return await self._write(transact, point="stop.intent", on_commit=on_commit)
+
+    async def begin_resize(
+        self,
+        machine_id: str,
+        fence: Fence | None,
+        limits: Limits,
+        size: Size,
+        on_commit: Callable[[Machine], None],
+    ) -> tuple[Machine, bool]:
+        """Write the new size into the record, and the intent to stop the machine and make its disk so large.
+
+        Returns the record, and whether there is anything to do. Everything is checked before: BadField for a disk that
+        would shrink, HostFull, WrongState for one that neither runs nor is stopped; and what begin_start raises.
+        """
+
+        def transact(db: sqlite3.Connection) -> tuple[Machine, bool]:
+            machine = self._order(db, machine_id, fence)
+            if machine.phase not in (Phase.RUNNING, Phase.PAUSED, Phase.STOPPED):
+                raise WrongState(id=machine.id, state=machine.phase.value, wanted="it must be running or stopped")
+            spec = resized(machine.spec, size, load_usage(db, exclude=machine_id), limits)
+            if spec == machine.spec:
+                return machine, False
+            machine = save_machine(db, msgspec.structs.replace(machine, spec=spec), self._clock())
+            save_intent(db, machine.id, "resize", self._clock())
+            return machine, True
+
+        return await self._write(transact, point="resize.intent", on_commit=lambda done: on_commit(done[0]))
+
+    async def begin_visit(
+        self, machine_id: str, limits: Limits, nonce: str, on_commit: Callable[[Machine], None]
+    ) -> Machine:
+        """Write the intent to open the disk of a machine at rest, whose memory is booked for as long.
+
+        Raises MachineNotFound, WrongState for one that does not rest, HostFull, NoSpace.
+        """
+
+        def transact(db: sqlite3.Connection) -> Machine:
+            machine = load_machine(db, machine_id)
+            if machine is None or machine.phase is Phase.DELETING:
+                raise MachineNotFound(id=machine_id)
+            if machine.phase not in (Phase.STOPPED, Phase.FAILED):
+                raise WrongState(id=machine_id, state=machine.phase.value, wanted="it has changed; try again")
+            check_admission(load_usage(db, exclude=machine_id), limits, machine.spec, is_new=False)
+            machine = save_machine(db, msgspec.structs.replace(machine, nonce=nonce), self._clock())
+            save_intent(db, machine.id, "visit", self._clock())
+            return machine
+
+        return await self._write(transact, point="visit.intent", on_commit=on_commit)
 
     async def begin_delete(
         self, machine_id: str, fence: Fence | None, on_commit: Callable[[Machine | None], None]

@@ -14,19 +14,34 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from typing import Literal, TypeAlias
 
 import msgspec
 import structlog
 
+from fusevm.host.admission import Size
 from fusevm.host.agent import ask_shutdown
 from fusevm.host.boot import Marks, bring_up, check_guest, meet_guest
 from fusevm.host.channel import AgentClient
-from fusevm.host.mailbox import AnyOrder, Create, Delete, Exited, Mailbox, Recover, Start, Stop, Tidy
+from fusevm.host.mailbox import (
+    AnyOrder,
+    Create,
+    Delete,
+    Exited,
+    Mailbox,
+    Recover,
+    Resize,
+    Start,
+    Stop,
+    Tidy,
+)
 from fusevm.host.quarantine import BackOff, Quarantine
 from fusevm.host.rows import Operation
 from fusevm.host.surroundings import Surroundings
 from fusevm.host.tasks import CLEAN_UP_TIMEOUT_S, CleanUp, Stopped, run_unless
+from fusevm.host.visit import end_visit, hold_visit
+from fusevm.host.visitors import Visit
 from fusevm.host.vmm.driver import Vmm
 from fusevm.host.vmm.exit_reason import HOST_REBOOTED, SHUT_DOWN, explain_absence
 from fusevm.host.writer import Superseded
@@ -44,7 +59,7 @@ from fusevm.model.machine import Fence, Machine, Phase
 
 log = structlog.get_logger()
 
-BootKind: TypeAlias = Literal["create", "start"]
+_Boot: TypeAlias = Literal["create", "start"]
 
 #: How long a guest may take to end in order; the agent itself gives its processes 3 s.
 SHUTDOWN_GRACE_S = 10.0
@@ -68,6 +83,8 @@ class MachineTask:
         #: Connections to the agent of the VMM above; they break with it.
         self._agent: AgentClient | None = None
         self._is_gone = False
+        #: The last visit; new visitors may come while it is open.
+        self._visiting: Visit | None = None
         #: Not set while it is unknown whether the machine runs.
         self._settled = asyncio.Event()
         self._settled.set()
@@ -137,6 +154,19 @@ class MachineTask:
         order = Stop(fence)
         self._mailbox.post(order)
         return await order.wait()
+
+    async def resize(self, fence: Fence | None, size: Size) -> Machine:
+        """Give it more memory or a larger disk; it is stopped for that, and stays so."""
+        order = Resize(fence, size)
+        self._mailbox.post(order)
+        return await order.wait()
+
+    def visit(self) -> AbstractAsyncContextManager[AgentClient]:
+        """The agent of a machine at rest, to be used for its files alone, with whoever else visits it."""
+        if self._visiting is None or not self._visiting.is_open:
+            self._visiting = Visit()
+            self._mailbox.post(self._visiting)
+        return self._visiting.enter()
 
     async def tidy(self) -> None:
         """Remove what it should not have, if it rests."""
@@ -256,6 +286,10 @@ class MachineTask:
                 return await self._start(order)
             case Stop():
                 return await self._stop(order)
+            case Resize():
+                return await self._resize(order)
+            case Visit():
+                return await hold_visit(order, self._record, self._parts, self._mailbox.wait_order, self._commit)
             case Delete():
                 return await self._delete()
             case Exited():
@@ -288,13 +322,11 @@ class MachineTask:
             raise WrongState(id=machine.id, state="failed", wanted="stop it first, then start it")
         return machine
 
-    async def _boot(self, kind: BootKind, deadline_ms: int) -> Machine:
+    async def _boot(self, kind: _Boot, deadline_ms: int) -> Machine:
         undo = CleanUp()
         return await self._complete(kind, undo, bring_up(self._record, kind, deadline_ms, self._parts, undo))
 
-    async def _complete(
-        self, kind: BootKind, undo: CleanUp, work: Coroutine[None, None, tuple[Machine, Vmm]]
-    ) -> Machine:
+    async def _complete(self, kind: _Boot, undo: CleanUp, work: Coroutine[None, None, tuple[Machine, Vmm]]) -> Machine:
         """Carry a boot to its end: the machine runs, or nothing is left of the attempt."""
         try:
             machine, vmm = await work
@@ -307,7 +339,7 @@ class MachineTask:
         finally:
             self._creating = None
 
-    async def _finish_boot(self, kind: BootKind, machine: Machine, vmm: Vmm, undo: CleanUp) -> Machine:
+    async def _finish_boot(self, kind: _Boot, machine: Machine, vmm: Vmm, undo: CleanUp) -> Machine:
         """Write `running`. From the commit on the machine is there, even if we are cancelled in that moment."""
 
         def commit(saved: Machine) -> None:
@@ -321,14 +353,14 @@ class MachineTask:
         )
         return await self._parts.journal.finish(machine, kind, "running", on_commit=commit)
 
-    async def _give_up(self, kind: BootKind, error: BaseException) -> None:
+    async def _give_up(self, kind: _Boot, error: BaseException) -> None:
         """Everything is undone: take the intent back."""
         if self._record.phase is Phase.RUNNING:
             return  # cancelled in the moment of its commit
         self._parts.metrics.boot_failures.inc()
         text = error.message if isinstance(error, Error) else self._interruption().message
         try:
-            if kind == "create":
+            if kind == "create" and not self._is_kept(error):
                 gone = msgspec.structs.replace(self._record, phase=Phase.FAILED, error=text)
                 await self._parts.journal.forget(gone.id, kind, "undone", on_commit=lambda _none: self._end(gone))
             else:
@@ -338,6 +370,10 @@ class MachineTask:
             return
         except Error as e:
             error.add_note(f"the journal could not take the intent back: {e.message}")
+
+    def _is_kept(self, error: BaseException) -> bool:
+        """The contract's users look at a machine whose guest did not get ready, and stop and start it, or delete it."""
+        return self._record.contract is not None and isinstance(error, BootFailed)
 
     # -- stop, delete, exit -----------------------------------------------------------------------------------------
 
@@ -373,6 +409,25 @@ class MachineTask:
         await self._parts.quarters.vacate(self._record, keep_disk=True)
         stopped = msgspec.structs.replace(self._record, phase=Phase.STOPPED, error="")
         return await self._parts.journal.finish(stopped, "stop", "done", on_commit=self._commit)
+
+    async def _resize(self, order: Resize) -> Machine:
+        parts = self._parts
+        limits = await parts.quarters.limits()
+        machine, has_changed = await parts.journal.begin_resize(
+            self._record.id, order.fence, limits, order.size, on_commit=self._commit
+        )
+        if not has_changed:
+            return machine
+        await self._shut_down()
+        return await self._finish_resize()
+
+    async def _finish_resize(self) -> Machine:
+        self._parts.fault.reached("resize.killed")
+        await self._parts.quarters.vacate(self._record, keep_disk=True)
+        await self._parts.quarters.grow(self._record)
+        self._parts.fault.reached("resize.grown")
+        stopped = msgspec.structs.replace(self._record, phase=Phase.STOPPED, error="")
+        return await self._parts.journal.finish(stopped, "resize", "done", on_commit=self._commit)
 
     async def _delete(self) -> Machine:
         await self._kill()
@@ -424,6 +479,13 @@ class MachineTask:
                 await self._find_vmm()
                 await self._shut_down()
                 return await self._finish_stop()
+            case "resize":
+                if self._record.phase is not Phase.STOPPED:
+                    await self._find_vmm()
+                    await self._shut_down()
+                return await self._finish_resize()
+            case "visit":
+                return await end_visit(self._record, self._parts, self._commit)
 
     async def _resume(self) -> Machine:
         """No operation was open: the machine runs, or rests."""
@@ -465,13 +527,13 @@ class MachineTask:
             return
         self._log.info("machine_adopted", generation=self._record.generation)
 
-    async def _resume_boot(self, kind: BootKind, operation: Operation) -> Machine:
+    async def _resume_boot(self, kind: _Boot, operation: Operation) -> Machine:
         """Go on waiting for a guest that an earlier daemon started, or undo what that one began."""
         undo = CleanUp()
         undo.push("quarters", lambda: self._parts.quarters.vacate(self._record, keep_disk=kind == "start"))
         return await self._complete(kind, undo, self._meet_again(kind, operation, undo))
 
-    async def _meet_again(self, kind: BootKind, operation: Operation, undo: CleanUp) -> tuple[Machine, Vmm]:
+    async def _meet_again(self, kind: _Boot, operation: Operation, undo: CleanUp) -> tuple[Machine, Vmm]:
         process = self._record.vmm
         if operation.step != "booted" or process is None:
             raise self._lost()

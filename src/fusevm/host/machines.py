@@ -14,9 +14,12 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+import msgspec
 import structlog
 
+from fusevm.host.admission import Size
 from fusevm.host.channel import AgentClient
+from fusevm.host.disk.grow import check_size
 from fusevm.host.drift import Claim, claim_of
 from fusevm.host.fencing import check_owner, check_reserved
 from fusevm.host.machine import MachineTask
@@ -27,7 +30,7 @@ from fusevm.host.surroundings import Blueprint, Surroundings
 from fusevm.model.errors import BadField, GuestUnreachable, MachineNotFound, ShuttingDown
 from fusevm.model.fencing import check_valid
 from fusevm.model.ids import parse_machine_id
-from fusevm.model.machine import Fence, Machine, MachineSpec
+from fusevm.model.machine import Contract, Fence, Machine, MachineSpec, Phase
 from fusevm.wire.host_api import CreateMachine
 
 T = TypeVar("T")
@@ -118,14 +121,26 @@ class Machines:
             await task.note_order(fence)
         return agent
 
+    @asynccontextmanager
+    async def files(self, machine_id: str, fence: Fence | None) -> AsyncIterator[AgentClient]:
+        """The agent of a machine's files, whether it runs or rests. Raises what `guest` raises, and HostFull."""
+        if self.owned(machine_id, fence).phase not in (Phase.STOPPED, Phase.FAILED):
+            yield await self.guest(machine_id, fence)
+            return
+        async with self._find(machine_id).visit() as agent:
+            yield agent
+
     def check_valid(self, fence: Fence) -> None:
         """Raise OrderExpired for an order that is too late."""
         check_valid(fence, self._parts.clock.moment())
 
     # -- orders -----------------------------------------------------------------------------------------------------
 
-    async def create(self, body: CreateMachine, fence: Fence | None) -> Machine:
+    async def create(self, body: CreateMachine, fence: Fence | None, contract: Contract | None = None) -> Machine:
         """Make a machine and return it when its agent is configured. Idempotent by (uid, incarnation).
+
+        With `contract` it is one of computer-host's API: never a repetition, and one whose guest does not get ready
+        stays, as failed.
 
         Raises BadField, ImageNotFound, HostFull, NoSpace, MachineExists, StaleIncarnation, StaleAction, OrderExpired,
         WrongCluster, BootFailed (then nothing is left).
@@ -135,7 +150,7 @@ class Machines:
         if not 0 < body.boot_timeout_ms <= _MAX_BOOT_TIMEOUT_MS:
             raise BadField(field="boot_timeout_ms", problem=f"must be 1 to {_MAX_BOOT_TIMEOUT_MS}")
         check_reserved(fence)
-        return await self._protect(self._create(body, fence))
+        return await self._protect(self._create(body, fence, contract))
 
     async def start(self, machine_id: str, fence: Fence | None) -> Machine:
         """Boot a stopped machine with its disk; one that runs is returned. Raises WrongState, HostFull, BootFailed."""
@@ -151,6 +166,14 @@ class Machines:
         """Remove what a machine at rest should not have. Raises MachineNotFound, and what the removal raises."""
         await self._protect(self._find(machine_id).tidy())
 
+    async def resize(self, machine_id: str, fence: Fence | None, size: Size) -> Machine:
+        """Give a machine more memory or a larger disk. What runs is stopped for it. Raises WrongState, HostFull."""
+        check_reserved(fence)
+        if size.memory_mib and size.memory_mib < _MIN_MEMORY_MIB:
+            raise BadField(field="memory_mib", problem=f"must be at least {_MIN_MEMORY_MIB}")
+        check_size(size.disk_bytes)
+        return await self._protect(self._find(machine_id).resize(fence, size))
+
     async def delete(self, machine_id: str, fence: Fence | None) -> None:
         """Remove a machine, whatever it is doing, and remember that. Idempotent."""
         parse_machine_id(machine_id)
@@ -159,11 +182,11 @@ class Machines:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    async def _create(self, body: CreateMachine, fence: Fence | None) -> Machine:
+    async def _create(self, body: CreateMachine, fence: Fence | None, contract: Contract | None) -> Machine:
         parts = self._parts
         for _attempt in range(_ATTEMPTS):
             deadline_ms = parts.clock.now_ms() + body.boot_timeout_ms
-            draft = await self._draft(body, deadline_ms)
+            draft = msgspec.structs.replace(await self._draft(body, deadline_ms), contract=contract)
 
             def commit(machine: Machine, deadline_ms: int = deadline_ms) -> None:
                 if machine.id not in self.ids():

@@ -9,31 +9,12 @@ import asyncio
 from collections import deque
 from typing import TypeAlias
 
+from fusevm.host.admission import Size
+from fusevm.host.order import Order
 from fusevm.host.rows import Operation
+from fusevm.host.visitors import Visit
 from fusevm.host.vmm.driver import Vmm
-from fusevm.model.machine import Fence, Machine
-
-
-class Order:
-    """Something for the task to do. Any number of callers may wait for its outcome."""
-
-    def __init__(self) -> None:
-        self._outcome: asyncio.Future[Machine] = asyncio.get_running_loop().create_future()
-
-    async def wait(self) -> Machine:
-        """Return the machine's record when the order is carried out; raise what it raised. Cancel-safe."""
-        return await asyncio.shield(self._outcome)
-
-    def succeed(self, machine: Machine) -> None:
-        """Tell those who wait."""
-        if not self._outcome.done():
-            self._outcome.set_result(machine)
-
-    def fail(self, error: BaseException) -> None:
-        """Tell those who wait; nobody has to."""
-        if not self._outcome.done():
-            self._outcome.set_exception(error)
-            self._outcome.exception()
+from fusevm.model.machine import Fence
 
 
 class Create(Order):
@@ -82,11 +63,20 @@ class Recover(Order):
         self.operation = operation
 
 
+class Resize(Order):
+    """Stop it if it runs, and give it more memory or a larger disk."""
+
+    def __init__(self, fence: Fence | None, size: Size) -> None:
+        super().__init__()
+        self.fence = fence
+        self.size = size
+
+
 class Tidy(Order):
     """A sweep has found what a machine at rest should not have: remove it."""
 
 
-AnyOrder: TypeAlias = Create | Start | Stop | Delete | Exited | Recover | Tidy
+AnyOrder: TypeAlias = Create | Start | Stop | Resize | Visit | Delete | Exited | Recover | Tidy
 
 
 class Mailbox:
@@ -123,6 +113,12 @@ class Mailbox:
     def is_empty(self) -> bool:
         """True when nothing waits."""
         return not self._orders
+
+    async def wait_order(self) -> None:
+        """Wait until an order waits, without taking it."""
+        while not self._orders:
+            self._arrived.clear()
+            await self._arrived.wait()
 
     async def wait_overtaking(self) -> None:
         """Wait until a delete has come in."""

@@ -25,6 +25,7 @@ from fusevm.host.boot_files import BootFileFinder, BootFiles
 from fusevm.host.cgroup import Cgroup, Cgroups, has_run_out_of_memory
 from fusevm.host.cgroup import Limits as CgroupLimits
 from fusevm.host.config import HostConfig
+from fusevm.host.disk.grow import grow_overlay
 from fusevm.host.disk.room import DiskRoom
 from fusevm.host.disk.superblock import is_cleanly_left
 from fusevm.host.faults import Fault
@@ -116,7 +117,7 @@ class HostQuarters:
 
     # -- a machine's side -------------------------------------------------------------------------------------------
 
-    async def prepare(self, machine: Machine) -> Lodging:
+    async def prepare(self, machine: Machine, *, is_visit: bool = False) -> Lodging:
         """Make everything that is missing; what it made is gone if it fails or is cancelled, but for an older disk."""
         image = await self._images.resolve(machine.image_digest)
         boot_files = await self._boot_files.find()
@@ -131,7 +132,7 @@ class HostQuarters:
             await run_all(
                 self._ensure_disk(machine),
                 self._ensure_cgroup(machine, groups),
-                self._connect(machine, wires),
+                self._connect(machine, wires, is_visit=is_visit),
             )
             return await self._lodging(machine, boot_files, image, wires[0], groups[0])
         except BaseException as e:
@@ -146,6 +147,12 @@ class HostQuarters:
         wire = await self._wiring.rejoin(machine)
         group = await self._cgroups.find(machine.id) if self._cgroups is not None else Cgroup()
         return await self._lodging(machine, self._boot_files.found or _NO_FILES, image, wire, group)
+
+    async def grow(self, machine: Machine) -> None:
+        """Enlarge the disk; a machine without one gets it at its next start, in its new size."""
+        disk = await asyncio.to_thread(self.disks.find, machine.id)
+        if disk is not None:
+            await grow_overlay(*disk, machine.spec.disk_bytes)
 
     async def vacate(self, machine: Machine, *, keep_disk: bool) -> None:
         """End stray processes and remove everything; without `keep_disk` the disk and the console, too. Idempotent."""
@@ -206,8 +213,8 @@ class HostQuarters:
         made.append(group)
         self._fault.reached("quarters.cgroup")
 
-    async def _connect(self, machine: Machine, made: list[Wire]) -> None:
-        made.append(await self._wiring.connect(machine))
+    async def _connect(self, machine: Machine, made: list[Wire], *, is_visit: bool) -> None:
+        made.append(Wire(nic=None) if is_visit else await self._wiring.connect(machine))
         self._fault.reached("quarters.network")
 
     async def _lodging(

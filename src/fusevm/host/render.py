@@ -11,7 +11,7 @@ from fusevm.host.images.store import Image
 from fusevm.host.quarantine import Quarantine
 from fusevm.model.machine import Machine
 from fusevm.wire.guest import ExecResult, StreamFlags
-from fusevm.wire.host_api import HostExecAnswer, ImageBody, MachineAnswer, MachineBody, QuarantineBody
+from fusevm.wire.host_api import HostExecAnswer, ImageBody, MachineBody, QuarantineBody
 
 #: Stands for the values of environment variables, which may be secrets.
 HIDDEN = "(hidden)"
@@ -55,11 +55,6 @@ def render_quarantine(state: Quarantine) -> QuarantineBody:
         problem=state.problem,
         retry_at=render_time(state.retry_at_ms),
     )
-
-
-def render_answer(machine: Machine, quarantine: Quarantine | None = None) -> MachineAnswer:
-    """The body of every answer about one machine."""
-    return MachineAnswer(machine=render_machine(machine, quarantine))
 
 
 def render_image(image: Image) -> ImageBody:

@@ -16,9 +16,10 @@ from fusevm.host.sql import load_queries
 from fusevm.host.writer import Superseded
 from fusevm.model.errors import HostFull, Internal, MachineExists, StaleIncarnation
 from fusevm.model.fencing import Seen
-from fusevm.model.machine import ALLOWED, Fence, Isolation, Machine, MachineSpec, Phase
+from fusevm.model.machine import ALLOWED, Contract, Fence, Isolation, Machine, MachineSpec, Phase
 
-Kind: TypeAlias = Literal["create", "start", "stop", "delete"]
+#: A visit opens the disk of a machine at rest (`host.visit`).
+Kind: TypeAlias = Literal["create", "start", "stop", "delete", "resize", "visit"]
 
 #: How long the host remembers what it has seen of an environment that has no machine here.
 FENCE_LIFETIME_MS = 24 * 3_600_000
@@ -67,11 +68,15 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
     isolation: Isolation
     nonce: str
     deadline_ms: int
+    #: Of the contract's machine API, which knows no repetition: a machine that exists is a conflict.
+    contract: Contract | None = None
 
 
 def check_repetition(existing: Machine, draft: Draft, order: Fence) -> Machine:
     """Return the machine that a repeated create means. Raises MachineExists, StaleIncarnation."""
     check_repeated(existing, order)
+    if draft.contract is not None:
+        raise MachineExists(id=existing.id)
     if existing.phase is Phase.DELETING:
         raise StaleIncarnation(uid=order.uid, incarnation=order.incarnation, seen=existing.fence.incarnation)
     if existing.spec != draft.spec:
@@ -91,6 +96,7 @@ def draft_machine(draft: Draft, order: Fence, now_ms: int) -> Machine:
         driver=draft.driver,
         isolation=draft.isolation,
         nonce=draft.nonce,
+        contract=draft.contract,
         generation=1,
         created_at_ms=now_ms,
         updated_at_ms=now_ms,
@@ -194,8 +200,7 @@ def load_usage(db: sqlite3.Connection, exclude: str = "") -> Usage:
 
 
 def _update(db: sqlite3.Connection, machine: Machine) -> None:
-    values = {"id": machine.id, "phase": machine.phase.value, "record": msgspec.json.encode(machine)}
-    db.execute(SQL["update_machine"], values)
+    db.execute(SQL["update_machine"], _columns(machine))
 
 
 def _columns(machine: Machine) -> dict[str, str | int | bytes]:
@@ -263,6 +268,8 @@ def render_state(db: sqlite3.Connection) -> dict[str, Any]:
     for entry in entries:
         entry["machine"].pop("nonce", None)
         entry["machine"]["spec"].pop("env", None)
+        if entry["machine"]["contract"] is not None:
+            entry["machine"]["contract"]["login"].pop("host_key")
     fences = db.execute(SQL["list_fences"])
     names = [column[0] for column in fences.description]
     return {

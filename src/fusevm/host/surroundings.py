@@ -63,8 +63,15 @@ class Remains(msgspec.Struct, frozen=True, kw_only=True):
 class Quarters(Protocol):
     """What a machine occupies on the host besides its VMM: directories, disk, network slot, cgroup."""
 
-    async def prepare(self, machine: Machine) -> Lodging:
-        """Make everything that is missing. Fails or is cancelled: what it made is gone, but for an older disk."""
+    async def prepare(self, machine: Machine, *, is_visit: bool = False) -> Lodging:
+        """Make everything that is missing. Fails or is cancelled: what it made is gone, but for an older disk.
+
+        A visit to the disk of a machine at rest goes without network.
+        """
+        ...
+
+    async def grow(self, machine: Machine) -> None:
+        """Make the disk of a machine at rest as large as its record says. Idempotent. Raises NoSpace."""
         ...
 
     async def rejoin(self, machine: Machine) -> Lodging:

@@ -17,6 +17,11 @@ class Phase(StrEnum):
     FAILED = "failed"
     DELETING = "deleting"
 
+    @classmethod
+    def _missing_(cls, value: object) -> "Phase | None":
+        """Machines of the contract's users are shown to everybody in the contract's word (`host.contract.render`)."""
+        return cls.CREATING if value == "starting" else None
+
 
 #: The only transitions the journal accepts. A deleted machine has no record but a tombstone.
 ALLOWED: dict[Phase, frozenset[Phase]] = {
@@ -65,6 +70,33 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     #: Environment of every command.
     env: dict[str, str] = {}
     network: Network = Network()
+
+
+class Artifact(msgspec.Struct, frozen=True, kw_only=True):
+    """What a user of computer-host's machine API asked the machine to be made of."""
+
+    kernel_image_url: str = ""
+    rootfs_url: str = ""
+
+
+class Login(msgspec.Struct, frozen=True, kw_only=True):
+    """Who may log in to a machine by SSH, and the key by which it proves who it is."""
+
+    #: Private, in OpenSSH's format. A secret.
+    host_key: str
+    #: `ssh-ed25519 AAAA...`, without a comment.
+    host_public_key: str
+    authorized_keys: tuple[str, ...] = ()
+    #: Certificate authorities whose users are let in.
+    trusted_user_ca_keys: tuple[str, ...] = ()
+
+
+class Contract(msgspec.Struct, frozen=True, kw_only=True):
+    """What makes a machine one of computer-host's machine API: it belongs to no cluster, and people log in to it."""
+
+    #: None: it is of an image of the host's own.
+    artifact: Artifact | None = None
+    login: Login
 
 
 class Isolation(StrEnum):
@@ -119,6 +151,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     next_seed: DiskSeed | None = None
     #: Number of the order that put its disk back last; -1: none did.
     restored_seq: int = -1
+    #: None: it was made by Fuse's own API.
+    contract: Contract | None = None
     #: How often it was started.
     generation: int = 0
     timings: Timings = Timings()

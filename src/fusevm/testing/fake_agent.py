@@ -102,13 +102,16 @@ def memory_pair() -> tuple[MemoryStream, MemoryStream]:
 class FakeAgent:
     """The agent of one fake machine."""
 
-    def __init__(self, nonce: str, on_shutdown: Callable[[], None], *, protocol: str = "1.2") -> None:
+    def __init__(
+        self, nonce: str, on_shutdown: Callable[[], None], *, protocol: str = "1.2", disk: FakeFiles | None = None
+    ) -> None:
         self.nonce = nonce
         self.protocol = protocol
         self.configured: list[Configure] = []
-        self.files: dict[str, bytes] = {}
+        #: None: a disk of its own.
+        self._disk = disk or FakeFiles({})
+        self.files = self._disk.content
         self.duties = FakeDuties(self.files)
-        self._disk = FakeFiles(self.files)
         #: `METHOD target` of every request.
         self.requests: list[str] = []
         #: Commands that ended because their client went away.

@@ -17,6 +17,7 @@ from fusevm.host.vmm.driver import BootPlan, VmmGone
 from fusevm.model.errors import BootFailed, Error, ImageNotFound
 from fusevm.model.machine import Isolation, Machine, MachineSpec, VmmProcess
 from fusevm.testing.fake_agent import FakeAgent, MemoryStream, memory_pair
+from fusevm.testing.fake_files import FakeFiles
 from fusevm.wire.guest import Configure
 
 BOOT_ID = "00000000-0000-4000-8000-000000000000"
@@ -52,7 +53,8 @@ class FakeProcess:
         self.driver = driver
         self.plan = plan
         self.identity = identity
-        self.agent = FakeAgent(nonce, lambda: self.end(GUEST_SHUT_DOWN), protocol=driver.protocol)
+        disk = driver.contents.setdefault(plan.machine_id, FakeFiles({}))
+        self.agent = FakeAgent(nonce, lambda: self.end(GUEST_SHUT_DOWN), protocol=driver.protocol, disk=disk)
         self.exit_reason = ""
         self.is_paused = False
         self.ended = asyncio.Event()
@@ -144,6 +146,8 @@ class FakeDriver:
     def __init__(self) -> None:
         #: By machine id.
         self.processes: dict[str, FakeProcess] = {}
+        #: What is on the machines' disks, by machine id.
+        self.contents: dict[str, FakeFiles] = {}
         self.holds = Holds()
         #: Raised by the next boots.
         self.boot_error: Error | None = None
@@ -188,6 +192,11 @@ class FakeQuarters:
         self.prepare_error: Error | None = None
         #: Raised by that many calls of `vacate`.
         self.vacate_errors: list[Error] = []
+        #: Raised by that many calls of `grow`; and the disks that have grown.
+        self.grow_errors: list[Error] = []
+        self.sizes: dict[str, int] = {}
+        #: How often the disk of a machine at rest was opened.
+        self.visits = 0
         self.left = Remains()
         self.limits_now = Limits(
             max_machines=1000,
@@ -201,14 +210,23 @@ class FakeQuarters:
             disk_reserve_bytes=1 << 30,
         )
 
-    async def prepare(self, machine: Machine) -> Lodging:
+    async def prepare(self, machine: Machine, *, is_visit: bool = False) -> Lodging:
         """Occupy."""
         await self.holds.come_to("prepare")
         if self.prepare_error is not None:
             raise self.prepare_error
         self.occupied.add(machine.id)
         self.disks.add(machine.id)
+        if is_visit:
+            self.visits += 1
         return self._lodging(machine)
+
+    async def grow(self, machine: Machine) -> None:
+        """Remember the size."""
+        await self.holds.come_to("grow")
+        if self.grow_errors:
+            raise self.grow_errors.pop(0)
+        self.sizes[machine.id] = machine.spec.disk_bytes
 
     async def rejoin(self, machine: Machine) -> Lodging:
         """Take over."""
@@ -225,6 +243,7 @@ class FakeQuarters:
         self.occupied.discard(machine.id)
         if not keep_disk:
             self.disks.discard(machine.id)
+            self._driver.contents.pop(machine.id, None)
 
     async def resolve(self, spec: MachineSpec) -> Blueprint:
         """Every image exists but `missing`."""

@@ -53,7 +53,7 @@ class FakeFiles:
     """The routes. Raises what the agent answers."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
-        self._files = files
+        self.content = self._files = files
         self._folders = {"/", "/tmp"}  # noqa: S108 - of a machine that does not exist
         self._modes: dict[str, str] = {}
 

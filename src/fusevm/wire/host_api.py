@@ -15,6 +15,7 @@ from fusevm.model.errors import BadField
 from fusevm.model.host import Resources
 from fusevm.model.machine import Fence, Isolation, MachineSpec, Moment, Phase
 from fusevm.model.snapshot import SnapshotKind
+from fusevm.wire.contract import ArtifactBody, PortBody
 from fusevm.wire.guest import StreamFlags
 
 CLUSTER_HEADER = "fuse-cluster"
@@ -123,7 +124,7 @@ class QuarantineBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class MachineBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A machine as the API shows it."""
+    """A machine as the API shows it. `phase` is `starting` for `creating` in one of the contract's users."""
 
     id: str
     cluster: str = ""
@@ -143,6 +144,13 @@ class MachineBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     started_at: str = ""
     #: Only there while something is wrong.
     quarantine: QuarantineBody | None = None
+    # What follows is the contract's, and only there in machines that were made in its form.
+    artifact: ArtifactBody | None = None
+    system_volume_id: str = ""
+    user_volume_ids: list[str] = []
+    runtime_host: str = ""
+    ports: list[PortBody] = []
+    guest_ssh_host_public_key: str = ""
 
 
 class MachineAnswer(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from typing import Any
 
 from fusevm.model import errors as e
 from fusevm.wire import host_api
+from fusevm.wire.contract_routes import CONTRACT_ROUTES, CREATE_ROUTES
 from fusevm.wire.errors import FlatError
 from fusevm.wire.openapi import render_openapi
 from fusevm.wire.routes import NO_LIMIT, Param, Payload, Route, Scope
@@ -82,6 +83,7 @@ HOST_ROUTES: tuple[Route, ...] = (
         limit=1 << 20,
         errors=(*_FENCE, *_LATE, e.NoSpace, e.ShuttingDown, e.ImageNotFound, *_BOOT),
     ),
+    *CREATE_ROUTES,
     Route(
         method="GET",
         path=_MACHINE,
@@ -120,6 +122,7 @@ HOST_ROUTES: tuple[Route, ...] = (
         statuses=(204,),
         errors=(*_ORDER, e.WrongState, e.Timeout),
     ),
+    *CONTRACT_ROUTES,
     Route(
         method="POST",
         path=_MACHINE + "/exec",

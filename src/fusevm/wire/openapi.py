@@ -105,8 +105,9 @@ def _operation(same: list[Route], schema_of: dict[Any, dict[str, Any]]) -> dict[
         "security": [] if first.scope is Scope.OPEN else [{"bearer": [first.scope.value]}],
     }
     if len(same) > 1:
-        found["summary"] = f"By ?{first.selector}="
-        found["description"] = "\n".join(f"- `{route.value}`: {_summary(route)}" for route in same)
+        # Rows without a selector are told apart by their bodies.
+        found["summary"] = f"By ?{first.selector}=" if first.selector else "By the form of the body"
+        found["description"] = "\n".join(f"- `{route.value or route.name}`: {_summary(route)}" for route in same)
     elif first.unimplemented:
         found["description"] = _summary(first)
     body = _request_body(same, schema_of)

@@ -23,16 +23,20 @@ INSERT INTO machines (id, cluster, uid, incarnation, phase, cpus, memory_mib, di
 VALUES (:id, :cluster, :uid, :incarnation, :phase, :cpus, :memory_mib, :disk_bytes, :record);
 
 -- name: update_machine
-UPDATE machines SET phase = :phase, record = :record WHERE id = :id;
+UPDATE machines SET phase = :phase, cpus = :cpus, memory_mib = :memory_mib, disk_bytes = :disk_bytes, record = :record
+WHERE id = :id;
 
 -- name: delete_machine
 -- Takes its operation and reservations along.
 DELETE FROM machines WHERE id = :id;
 
 -- name: usage
+-- A machine at rest with an operation is visited: it has a VMM.
 SELECT count(*), coalesce(sum(active), 0), coalesce(sum(active * cpus), 0),
        coalesce(sum(active * memory_mib), 0), coalesce(sum(disk_bytes), 0)
-FROM (SELECT cpus, memory_mib, disk_bytes, phase NOT IN ('stopped', 'failed') AS active FROM machines WHERE id <> :except);
+FROM (SELECT cpus, memory_mib, disk_bytes, 
+      phase NOT IN ('stopped', 'failed') OR EXISTS (SELECT 1 FROM operations o WHERE o.machine_id = machines.id) AS active
+      FROM machines WHERE id <> :except);
 
 -- name: get_operation
 SELECT kind, step, started_at_ms, deadline_ms FROM operations WHERE machine_id = :id;

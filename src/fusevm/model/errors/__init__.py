@@ -9,6 +9,7 @@ from fusevm.model.errors.base import Error, error_classes, field_names
 from fusevm.model.errors.capacity import (
     BootFailed,
     BootTimeout,
+    FileTooLarge,
     GuestUnreachable,
     HostFull,
     HostGone,
@@ -142,6 +143,7 @@ __all__ = [
     "FetchFailed",
     "FileExists",
     "FileNotFound",
+    "FileTooLarge",
     "Forbidden",
     "GuestUnreachable",
     "HostFull",

@@ -10,6 +10,18 @@ class PayloadTooLarge(Error):
     limit: int
 
 
+class FileTooLarge(Error):
+    """A whole file is asked for in one JSON answer, or is to be edited in memory."""
+
+    reason = "file_too_large"
+    code, status = "payload_too_large", 413
+    template = "{path!r} has {size} bytes; {operation} takes at most {limit}: read or write it in ranges"
+    path: str
+    size: int
+    operation: str
+    limit: int
+
+
 class Unimplemented(Error):
     reason = "unimplemented"
     code, status = "unimplemented", 501

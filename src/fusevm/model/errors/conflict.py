@@ -61,7 +61,7 @@ class WrongCluster(Conflict):
 
 class MachineExists(Conflict):
     reason = "machine_exists"
-    template = "Machine {id!r} exists already with other settings"
+    template = "Machine {id!r} exists already"
     id: str
 
 

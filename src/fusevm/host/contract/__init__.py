@@ -1,0 +1,1 @@
+"""computer-host's machine API beside Fuse's own: its bodies, words and defaults, over the same machines."""
