@@ -33,9 +33,10 @@ async def measure(runs: int) -> dict[str, list[float]]:
     from fusevm.host.net.network import HostNetwork  # noqa: PLC0415
     from fusevm.host.net.plan import NetworkPlan  # noqa: PLC0415
     from fusevm.host.net.tap import open_tap  # noqa: PLC0415
-    from fusevm.model.environment import Network  # noqa: PLC0415
+    from fusevm.host.net.terms import Terms  # noqa: PLC0415
+    from fusevm.model.network import Network  # noqa: PLC0415
 
-    names = ("create", "create_in_batch_each", "acquire_warm", "acquire_warm_offline", "set_policy", "open_tap")
+    names = ("create", "create_in_batch_each", "acquire_warm", "acquire_warm_offline", "set_terms", "open_tap")
     samples: dict[str, list[float]] = {name: [] for name in (*names, "serve_dns", "release", "destroyed", "ensure")}
     plan = NetworkPlan(prefix="fb", range="10.211.0.0/16")
 
@@ -56,7 +57,7 @@ async def measure(runs: int) -> dict[str, list[float]]:
 
     warm = HostNetwork(plan, warm=_BATCH)
     await warm.open({})
-    offline = Network(internet=False)
+    offline = Terms(policy=Network(internet=False))
     for _ in range(runs):
         await warm.settle()
         first, second, third = itertools.islice(warm.candidates(), 3)
@@ -65,7 +66,7 @@ async def measure(runs: int) -> dict[str, list[float]]:
         await warm.settle()
         await timed(samples["open_tap"], lambda slot=slot: close_tap(open_tap(slot.namespace_path, slot.tap)))
         await timed(samples["serve_dns"], functools.partial(warm.serve_dns, slot))
-        await timed(samples["set_policy"], functools.partial(warm.set_policy, slot, offline))
+        await timed(samples["set_terms"], functools.partial(warm.set_terms, slot, offline))
         await timed(samples["acquire_warm_offline"], functools.partial(warm.acquire, third, offline))
         await warm.settle()
         await timed(samples["ensure"], warm.ensure)

@@ -18,7 +18,8 @@ from fusevm.host.net.links import ensure_links
 from fusevm.host.net.network import HostNetwork
 from fusevm.host.net.plan import plan_slot
 from fusevm.host.net.resolvers import ResolverFile
-from fusevm.model.environment import Network
+from fusevm.host.net.terms import Terms
+from fusevm.model.network import Network
 
 GATEWAY = "10.208.0.1"
 #: What a name server says to a question: any number of datagrams.
@@ -63,6 +64,22 @@ class World:
         return await self.guest.udp(GATEWAY, 53, question(name, number))
 
 
+class Policies:
+    """The whole Internet, or nothing."""
+
+    def __init__(self, is_allowed: Callable[[], bool]) -> None:
+        self._is_allowed = is_allowed
+
+    def policy(self, _index: int) -> Network:
+        return Network(internet=self._is_allowed())
+
+    def is_reachable(self, _address: str) -> bool:
+        return True
+
+    async def pin(self, *_: object) -> bool:
+        return True
+
+
 @contextlib.asynccontextmanager
 async def one_guest(tmp_path: Path) -> AsyncIterator[World]:
     slot = plan_slot(PLAN, 0)
@@ -70,7 +87,7 @@ async def one_guest(tmp_path: Path) -> AsyncIterator[World]:
     async with contextlib.AsyncExitStack() as stack:
         guest = await stack.enter_async_context(plugged_in(slot))
         resolv_conf = tmp_path / "resolv.conf"
-        forwarder = dns.DnsForwarder(ResolverFile(resolv_conf), lambda _: world.is_allowed)
+        forwarder = dns.DnsForwarder(ResolverFile(resolv_conf), Policies(lambda: world.is_allowed))
         world = World(guest, forwarder, resolv_conf, stack)
         world.use("127.0.0.1")
         await forwarder.serve(slot)
@@ -277,7 +294,7 @@ def test_it_works_on_uvloop(tmp_path):
                 assert code(await exchange(stream, question("example.org"))) == 2  # nobody listens there by TCP
         network = HostNetwork(PLAN, warm=2)
         await network.open({})
-        await network.acquire(1, Network(internet=False))
+        await network.acquire(1, Terms(policy=Network(internet=False)))
         await network.settle()
         assert (await network.observe()).rules.machines[1] is False
         await network.close()

@@ -36,9 +36,10 @@ from network_lab import (
 from fusevm.host.net.namespace import run_inside
 from fusevm.host.net.network import HostNetwork
 from fusevm.host.net.tables import MAX_CONNECTIONS
-from fusevm.model.environment import Network
+from fusevm.host.net.terms import Terms
+from fusevm.model.network import Network
 
-OFFLINE = Network(internet=False)
+OFFLINE = Terms(policy=Network(internet=False))
 
 
 @dataclass
@@ -173,7 +174,7 @@ async def test_switching_the_internet_off_cuts_open_connections_and_dns_at_once(
         guest, slot = world.guest, world.guest.slot
         with await guest.connect(SERVER) as connection:
             assert await say(connection, b"one") == f"{HOST_ADDRESS} one"
-            await world.network.set_policy(slot, OFFLINE)
+            await world.network.set_terms(slot, OFFLINE)
             assert await guest.is_refused(SERVER)
             with pytest.raises(OSError, match=r".*"):
                 await say(connection, b"two", timeout_s=SILENCE_S)
@@ -181,7 +182,7 @@ async def test_switching_the_internet_off_cuts_open_connections_and_dns_at_once(
             assert answer[3] & 0x0F == 5  # REFUSED
             assert world.internet.asked == []
             assert await world.other.tcp(SERVER), "the other machine is not concerned"
-            await world.network.set_policy(slot, Network())
+            await world.network.set_terms(slot, Terms())
             assert await guest.tcp(SERVER) == f"{HOST_ADDRESS} hello"
 
 
@@ -194,7 +195,7 @@ async def test_without_the_internet_not_even_one_packet_passes_in_either_directi
             await loop.sock_sendall(datagram, b"one")
             async with asyncio.timeout(60):
                 await loop.sock_recv(datagram, 100)
-            await world.network.set_policy(world.guest.slot, OFFLINE)
+            await world.network.set_terms(world.guest.slot, OFFLINE)
             arrived = len(world.internet.senders)
             for _ in range(3):
                 with contextlib.suppress(OSError):
@@ -204,8 +205,10 @@ async def test_without_the_internet_not_even_one_packet_passes_in_either_directi
             world.internet.send_again(b"three")
             # Errors that the refusals have left on the socket are not what is looked for.
             assert await nothing_comes(datagram)
-            await world.network.set_policy(world.guest.slot, Network())
+            await world.network.set_terms(world.guest.slot, Terms())
             world.internet.send_again(b"four")
+            assert await nothing_comes(datagram), "the connection is forgotten, not only interrupted"
+            await loop.sock_sendall(datagram, b"four")
             async with asyncio.timeout(60):
                 assert (await loop.sock_recv(datagram, 100)).endswith(b"four")
 
@@ -283,7 +286,7 @@ async def test_a_veth_that_is_not_in_the_table_reaches_nothing(tmp_path):
 @private_network
 async def test_a_flushed_rule_set_is_repaired(tmp_path):
     async with two_machines(tmp_path) as world:
-        await world.network.set_policy(world.other.slot, OFFLINE)
+        await world.network.set_terms(world.other.slot, OFFLINE)
         await world.network.settle()  # a slot that is being made would repair the table by itself
         sh("nft flush ruleset")
         assert await world.guest.is_refused(SERVER), "nobody translates the address"

@@ -15,10 +15,11 @@ from network_lab import HOST_ADDRESS, PLAN, SERVER, internet, plugged_in, say, s
 from fusevm.host.net.links import ensure_links, observe_objects, render_creation, render_inside
 from fusevm.host.net.network import HostNetwork
 from fusevm.host.net.plan import NetworkPlan, Slot, plan_slot
-from fusevm.model.environment import Network
+from fusevm.host.net.terms import Terms
 from fusevm.model.errors import NetworkRangeConflict, ShuttingDown, SlotFailed, SlotInUse
+from fusevm.model.network import Network
 
-OFFLINE = Network(internet=False)
+OFFLINE = Terms(policy=Network(internet=False))
 
 
 @contextlib.asynccontextmanager
@@ -94,7 +95,7 @@ async def test_a_released_slot_comes_back_as_another_namespace():
         await network.release(3)
         await network.release(3)
         with pytest.raises(SlotFailed):
-            await network.set_policy(slot, OFFLINE)
+            await network.set_terms(slot, OFFLINE)
         slot = await network.acquire(3)
         assert " old@" not in sh(f"ip -n {slot.namespace} -o link")
         assert_complete(slot)
@@ -135,7 +136,7 @@ async def test_a_machine_keeps_its_connections_over_a_restart_of_the_daemon(tmp_
         inode = identity(slot)
         await first.close()
         second = HostNetwork(PLAN, warm=2, resolv_conf=resolv_conf)
-        assert await second.open({0: Network(), 1: OFFLINE}) == {}
+        assert await second.open({0: Terms(), 1: OFFLINE}) == {}
         stack.push_async_callback(second.close)
         assert identity(slot) == inode
         assert await say(connection, b"two") == f"{HOST_ADDRESS} two"
@@ -177,7 +178,7 @@ async def test_half_made_slots_are_finished_or_swept():
     for slots in (half, kept):
         for slot, step in zip(slots, STEPS, strict=True):
             await make_half(slot, step)
-    async with opened({slot.index: Network() for slot in kept}, warm=0) as network:
+    async with opened({slot.index: Terms() for slot in kept}, warm=0) as network:
         assert observe_objects(PLAN).slots == {slot.index for slot in kept}
         for slot in kept:
             assert_complete(slot)
@@ -273,7 +274,7 @@ async def test_a_warm_slot_that_somebody_has_damaged_is_replaced():
 @private_network
 async def test_a_kept_slot_beyond_a_smaller_range_does_not_keep_the_daemon_from_opening():
     network = HostNetwork(NetworkPlan(prefix=PLAN.prefix, range="10.211.0.0/29"), warm=0)
-    failures = await network.open({1: Network(), 2: Network()})
+    failures = await network.open({1: Terms(), 2: Terms()})
     assert list(failures) == [2]
     assert list(network.candidates()) == [0]
     await network.close()

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 
 from fusevm.core.policy import Policy
 from fusevm.core.snapshots import check_seed
-from fusevm.model.environment import Network, Spec
+from fusevm.model.environment import Spec
 from fusevm.model.errors import BadField
 from fusevm.model.host import Resources
+from fusevm.model.network import Network
 from fusevm.model.snapshot import Snapshot
 
 UNLIMITED = -1

@@ -49,8 +49,8 @@ from fusevm.host.surroundings import Surroundings
 from fusevm.host.sweep import Sweeper
 from fusevm.host.tls import Identity, ensure_identity, make_ssl_context
 from fusevm.host.wiring import SlotWiring, UserWiring, Wiring
-from fusevm.model.environment import Network
 from fusevm.model.errors import Error
+from fusevm.model.network import Network
 
 log = structlog.get_logger()
 

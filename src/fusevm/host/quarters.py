@@ -38,9 +38,9 @@ from fusevm.host.tasks import CleanUp, run_all
 from fusevm.host.vmm.console import last_lines
 from fusevm.host.vmm.driver import JAIL, BootPlan, Confinement
 from fusevm.host.wiring import Wire, Wiring
-from fusevm.model.environment import Network
 from fusevm.model.errors import BadSetting, Internal, NoSpace
 from fusevm.model.machine import Isolation, Machine, MachineSpec
+from fusevm.model.network import Network
 from fusevm.wire.guest import Configure, ImageConfig
 
 log = structlog.get_logger()

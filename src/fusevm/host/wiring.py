@@ -20,9 +20,9 @@ from fusevm.host.net.rootless import render_user_kernel_arguments, render_user_n
 from fusevm.host.net.tap import open_tap
 from fusevm.host.rows import Numbers
 from fusevm.host.vmm.driver import Nic
-from fusevm.model.environment import Network
 from fusevm.model.errors import Error
 from fusevm.model.machine import Isolation, Machine
+from fusevm.model.network import Network
 
 log = structlog.get_logger()
 

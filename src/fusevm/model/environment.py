@@ -5,6 +5,7 @@ from enum import StrEnum
 
 import msgspec
 
+from fusevm.model.network import Network
 from fusevm.model.setup import AgentStatus, Duties, HealthStatus
 from fusevm.model.snapshot import Snapshot
 
@@ -41,13 +42,6 @@ ALLOWED: dict[State, frozenset[State]] = {
     State.FAILED: frozenset(),
 }
 TERMINAL = frozenset(state for state, following in ALLOWED.items() if not following)
-
-
-class Network(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Network policy of an environment. Other machines, the host, link-local and private ranges are always denied."""
-
-    #: May the machine open connections to the Internet?
-    internet: bool = True
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,7 +4,8 @@ from enum import StrEnum
 
 import msgspec
 
-from fusevm.model.environment import Network, Timings
+from fusevm.model.environment import Timings
+from fusevm.model.network import Network
 
 
 class Phase(StrEnum):

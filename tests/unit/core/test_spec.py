@@ -5,9 +5,10 @@ from making import POLICY, ready, running
 from msgspec.structs import replace
 
 from fusevm.core.spec import MAX_SECONDS, complete, resources_of
-from fusevm.model.environment import Network, Spec
+from fusevm.model.environment import Spec
 from fusevm.model.errors import BadField, SnapshotNotReady
 from fusevm.model.host import Resources
+from fusevm.model.network import Network
 from fusevm.model.snapshot import SnapshotState
 
 DEFAULT = Spec(cpus=1, ram_mb=512, storage_gb=4, image="debian-12", max_runtime_seconds=7200, idle_timeout_seconds=0)

@@ -16,9 +16,9 @@ from fusevm.host.quarters import HostQuarters, check_reachable, remove_tree
 from fusevm.host.storage import observe_storage
 from fusevm.host.strays import _named
 from fusevm.host.wiring import UserWiring
-from fusevm.model.environment import Network
 from fusevm.model.errors import BadSetting, Error, ImageCorrupt, Internal
 from fusevm.model.machine import Fence, Isolation, Machine, MachineSpec, Phase
+from fusevm.model.network import Network
 
 SPEC = MachineSpec(image="debian-12", memory_mib=256, disk_bytes=32 << 20, env={"A": "1"})
 MACHINE = Machine(

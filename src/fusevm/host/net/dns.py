@@ -1,8 +1,9 @@
 """A DNS forwarder for each machine, at the gateway address inside its namespace.
 
 The sockets are made inside the namespace and served by the daemon's event loop; questions go on to the host's own
-servers from the host's namespace. Nothing is cached. Only the guest of the slot is answered, and only while its policy
-allows the Internet: names leak through DNS as well as data do through TCP.
+servers from the host's namespace. Nothing is cached. Only the guest of the slot is answered, and only what its policy
+allows: names leak through DNS as well as data do through TCP. With the whole Internet every question goes on as it is;
+with rules by domain only questions for the addresses of allowed names do (`names`); otherwise none.
 
 Bounds: the kernel limits packets and connections per second (`tables`), here the number in work per slot. A daemon
 that restarts opens the sockets of adopted slots again; until then their questions go unanswered.
@@ -15,23 +16,37 @@ import contextlib
 import functools
 import secrets
 import socket
-from collections.abc import Callable, Coroutine
-from typing import cast
+from collections.abc import Callable, Collection, Coroutine
+from typing import Protocol, cast
 
 import structlog
 
 from fusevm.host.net.dns_message import (
     MAX_MESSAGE_BYTES,
+    NOERROR,
     REFUSED,
     SERVFAIL,
     Query,
     is_answer,
+    make_query,
     parse_query,
+    read_addresses,
+    render_addresses,
     render_failure,
+)
+from fusevm.host.net.names import (
+    MAX_ADDRESSES,
+    Ruling,
+    bound_ttl,
+    judge_question,
+    matching_rules,
+    pin_lifetime,
 )
 from fusevm.host.net.namespace import run_inside
 from fusevm.host.net.plan import Slot
 from fusevm.host.net.resolvers import DNS_PORT, Resolver, ResolverFile
+from fusevm.model.errors import Error
+from fusevm.model.network import Network, Rule
 
 log = structlog.get_logger()
 
@@ -45,21 +60,42 @@ MAX_ATTEMPTS = 3
 IDLE_TIMEOUT_S = 10.0
 
 _Sockets = tuple[socket.socket, socket.socket]
+_Ask = Callable[[Query, int, Resolver], Coroutine[None, None, bytes]]
+
+
+class Policies(Protocol):
+    """Who may ask for what, and reach what."""
+
+    def policy(self, index: int) -> Network | None:
+        """The policy of a slot; None when nobody is in it."""
+        ...
+
+    def is_reachable(self, address: str) -> bool:
+        """May any machine reach an address? A public name that leads to a private address is an attack (rebinding)."""
+        ...
+
+    async def pin(self, index: int, rules: Collection[Rule], addresses: Collection[str], lifetime_s: int) -> bool:
+        """Let a machine reach addresses for a while; return whether it may."""
+        ...
 
 
 class DnsForwarder:
     """The forwarders of all slots."""
 
-    def __init__(self, resolvers: ResolverFile, is_allowed: Callable[[int], bool]) -> None:
+    def __init__(self, resolvers: ResolverFile, policies: Policies) -> None:
         self._resolvers = resolvers
-        self._is_allowed = is_allowed
+        self._policies = policies
         self._relays: dict[int, _Relay] = {}
+
+    def refused(self) -> dict[int, int]:
+        """How many questions each slot's machine had refused, since its forwarder was opened."""
+        return {index: relay.refused for index, relay in self._relays.items()}
 
     async def serve(self, slot: Slot) -> None:
         """Open the forwarder of a slot. Idempotent. OSError if the namespace is missing or the address is taken."""
         if slot.index in self._relays:
             return
-        relay = _Relay(slot, self._resolvers, lambda: self._is_allowed(slot.index))
+        relay = _Relay(slot, self._resolvers, self._policies)
         self._relays[slot.index] = relay
         try:
             listen = functools.partial(_listen, slot.gateway, slot.tap)
@@ -84,10 +120,11 @@ class DnsForwarder:
 class _Relay(asyncio.DatagramProtocol):
     """The forwarder of one slot."""
 
-    def __init__(self, slot: Slot, resolvers: ResolverFile, is_allowed: Callable[[], bool]) -> None:
+    def __init__(self, slot: Slot, resolvers: ResolverFile, policies: Policies) -> None:
         self._slot = slot
         self._resolvers = resolvers
-        self._is_allowed = is_allowed
+        self._policies = policies
+        self.refused = 0
         self._datagrams: asyncio.DatagramTransport | None = None
         self._server: asyncio.Server | None = None
         self._questions: set[asyncio.Task[None]] = set()
@@ -118,8 +155,8 @@ class _Relay(asyncio.DatagramProtocol):
         query = parse_query(data)
         if addr[0] != self._slot.guest_address or query is None:
             return
-        if not self._is_allowed():
-            self._send(render_failure(query, REFUSED), addr)
+        if self._judge(query) is Ruling.REFUSE:
+            self._send(self._refuse(query), addr)
         elif len(self._questions) < MAX_IN_FLIGHT:
             self._start(self._questions, self._answer(query, addr))
 
@@ -127,7 +164,7 @@ class _Relay(asyncio.DatagramProtocol):
         """Ignore what the kernel reports about earlier datagrams: the guest's tap may be down."""
 
     async def _answer(self, query: Query, addr: tuple[str, int]) -> None:
-        self._send(await _forward(query, self._resolvers.current(), _ask_datagram), addr)
+        self._send(await self._resolve(query, _ask_datagram), addr)
 
     def _send(self, message: bytes, addr: tuple[str, int]) -> None:
         if self._datagrams is not None and not self._datagrams.is_closing():
@@ -150,14 +187,50 @@ class _Relay(asyncio.DatagramProtocol):
                     if query is None:
                         return
                     async with asyncio.timeout(IDLE_TIMEOUT_S):
-                        await _write_message(writer, await self._resolve(query))
+                        await _write_message(writer, await self._resolve(query, _ask_stream))
         finally:
             writer.close()
 
-    async def _resolve(self, query: Query) -> bytes:
-        if not self._is_allowed():
-            return render_failure(query, REFUSED)
-        return await _forward(query, self._resolvers.current(), _ask_stream)
+    def _judge(self, query: Query) -> Ruling:
+        return judge_question(self._policies.policy(self._slot.index), query.question)
+
+    def _refuse(self, query: Query) -> bytes:
+        self.refused += 1
+        return render_failure(query, REFUSED)
+
+    async def _resolve(self, query: Query, ask: _Ask) -> bytes:
+        match self._judge(query):
+            case Ruling.REFUSE:
+                return self._refuse(query)
+            case Ruling.FORWARD:
+                return await _forward(query, self._resolvers.current(), ask)
+            case Ruling.EMPTY:
+                return render_failure(query, NOERROR)
+            case Ruling.PIN:
+                return await self._resolve_pinned(query)
+
+    async def _resolve_pinned(self, query: Query) -> bytes:
+        """Answer with the addresses of an allowed name, once the machine may reach them."""
+        clean, resolvers = make_query(query.question), self._resolvers.current()
+        try:
+            found = read_addresses(await _forward(clean, resolvers, _ask_datagram), query.question)
+            if found.is_truncated:
+                found = read_addresses(await _forward(clean, resolvers, _ask_stream), query.question)
+        except ValueError:
+            return render_failure(query, SERVFAIL)
+        if found.code != NOERROR:
+            return render_failure(query, found.code)
+        addresses = [address for address in found.addresses if self._policies.is_reachable(address)][:MAX_ADDRESSES]
+        if not addresses:
+            return render_failure(query, NOERROR)
+        index, ttl = self._slot.index, bound_ttl(found.ttl)
+        try:
+            rules = matching_rules(self._policies.policy(index), query.question)
+            is_pinned = await self._policies.pin(index, rules, addresses, pin_lifetime(ttl))
+        except Error as e:
+            log.warning("addresses_not_pinned", slot=index, problem=e.message)
+            return render_failure(query, SERVFAIL)
+        return render_addresses(query, addresses, ttl) if is_pinned else self._refuse(query)
 
     def _start(self, tasks: set[asyncio.Task[None]], work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work, name=f"dns:{self._slot.index}")
@@ -180,9 +253,6 @@ class _Exchange(asyncio.DatagramProtocol):
     def error_received(self, exc: Exception) -> None:
         if not self.answer.done():
             self.answer.set_exception(exc)
-
-
-_Ask = Callable[[Query, int, Resolver], Coroutine[None, None, bytes]]
 
 
 async def _forward(query: Query, resolvers: list[Resolver], ask: _Ask) -> bytes:

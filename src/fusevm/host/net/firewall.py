@@ -1,19 +1,22 @@
 """The host's nftables table of one daemon instance, kept equal to what is wanted.
 
-What is wanted (uplinks, machines, policies) is
-held in memory; a change is one small transaction, and whenever the table is not as it was left (someone flushed the
-rule set, firewalld reloaded), the whole table is replaced in one transaction.
+What is wanted (uplinks, machines, their terms, pinned addresses) is held in memory; a change is one small transaction,
+and whenever the table is not as it was left (someone flushed the rule set, firewalld reloaded), the whole table is
+replaced in one transaction. Connections that a change no longer allows are cut by the rules at once, and leave the
+host's connection tracking table right after.
 
 Owns: the table `inet fuse_<prefix>`, the tagged rules in foreign chains. Must not: make links.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+import structlog
 
+from fusevm.host.net.conntrack import Connection, cut
 from fusevm.host.net.foreign import (
     Chain,
     count_tagged,
@@ -22,19 +25,25 @@ from fusevm.host.net.foreign import (
     render_passage,
     render_passage_removal,
 )
-from fusevm.host.net.nft import Json
-from fusevm.host.net.plan import NetworkPlan, Slot, parse_veth, plan_slot
+from fusevm.host.net.listing import Counts, TableListing, parse_table
+from fusevm.host.net.nft import Json, Table
+from fusevm.host.net.pins import Pinboard
+from fusevm.host.net.plan import NetworkPlan, Slot, plan_slot
 from fusevm.host.net.tables import (
     render_host_table,
     render_host_table_removal,
     render_machines,
     render_machines_removal,
-    render_policy_change,
+    render_terms_change,
 )
+from fusevm.host.net.terms import Forward, Terms
 from fusevm.host.net.transaction import apply_transaction
+from fusevm.host.net.verdicts import pin_set
 from fusevm.host.run import run
-from fusevm.model.environment import Network
 from fusevm.model.errors import CommandFailed
+from fusevm.model.network import Rule, permits
+
+log = structlog.get_logger()
 
 _TIMEOUT_S = 30.0
 #: Tables of the older iptables, which `nft` does not show (one name a line; absent without the module).
@@ -45,8 +54,10 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """What exists in the host's nftables."""
 
     has_table: bool
-    #: Slots that have an element in the table, and whether they may reach the Internet.
+    #: Slots that have an element in the table, and whether they may reach the whole Internet.
     machines: dict[int, bool]
+    #: Published ports.
+    forwards: frozenset[tuple[str, Forward]] = frozenset()
     #: Chains of other programs that block machines unless our tagged pair is in them.
     blocking: list[Chain]
     #: Number of our tagged rules.
@@ -60,8 +71,12 @@ class Firewall:
 
     def __init__(self, plan: NetworkPlan) -> None:
         self._plan = plan
+        self._table = Table("inet", plan.table)
         self._uplinks: tuple[str, ...] = ()
-        self._machines: dict[int, Network] = {}
+        self._machines: dict[int, Terms] = {}
+        self._pins = Pinboard()
+        #: What was counted in tables that were replaced since.
+        self._counted: dict[int, Counts] = {}
         #: The kernel's listing of our chains right after they were made.
         self._fingerprint = b""
         self._is_open = False
@@ -69,13 +84,20 @@ class Firewall:
         self._is_doubtful = False
         self._lock = asyncio.Lock()
 
-    async def open(self, uplinks: Sequence[str], machines: Mapping[int, Network]) -> None:
-        """Make the table with these machines in it, replacing one that exists, and the passage through others."""
+    async def open(self, uplinks: Sequence[str], machines: Mapping[int, Terms]) -> None:
+        """Make the table with these machines in it, replacing one that exists, and the passage through others.
+
+        Pinned addresses and counts of an earlier daemon's table are taken over.
+        """
         async with self._lock:
             self._uplinks = tuple(uplinks)
             self._machines = dict(machines)
+            self._take_over(await self._list_table())
             self._is_open = True
             await self._replace()
+        doomed = {self._slot(index).address: terms for index, terms in machines.items() if not terms.is_plain}
+        if doomed:
+            await _cut(lambda connection: _is_forbidden(doomed, connection))
 
     async def ensure(self, uplinks: Sequence[str]) -> bool:
         """Repair what others have changed; return whether there was something to do. Idempotent."""
@@ -84,28 +106,63 @@ class Firewall:
             self._uplinks = tuple(uplinks)
             if is_same and self._fingerprint == await self._read_fingerprint():
                 rules = await self._observe()
-                if rules.machines == {index: policy.internet for index, policy in self._machines.items()}:
+                wanted = {index: terms.is_plain for index, terms in self._machines.items()}
+                if (rules.machines, rules.forwards) == (wanted, self._forwards()):
                     return await self._open_passage()
             await self._replace()
             return True
 
-    async def admit(self, slots: Iterable[Slot], policy: Network) -> None:
-        """Put slots into the table under one policy; those in it already change to it."""
+    async def admit(self, slots: Iterable[Slot], terms: Terms) -> None:
+        """Put slots into the table under the same terms; those in it already change to them.
+
+        Connections that the new terms do not allow end.
+        """
+        changed: dict[str, tuple[Terms, Terms]] = {}
         async with self._lock:
-            fresh = [slot for slot in slots if self._machines.get(slot.index) != policy]
-            known = [slot for slot in fresh if slot.index in self._machines]
-            new = [(slot, policy) for slot in fresh if slot.index not in self._machines]
-            commands = [command for slot in known for command in render_policy_change(self._plan, slot, policy)]
+            fresh = [slot for slot in slots if self._machines.get(slot.index) != terms]
+            new = [(slot, terms) for slot in fresh if slot.index not in self._machines]
+            commands: list[Json] = []
+            for slot in fresh:
+                old = self._machines.get(slot.index)
+                if old is not None:
+                    commands += render_terms_change(self._plan, slot, old, terms)
+                    changed[slot.address] = (old, terms)
+                    self._pins.keep(slot.index, {pin_set(slot, rule) for rule in terms.policy.domain_rules})
             commands += render_machines(self._plan, new)
-            self._machines |= {slot.index: policy for slot in fresh}
-            await self._change(commands)
+            has_chains = bool(terms.policy.rules) or any(old.policy.rules for old, _ in changed.values())
+            self._machines |= {slot.index: terms for slot in fresh}
+            await self._change(commands, has_chains=has_chains)
+        if any(_takes_away(old, new) for old, new in changed.values()):
+            await _cut(lambda connection: _is_taken_away(changed, connection))
 
     async def dismiss(self, indexes: Iterable[int]) -> None:
         """Take slots out of the table: from here on they reach nothing. Idempotent; without effect before `open`."""
         async with self._lock:
             known = [index for index in indexes if index in self._machines]
-            leaving = [(plan_slot(self._plan, index), self._machines.pop(index)) for index in known]
-            await self._change(render_machines_removal(self._plan, leaving))
+            leaving = [(self._slot(index), self._machines.pop(index)) for index in known]
+            for slot, _ in leaving:
+                self._pins.keep(slot.index, set())
+                self._counted.pop(slot.index, None)
+            has_chains = any(terms.policy.rules for _, terms in leaving)
+            await self._change(render_machines_removal(self._plan, leaving), has_chains=has_chains)
+        addresses = {slot.address for slot, _ in leaving}
+        if addresses:
+            await _cut(lambda connection: connection.source in addresses or connection.answerer in addresses)
+
+    async def pin(self, index: int, rules: Iterable[Rule], addresses: Iterable[str], lifetime_s: int) -> bool:
+        """Let a machine reach addresses by its domain rules for some seconds; return whether it may now.
+
+        Whoever comes while a transaction is under way shares the next one. False also where a rule is the machine's no
+        more. CommandFailed if nft refuses (too many addresses).
+        """
+        slot = self._slot(index)
+        names = [pin_set(slot, rule) for rule in rules]
+        now = asyncio.get_running_loop().time()
+        if not self._pins.want(index, names, addresses, now, lifetime_s):
+            return self._has_pins(slot, names)
+        async with self._lock:
+            await self._apply_pins()
+        return self._has_pins(slot, names)
 
     async def remove(self) -> None:
         """Remove the table and our rules in foreign chains. Idempotent."""
@@ -115,8 +172,8 @@ class Firewall:
             await apply_transaction(render_host_table_removal(self._plan))
             await apply_transaction(render_passage_removal(self._plan, parse_ruleset(await _list_ruleset())))
 
-    def policy(self, index: int) -> Network | None:
-        """Return what a slot may reach, None if it is not in the table."""
+    def terms(self, index: int) -> Terms | None:
+        """Return what a slot is granted, None if it is not in the table."""
         return self._machines.get(index)
 
     async def observe(self) -> Rules:
@@ -124,7 +181,36 @@ class Firewall:
         async with self._lock:
             return await self._observe()
 
-    async def _change(self, commands: Sequence[Json]) -> None:
+    async def count(self) -> dict[int, Counts]:
+        """Read the counts of every slot."""
+        async with self._lock:
+            listing = await self._list_table()
+            return {index: self._counted.get(index, Counts()) + counts for index, counts in listing.counts.items()}
+
+    def _slot(self, index: int) -> Slot:
+        return plan_slot(self._plan, index)
+
+    def _forwards(self) -> frozenset[tuple[str, Forward]]:
+        machines = self._machines.items()
+        return frozenset(
+            (self._slot(index).address, forward) for index, terms in machines for forward in terms.forwards
+        )
+
+    def _has_pins(self, slot: Slot, names: Iterable[str]) -> bool:
+        terms = self._machines.get(slot.index)
+        known = {pin_set(slot, rule) for rule in terms.policy.domain_rules} if terms is not None else set()
+        return bool(known.intersection(names))
+
+    async def _apply_pins(self) -> None:
+        """Put what was wanted meanwhile into the kernel."""
+        batch = self._pins.take(lambda index, name: self._has_pins(self._slot(index), [name]))
+        try:
+            await self._change(batch.render(self._table))
+        except BaseException:
+            self._pins.forget(batch)
+            raise
+
+    async def _change(self, commands: Sequence[Json], *, has_chains: bool = False) -> None:
         """Apply a small change; where the kernel's table is not what it follows from, make the whole table."""
         if not self._is_open:
             return
@@ -134,17 +220,35 @@ class Firewall:
             self._is_doubtful = True
             with contextlib.suppress(CommandFailed):
                 await apply_transaction(commands)
+                if has_chains:
+                    self._fingerprint = await self._read_fingerprint()
                 self._is_doubtful = False
                 return
         await self._replace()
 
     async def _replace(self) -> None:
         self._is_doubtful = True
-        machines = [(plan_slot(self._plan, index), policy) for index, policy in sorted(self._machines.items())]
-        await apply_transaction(render_host_table(self._plan, self._uplinks, machines))
+        for index, counts in (await self._list_table()).counts.items():
+            if index in self._machines:
+                self._counted[index] = self._counted.get(index, Counts()) + counts
+        machines = [(self._slot(index), terms) for index, terms in sorted(self._machines.items())]
+        pins = self._pins.remaining(asyncio.get_running_loop().time())
+        await apply_transaction(render_host_table(self._plan, self._uplinks, machines, pins))
         self._fingerprint = await self._read_fingerprint()
         self._is_doubtful = False
         await self._open_passage()
+
+    def _take_over(self, listing: TableListing) -> None:
+        """Remember the pins of an earlier daemon, so that machines may go on using what was resolved for them."""
+        now = asyncio.get_running_loop().time()
+        wanted = {
+            pin_set(self._slot(index), rule): index
+            for index, terms in self._machines.items()
+            for rule in terms.policy.domain_rules
+        }
+        for name, addresses in listing.pins.items():
+            if name in wanted:
+                self._pins.restore(wanted[name], name, addresses, now)
 
     async def _open_passage(self) -> bool:
         commands = render_passage(self._plan, parse_ruleset(await _list_ruleset()))
@@ -156,44 +260,52 @@ class Firewall:
         argv = ["nft", "-s", "-t", "list", "table", "inet", self._plan.table]
         return (await run(argv, timeout_s=_TIMEOUT_S, check=False)).stdout
 
-    async def _observe(self) -> Rules:
+    async def _list_table(self) -> TableListing:
         argv = ["nft", "-j", "list", "table", "inet", self._plan.table]
         listing = await run(argv, timeout_s=_TIMEOUT_S, check=False)
-        has_table = listing.returncode == 0
+        return parse_table(self._plan, listing.stdout if listing.returncode == 0 else b"")
+
+    async def _observe(self) -> Rules:
+        listing = await self._list_table()
         ruleset = parse_ruleset(await _list_ruleset())
         return Rules(
-            has_table=has_table,
-            machines=_parse_machines(self._plan, listing.stdout) if has_table else {},
+            has_table=listing.exists,
+            machines=listing.machines,
+            forwards=listing.forwards,
             blocking=find_blocking_chains(ruleset),
             tagged=count_tagged(self._plan, ruleset),
             has_legacy_filter=await asyncio.to_thread(_has_legacy_filter),
         )
 
 
-class _Concatenation(msgspec.Struct, frozen=True):
-    concat: tuple[str, str]
+def _takes_away(old: Terms, new: Terms) -> bool:
+    """May an open connection be forbidden by a change?"""
+    return (old.policy != new.policy and not new.is_plain) or bool(old.forwards - new.forwards)
 
 
-class _Set(msgspec.Struct, frozen=True):
-    name: str
-    elem: list[object] = []
+def _is_taken_away(changed: Mapping[str, tuple[Terms, Terms]], connection: Connection) -> bool:
+    if connection.answerer in changed:
+        gone = changed[connection.answerer][0].forwards - changed[connection.answerer][1].forwards
+        ports = {(_NUMBERS[forward.protocol.value], forward.host_port) for forward in gone}
+        return (connection.flow.protocol, connection.flow.port) in ports
+    return _is_forbidden({address: new for address, (_, new) in changed.items()}, connection)
 
 
-class _Line(msgspec.Struct, frozen=True):
-    set: _Set | None = None
+def _is_forbidden(terms: Mapping[str, Terms], connection: Connection) -> bool:
+    """Is it one that a machine has opened and may not have?"""
+    of_source = terms.get(connection.source)
+    return of_source is not None and not permits(of_source.policy, connection.flow)
 
 
-class _Listing(msgspec.Struct, frozen=True):
-    nftables: list[_Line]
+_NUMBERS = {"tcp": 6, "udp": 17}
 
 
-def _parse_machines(plan: NetworkPlan, listing: bytes) -> dict[int, bool]:
-    """Read the sets of our table: numbers of slots and whether they may reach the Internet."""
-    sets = {line.set.name: line.set.elem for line in msgspec.json.decode(listing, type=_Listing).nftables if line.set}
-    offline = set(msgspec.convert(sets.get("offline", []), list[str]))
-    sources = msgspec.convert(sets.get("sources", []), list[_Concatenation])
-    machines = {parse_veth(plan, source.concat[0]): source.concat[0] not in offline for source in sources}
-    return {index: has_internet for index, has_internet in machines.items() if index is not None}
+async def _cut(is_doomed: Callable[[Connection], bool]) -> None:
+    """The rules let none of these through any more: that their entries stay would cost only room."""
+    try:
+        await cut(is_doomed)
+    except OSError as e:
+        log.warning("connections_not_forgotten", problem=str(e))
 
 
 async def _list_ruleset() -> bytes:

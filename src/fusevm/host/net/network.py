@@ -1,7 +1,7 @@
 """The host's network as the daemon sees it: slots with policy and DNS.
 
 Life of a slot: the journal reserves a number (`candidates`), `acquire`, `open_tap` for the VMM,
-`serve_dns`; `set_policy` at any time; after the VMM's end `release`, then the journal frees the number. After a
+`serve_dns`; `set_terms` at any time; after the VMM's end `release`, then the journal frees the number. After a
 restart: `open` with the slots of all machines, then `serve_dns` for each. From time to time: `ensure`.
 
 Owns: how the parts work together. Must not: know machines.
@@ -13,10 +13,12 @@ from pathlib import Path
 from fusevm.host.net.dns import DnsForwarder
 from fusevm.host.net.firewall import Firewall
 from fusevm.host.net.plan import NetworkPlan, Slot, check_range
-from fusevm.host.net.pool import DEFAULT_POLICY, Observation, Pool
+from fusevm.host.net.pool import Observation, Pool
 from fusevm.host.net.resolvers import RESOLV_CONF, ResolverFile
+from fusevm.host.net.terms import DEFAULT_TERMS, Terms
+from fusevm.host.net.traffic import Traffic, observe_traffic
 from fusevm.host.net.uplink import ensure_forwarding, observe_routes, observe_uplinks
-from fusevm.model.environment import Network
+from fusevm.model.network import Network, Rule, is_denied
 
 
 class HostNetwork:
@@ -28,10 +30,10 @@ class HostNetwork:
         self._uplink = uplink
         self._firewall = Firewall(plan)
         self._pool = Pool(plan, self._firewall, warm=warm)
-        self._dns = DnsForwarder(ResolverFile(resolv_conf), self._has_internet)
+        self._dns = DnsForwarder(ResolverFile(resolv_conf), _Policies(self._firewall, plan))
 
-    async def open(self, keep: Mapping[int, Network]) -> dict[int, Exception]:
-        """Take the host's network over: finish the slots in `keep` (number to policy), remove all others.
+    async def open(self, keep: Mapping[int, Terms]) -> dict[int, Exception]:
+        """Take the host's network over: finish the slots in `keep` (number to terms), remove all others.
 
         Returns the failures of kept slots: such a machine has no network, the others do. Raises
         NetworkRangeConflict and BadSetting before anything is touched. Switches IPv4 forwarding on.
@@ -60,18 +62,18 @@ class HostNetwork:
         """Yield numbers that are worth reserving, the fastest first; the journal takes the first that it has free."""
         return self._pool.candidates()
 
-    async def acquire(self, index: int, policy: Network = DEFAULT_POLICY) -> Slot:
-        """Hand out slot `index` under `policy` (see `Pool.acquire`)."""
-        return await self._pool.acquire(index, policy)
+    async def acquire(self, index: int, terms: Terms = DEFAULT_TERMS) -> Slot:
+        """Hand out slot `index` under `terms` (see `Pool.acquire`)."""
+        return await self._pool.acquire(index, terms)
 
     async def release(self, index: int) -> None:
         """Give a slot up, its DNS included; it is destroyed in the background. Idempotent."""
         await self._dns.stop(index)
         self._pool.release(index)
 
-    async def set_policy(self, slot: Slot, policy: Network) -> None:
-        """Change what a machine may reach, at once, open connections included (see `Pool.set_policy`)."""
-        await self._pool.set_policy(slot.index, policy)
+    async def set_terms(self, slot: Slot, terms: Terms) -> None:
+        """Change what a machine is granted, at once, open connections included (see `Pool.set_terms`)."""
+        await self._pool.set_terms(slot.index, terms)
 
     async def serve_dns(self, slot: Slot) -> None:
         """Open the slot's DNS forwarder. Idempotent."""
@@ -89,6 +91,24 @@ class HostNetwork:
         """Remove what nobody owns (see `Pool.sweep`); return the numbers."""
         return await self._pool.sweep(keep)
 
-    def _has_internet(self, index: int) -> bool:
-        policy = self._firewall.policy(index)
-        return policy is not None and policy.internet
+    async def traffic(self) -> dict[int, Traffic]:
+        """Read what every slot has sent and received."""
+        return observe_traffic(self._plan, await self._firewall.count(), self._dns.refused())
+
+
+class _Policies:
+    """What the DNS forwarder wants to know and to have done."""
+
+    def __init__(self, firewall: Firewall, plan: NetworkPlan) -> None:
+        self._firewall = firewall
+        self._denied = (plan.network,)
+
+    def policy(self, index: int) -> Network | None:
+        terms = self._firewall.terms(index)
+        return terms.policy if terms is not None else None
+
+    def is_reachable(self, address: str) -> bool:
+        return not is_denied(address, self._denied)
+
+    async def pin(self, index: int, rules: Collection[Rule], addresses: Collection[str], lifetime_s: int) -> bool:
+        return await self._firewall.pin(index, rules, addresses, lifetime_s)

@@ -13,7 +13,7 @@ import msgspec
 Json: TypeAlias = "bool | int | str | Sequence[Json] | Mapping[str, Json] | None"
 
 #: Priorities of base chains (linux/netfilter_ipv4.h); `BEFORE_FILTER` comes ahead of other programs' filters.
-RAW, BEFORE_FILTER, FILTER, SRCNAT = -300, -10, 0, 100
+RAW, DSTNAT, BEFORE_FILTER, FILTER, SRCNAT = -300, -100, -10, 0, 100
 
 
 def render_document(commands: Iterable[Json]) -> bytes:
@@ -26,6 +26,8 @@ DROP: Json = {"drop": None}
 COUNT: Json = {"counter": None}
 #: An answer at once beats a timeout: the guest's program sees EHOSTUNREACH.
 REJECT: Json = {"reject": {"type": "icmpx", "expr": "admin-prohibited"}}
+#: Ends an open connection at once; an ICMP error would not.
+RESET: Json = {"reject": {"type": "tcp reset"}}
 
 
 class Table:
@@ -43,13 +45,33 @@ class Table:
         """Start anew with an empty table."""
         return [*self.remove(), {"add": self._table()}]
 
-    def set(self, name: str, kind: str | list[str], flags: Sequence[str] = (), elem: Sequence[Json] = ()) -> Json:
+    def set(
+        self,
+        name: str,
+        kind: str | list[str],
+        flags: Sequence[str] = (),
+        elem: Sequence[Json] = (),
+        *,
+        size: int = 0,
+        counts: bool = False,
+    ) -> Json:
+        """Add a set; with `counts` each element counts the packets that match it."""
         body: dict[str, Json] = {**self._within(), "name": name, "type": kind}
         if flags:
             body["flags"] = flags
         if elem:
             body["elem"] = elem
+        if size:
+            body["size"] = size
+        if counts:
+            body["stmt"] = [COUNT]
         return {"add": {"set": body}}
+
+    def map(self, name: str, kind: str | list[str], value: str) -> Json:
+        return {"add": {"map": {**self._within(), "name": name, "type": kind, "map": value}}}
+
+    def delete_set(self, name: str) -> Json:
+        return {"delete": {"set": {**self._within(), "name": name}}}
 
     def chain(
         self,
@@ -67,6 +89,12 @@ class Table:
         if device:
             body["dev"] = device
         return {"add": {"chain": body}}
+
+    def flush_chain(self, name: str) -> Json:
+        return {"flush": {"chain": {**self._within(), "name": name}}}
+
+    def delete_chain(self, name: str) -> Json:
+        return {"delete": {"chain": {**self._within(), "name": name}}}
 
     def rule(self, chain: str, *expressions: Json) -> Json:
         return {"add": {"rule": {**self._within(), "chain": chain, "expr": list(expressions)}}}
@@ -106,8 +134,24 @@ def has_state(*states: str) -> Json:
     return {"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": right}}
 
 
+def has_direction(direction: str) -> Json:
+    return equals({"ct": {"key": "direction"}}, direction)
+
+
+def has_status(status: str) -> Json:
+    return {"match": {"op": "in", "left": {"ct": {"key": "status"}}, "right": status}}
+
+
 def is_tcp_or_udp() -> Json:
     return equals(meta("l4proto"), {"set": ["tcp", "udp"]})
+
+
+def goto(chain: str) -> Json:
+    return {"goto": {"target": chain}}
+
+
+def concat(*parts: Json) -> Json:
+    return {"concat": list(parts)}
 
 
 def meta(key: str) -> Json:

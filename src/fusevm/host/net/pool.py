@@ -21,13 +21,12 @@ import structlog
 from fusevm.host.net.firewall import Firewall, Rules
 from fusevm.host.net.links import Objects, ensure_links, observe_objects, remove_links
 from fusevm.host.net.plan import NetworkPlan, Slot, plan_slot
-from fusevm.model.environment import Network
+from fusevm.host.net.shaping import reshape, shape
+from fusevm.host.net.terms import DEFAULT_TERMS, Terms
 from fusevm.model.errors import Error, ShuttingDown, SlotFailed, SlotInUse
 
 log = structlog.get_logger()
 
-#: What a warm slot may reach; nobody is in it yet.
-DEFAULT_POLICY = Network()
 #: Slots made or destroyed in one go: bounds how long an `acquire` waits behind other work.
 _BATCH = 8
 #: After a failure in the background, seconds until the next attempt.
@@ -62,7 +61,7 @@ class Pool:
         self._settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def open(self, keep: Mapping[int, Network], uplinks: Sequence[str]) -> dict[int, Exception]:
+    async def open(self, keep: Mapping[int, Terms], uplinks: Sequence[str]) -> dict[int, Exception]:
         """Finish the slots in `keep`, which count as acquired, remove all others, and start keeping slots warm.
 
         Returns the failures of kept slots, by number: they stay acquired, but their machines have no network.
@@ -75,6 +74,7 @@ class Pool:
         failures = await ensure_links(self._plan, list(slots.values()))
         problem = f"{self._plan.range} has only {self._plan.capacity} slots"
         failures |= {index: SlotFailed(index=index, problem=problem) for index in beyond}
+        failures |= await self._reshape({index: keep[index] for index in slots.keys() - failures.keys()})
         self._used = slots
         self._task = asyncio.create_task(self._work(), name="network pool")
         return failures
@@ -100,11 +100,11 @@ class Pool:
         yield from (index for index in range(self._plan.capacity) if index not in own)
         yield from sorted(index for index in self._doomed - self._wanted.keys() if index < self._plan.capacity)
 
-    async def acquire(self, index: int, policy: Network = DEFAULT_POLICY) -> Slot:
-        """Hand out slot `index`, under `policy`; the caller has reserved the number and releases it.
+    async def acquire(self, index: int, terms: Terms = DEFAULT_TERMS) -> Slot:
+        """Hand out slot `index`, under `terms`; the caller has reserved the number and releases it.
 
-        At once if it is warm and takes the default policy; otherwise it is made, or the policy applied, first.
-        Raises SlotInUse, SlotFailed, or CommandFailed where the policy cannot be enforced; the slot is then not taken.
+        At once if it is warm and takes the default terms; otherwise it is made, or the terms applied, first.
+        Raises SlotInUse, SlotFailed, or CommandFailed where the terms cannot be enforced; the slot is then not taken.
         """
         if self._task is None:
             raise ShuttingDown
@@ -113,20 +113,28 @@ class Pool:
         slot = self._ready.pop(index, None) or await self._demand(index)
         self._used[index] = slot
         self._wake_up()
-        if policy != DEFAULT_POLICY:
+        if terms != DEFAULT_TERMS:
             try:
-                await self._firewall.admit([slot], policy)
+                await self._apply(slot, DEFAULT_TERMS, terms)
             except BaseException:
                 self.release(index)
                 raise
         return slot
 
-    async def set_policy(self, index: int, policy: Network) -> None:
-        """Change what the machine in a slot may reach. SlotFailed if there is none, CommandFailed if nft refuses."""
+    async def set_terms(self, index: int, terms: Terms) -> None:
+        """Change what is granted to the machine in a slot, open connections included.
+
+        SlotFailed if there is none, CommandFailed if nft or tc refuse.
+        """
         slot = self._used.get(index)
-        if slot is None:
+        old = self._firewall.terms(index)
+        if slot is None or old is None:
             raise SlotFailed(index=index, problem="it is not in use")
-        await self._firewall.admit([slot], policy)
+        await self._apply(slot, old, terms)
+
+    async def _apply(self, slot: Slot, old: Terms, new: Terms) -> None:
+        await self._firewall.admit([slot], new)
+        await shape(slot, old, new)
 
     def release(self, index: int) -> None:
         """Give a slot up; it is destroyed in the background, before its number serves again. Idempotent.
@@ -171,6 +179,17 @@ class Pool:
             self._wake_up()
             await self.settle()
         return rest - self._doomed
+
+    async def _reshape(self, keep: Mapping[int, Terms]) -> dict[int, Exception]:
+        """Make limits true where an earlier daemon may have ended in the middle; return the failures."""
+        limit = asyncio.Semaphore(_BATCH)
+
+        async def one(index: int, terms: Terms) -> None:
+            async with limit:
+                await reshape(plan_slot(self._plan, index), terms)
+
+        outcomes = await asyncio.gather(*(one(*item) for item in keep.items()), return_exceptions=True)
+        return {index: outcome for index, outcome in zip(keep, outcomes, strict=True) if isinstance(outcome, Exception)}
 
     async def _remove_others(self, keep: Collection[int]) -> frozenset[int]:
         objects = await asyncio.to_thread(observe_objects, self._plan)
@@ -254,7 +273,7 @@ class Pool:
         try:
             failures = await remove_links(self._plan, indexes)  # a crash may have left halves
             failures |= await ensure_links(self._plan, [slot for slot in slots if slot.index not in failures])
-            await self._firewall.admit([slot for slot in slots if slot.index not in failures], DEFAULT_POLICY)
+            await self._firewall.admit([slot for slot in slots if slot.index not in failures], DEFAULT_TERMS)
         except (Error, OSError) as e:
             failures = dict.fromkeys(indexes, e)
         finally:

@@ -1,7 +1,6 @@
 """Rules against golden files; FUSE_UPDATE_GOLDEN=1 writes them anew. The system tests give them to a kernel."""
 
 import os
-from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import msgspec
@@ -10,19 +9,19 @@ from fusevm.host.net.links import Objects, render_creation, render_inside, rende
 from fusevm.host.net.nft import render_document
 from fusevm.host.net.plan import NetworkPlan, plan_slot
 from fusevm.host.net.tables import (
-    DENIED,
     render_host_table,
     render_host_table_removal,
     render_machines,
     render_machines_removal,
     render_namespace_tables,
-    render_policy_change,
+    render_terms_change,
 )
-from fusevm.model.environment import Network
+from fusevm.host.net.terms import Terms
+from fusevm.model.network import Network, is_denied
 
 GOLDEN = Path(__file__).parent / "golden"
 PLAN = NetworkPlan()
-ONLINE, OFFLINE = Network(), Network(internet=False)
+ONLINE, OFFLINE = Terms(), Terms(policy=Network(internet=False))
 NOTHING = Objects(namespaces=frozenset(), stubs=frozenset(), veths=frozenset())
 
 
@@ -51,8 +50,8 @@ def test_the_life_of_a_machine_is_elements_only():
     online, offline = (plan_slot(PLAN, 7), ONLINE), (plan_slot(PLAN, 8), OFFLINE)
     commands = [
         *render_machines(PLAN, [online, offline]),
-        *render_policy_change(PLAN, online[0], OFFLINE),
-        *render_policy_change(PLAN, online[0], ONLINE),
+        *render_terms_change(PLAN, online[0], ONLINE, OFFLINE),
+        *render_terms_change(PLAN, online[0], OFFLINE, ONLINE),
         *render_machines_removal(PLAN, [online, offline]),
     ]
     check_golden("machines.jsonl", pretty(commands))
@@ -84,10 +83,6 @@ PRIVATE = """0.0.0.0 10.1.2.3 100.64.0.1 100.127.255.255 127.0.0.1 169.254.169.2
     192.168.1.1 224.0.0.1 239.255.255.255 240.0.0.1 255.255.255.255 198.18.0.1 192.0.0.192 168.63.129.16
     100.100.100.200"""
 PUBLIC = "1.1.1.1 9.9.9.9 100.128.0.1 172.32.0.1 192.167.1.1 223.255.255.1 11.0.0.1"
-
-
-def is_denied(address):
-    return any(IPv4Address(address) in IPv4Network(cidr) for cidr in DENIED)
 
 
 def test_private_special_and_metadata_addresses_are_denied():
