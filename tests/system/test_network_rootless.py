@@ -8,6 +8,8 @@ import pytest
 from namespaces import private_network
 
 from fusevm.host.net.rootless import render_user_network
+from fusevm.host.net.terms import Forward
+from fusevm.model.network import Transport
 
 QEMU = "qemu-system-x86_64"
 
@@ -17,7 +19,9 @@ def test_qemu_takes_the_user_network_closed_and_open():
     if shutil.which(QEMU) is None:
         pytest.skip(f"{QEMU} is not installed")
     for is_open in (False, True):
-        value = render_user_network(forwards={40080: 80}, internet=is_open, user_network=is_open)
+        value = render_user_network(
+            forwards=[Forward(protocol=Transport.TCP, host_port=40080, port=80)], internet=is_open, user_network=is_open
+        )
         machine = ["-M", "microvm", "-nodefaults", "-display", "none", "-S", "-monitor", "stdio"]
         nic = ["-netdev", f"user,id=net0,{value}", "-device", "virtio-net-device,netdev=net0"]
         with subprocess.Popen(

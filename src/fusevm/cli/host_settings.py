@@ -21,6 +21,7 @@ def host_config(loaded: Loaded, environ: Mapping[str, str], data: str | None = N
         kernel=loaded["kernel"],
         network_range=loaded["network_range"],
         egress_interface=loaded["egress_interface"],
+        published_ports=loaded["published_ports"],
         instance=loaded["instance"],
         user_network=loaded["user_network"],
         max_machines=loaded["max_machines"],

@@ -81,6 +81,14 @@ HOST: tuple[Setting, ...] = (
         help="IPv4 network of the machines' outside addresses.",
     ),
     Setting(
+        name="published_ports",
+        env="FUSE_PUBLISHED_PORTS",
+        flag="--published-ports",
+        parse=parse_text,
+        default="20000-39999",
+        help="Ports of the host that machines may publish: first-last.",
+    ),
+    Setting(
         name="artefact_root",
         env="FUSE_ARTEFACT_ROOT",
         flag="--artefacts",

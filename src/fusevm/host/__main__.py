@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kernel", type=Path, help="kernel file")
     parser.add_argument("--network-range", help="IPv4 network of the machines' slots")
     parser.add_argument("--egress-interface", help="interface that leads to the Internet")
+    parser.add_argument("--published-ports", help="ports of the host that machines may publish: first-last")
     parser.add_argument("--instance", help="prefix of all kernel objects")
     parser.add_argument("--user-network", action="store_const", const=True, help="without root: open user network")
     parser.add_argument("--console-bytes", type=int, help="console output kept per machine")

@@ -26,14 +26,26 @@ from fusevm.host.contract.create import is_contract_form
 from fusevm.host.contract.handlers import CONTRACT_HANDLERS, create_by_contract, default_user, render_one
 from fusevm.host.contract.render import render_body
 from fusevm.host.daemon import Daemon
+from fusevm.host.port_rows import PortDraft
 from fusevm.host.relay import relay_frames, relay_request, run_for_client
-from fusevm.host.render import render_exec
+from fusevm.host.render import render_exec, render_network, render_port
 from fusevm.model.errors import BadField, MethodNotAllowed, RouteNotFound
 from fusevm.model.machine import Fence
+from fusevm.model.network import Exposure, Network
 from fusevm.wire.contract import CreateContractMachine
 from fusevm.wire.decode import describe_unknown, render_warning
 from fusevm.wire.guest import ExecRequest
-from fusevm.wire.host_api import CreateMachine, Health, HostExec, MachineEvent, StorageAnswer, parse_fence
+from fusevm.wire.host_api import (
+    CreateMachine,
+    Health,
+    HostExec,
+    MachineEvent,
+    PublishedPortAnswer,
+    PublishedPortList,
+    PublishPort,
+    StorageAnswer,
+    parse_fence,
+)
 from fusevm.wire.host_routes import HOST_ROUTES, render_host_openapi
 from fusevm.wire.routes import Payload, Route
 
@@ -114,7 +126,7 @@ async def _storage(daemon: Daemon, _request: Request, _route: Route) -> Response
 
 
 async def _metrics(daemon: Daemon, _request: Request, _route: Route) -> Response:
-    return Response(daemon.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(await daemon.render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def _events(daemon: Daemon, _request: Request, _route: Route) -> Response:
@@ -247,6 +259,42 @@ class _FramesEndpoint:
         await relay_frames(agent, machine_id, websocket)
 
 
+# -- network ----------------------------------------------------------------------------------------------------------
+
+
+async def _publish(daemon: Daemon, request: Request, route: Route) -> Response:
+    machine_id = daemon.machines.record(request.path_params["id"]).id
+    body = decode_noting(request, await read_body(request, route), PublishPort)
+    exposure = Exposure(port=body.port, protocol=body.protocol, name=body.name, host_port=body.host_port)
+    draft = PortDraft(id=body.published_port_id, exposure=exposure)
+    port = await daemon.machines.publish(machine_id, parse_fence(request.headers), draft)
+    return render_json(PublishedPortAnswer(port=render_port(machine_id, port)), 201)
+
+
+async def _list_ports(daemon: Daemon, request: Request, _route: Route) -> Response:
+    machine = daemon.machines.record(request.path_params["id"])
+    return render_json(PublishedPortList(ports=[render_port(machine.id, port) for port in machine.ports]))
+
+
+async def _unpublish(daemon: Daemon, request: Request, _route: Route) -> Response:
+    path = request.path_params
+    await daemon.machines.unpublish(path["id"], parse_fence(request.headers), path["port_id"])
+    return Response(status_code=204)
+
+
+async def _get_network(daemon: Daemon, request: Request, _route: Route) -> Response:
+    machine = daemon.machines.record(request.path_params["id"])
+    traffic = (await daemon.traffic()).get(machine.id)
+    return render_json(render_network(machine, traffic))
+
+
+async def _set_network(daemon: Daemon, request: Request, route: Route) -> Response:
+    machine_id = daemon.machines.record(request.path_params["id"]).id
+    body = decode_noting(request, await read_body(request, route), Network)
+    machine = await daemon.machines.set_network(machine_id, parse_fence(request.headers), body)
+    return render_json(render_network(machine, (await daemon.traffic()).get(machine.id)))
+
+
 HANDLERS: dict[str, Handler] = {
     "health": _health,
     "info": _info,
@@ -259,6 +307,11 @@ HANDLERS: dict[str, Handler] = {
     "start_machine": _start,
     "stop_machine": _stop,
     "exec": _exec,
+    "publish_port": _publish,
+    "list_published_ports": _list_ports,
+    "unpublish_port": _unpublish,
+    "get_network": _get_network,
+    "set_network": _set_network,
     "logs": _logs,
     "events": _events,
     "list_images": _images,

@@ -63,6 +63,8 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     network_mtu: int = 1500
     #: Interface that leads to the Internet; empty: that of the default route.
     egress_interface: str = ""
+    #: Ports of the host that machines may publish: first and last.
+    published_ports: str = "20000-39999"
     #: Slots kept ready.
     warm_slots: int = 4
     #: First uid and gid of VMM processes, and how many.
@@ -123,6 +125,7 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
             if len(os.fsencode(path)) + len(longest) > SOCKET_PATH_LIMIT:
                 raise PathTooLong(path=str(path), limit=SOCKET_PATH_LIMIT - len(longest))
         parse_networks(self.artifact_networks)
+        parse_port_range(self.published_ports)
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -157,6 +160,16 @@ def parse_listen(text: str) -> Listen | None:
     if not colon or not port.isascii() or not port.isdecimal() or int(port) > 65_535:
         raise BadSetting(setting="listen", problem=f"{text!r} is not host:port")
     return Listen(host=host or "0.0.0.0", port=int(port))  # noqa: S104 - what an empty host means; TLS and token guard it
+
+
+def parse_port_range(text: str) -> tuple[int, int]:
+    """Parse first-last, both ports that need no right of their own. Raises BadSetting."""
+    first, _, last = text.partition("-")
+    if not (first.isascii() and first.isdecimal() and last.isascii() and last.isdecimal()):
+        raise BadSetting(setting="published_ports", problem=f"{text!r} is not first-last")
+    if not 1024 <= int(first) <= int(last) <= 65_535:
+        raise BadSetting(setting="published_ports", problem=f"{text} is not within 1024-65535")
+    return int(first), int(last)
 
 
 def default_run_dir(instance: str) -> Path:

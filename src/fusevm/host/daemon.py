@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -29,6 +29,7 @@ from fusevm.host.images.store import ImageStore
 from fusevm.host.journal import Journal
 from fusevm.host.machines import Machines
 from fusevm.host.metrics import Metrics
+from fusevm.host.net.traffic import Traffic
 from fusevm.host.render import render_image, render_time
 from fusevm.host.rows import Entry
 from fusevm.host.storage import observe_storage
@@ -57,6 +58,14 @@ class Identification(msgspec.Struct, frozen=True, kw_only=True):
     vmm_version: str = ""
 
 
+class TrafficMeter(Protocol):
+    """Counts what machines send and receive."""
+
+    async def traffic(self) -> dict[int, Traffic]:
+        """By network slot."""
+        ...
+
+
 class Daemon:
     """Everything that serves requests. Use within `running`."""
 
@@ -71,6 +80,7 @@ class Daemon:
         machines: Machines,
         identification: Identification,
         importer: Importer | None = None,
+        network: TrafficMeter | None = None,
     ) -> None:
         self.config = config
         #: Of images at URLs; None: there is none.
@@ -81,6 +91,7 @@ class Daemon:
         self._sweeper = sweeper
         self._identification = identification
         self.machines = machines
+        self._network = network
 
     @property
     def events(self) -> EventHub:
@@ -132,6 +143,19 @@ class Daemon:
             kernel=known.kernel,
             vmm_version=known.vmm_version,
         )
+
+    async def traffic(self) -> dict[str, Traffic]:
+        """What each machine with a network slot has sent and received since its start."""
+        by_slot = await self._network.traffic() if self._network is not None else {}
+        return {machine.id: by_slot[machine.slot] for machine in self.machines.records() if machine.slot in by_slot}
+
+    async def render_metrics(self) -> bytes:
+        """All metrics, as text."""
+        try:
+            self.metrics.note_traffic(await self.traffic())
+        except (Error, OSError) as e:
+            log.warning("traffic_not_counted", problem=str(e))
+        return self.metrics.render()
 
     async def list_images(self) -> ImageList:
         """Images on this host, newest first."""

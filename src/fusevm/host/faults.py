@@ -44,8 +44,17 @@ DELETE_POINTS = (
 )
 STOP_POINTS = ("stop.intent.writing", "stop.intent", "stop.killed", "stop.done.writing", "stop.done")
 START_POINTS = ("start.intent.writing", "start.intent", "start.prepared", "start.booted", "start.running.writing")
+NETWORK_POINTS = tuple(
+    f"{change}{moment}"
+    for change in ("network.changed", "port.published", "port.unpublished")
+    for moment in (".writing", "", ".applied")
+)
+#: A port that could not be forwarded.
+UNDONE_POINTS = ("port.undone.writing", "port.undone")
 POINTS = frozenset(
     (
+        *NETWORK_POINTS,
+        *UNDONE_POINTS,
         *CREATE_POINTS,
         *DELETE_POINTS,
         *STOP_POINTS,

@@ -26,6 +26,7 @@ from fusevm.host.admission import Limits, Size, Usage, check_admission, resized
 from fusevm.host.clock import read_moment
 from fusevm.host.faults import Fault
 from fusevm.host.fencing import LOCAL, check_cluster, check_order, check_owner
+from fusevm.host.port_rows import publish_all
 from fusevm.host.rows import (
     SQL,
     Draft,
@@ -149,7 +150,8 @@ class Journal:
             check_admission(load_usage(db), limits, draft.spec, is_new=True)
             machine = draft_machine(draft, order, self._clock())
             insert_machine(db, machine)
-            machine = reserve_numbers(db, machine, numbers)
+            machine = publish_all(db, reserve_numbers(db, machine, numbers), numbers, self._clock())
+            machine = save_machine(db, machine, self._clock())
             save_intent(db, machine.id, "create", self._clock(), draft.deadline_ms)
             save_fence(db, order, seen.with_order(order), self._clock())
             return machine
@@ -287,6 +289,26 @@ class Journal:
             return self._order(db, machine_id, fence)
 
         return await self._write(transact, point="guest.order", on_commit=on_commit)
+
+    async def rewire(
+        self,
+        machine_id: str,
+        fence: Fence | None,
+        change: Callable[[sqlite3.Connection, Machine], Machine],
+        point: str,
+        on_commit: Callable[[Machine], None],
+    ) -> Machine:
+        """Change what a machine's record says about its network, and the rows that belong to it.
+
+        Raises what begin_start raises, but for HostFull, and what the change raises.
+        """
+
+        def transact(db: sqlite3.Connection) -> Machine:
+            machine = self._order(db, machine_id, fence)
+            changed = change(db, machine)
+            return machine if changed == machine else save_machine(db, changed, self._clock())
+
+        return await self._write(transact, point=point, on_commit=on_commit)
 
     # -- progress ---------------------------------------------------------------------------------------------------
 

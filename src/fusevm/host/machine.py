@@ -30,13 +30,18 @@ from fusevm.host.mailbox import (
     Delete,
     Exited,
     Mailbox,
+    Publish,
     Recover,
     Resize,
+    Rewiring,
+    SetNetwork,
     Start,
     Stop,
     Tidy,
+    Unpublish,
 )
 from fusevm.host.quarantine import BackOff, Quarantine
+from fusevm.host.rewiring import carry_out_rewiring
 from fusevm.host.rows import Operation
 from fusevm.host.surroundings import Surroundings
 from fusevm.host.tasks import CLEAN_UP_TIMEOUT_S, CleanUp, Stopped, run_unless
@@ -174,6 +179,11 @@ class MachineTask:
         self._mailbox.post(order)
         await order.wait()
 
+    async def rewire(self, order: Rewiring) -> Machine:
+        """Change its policy or its published ports."""
+        self._mailbox.post(order)
+        return await order.wait()
+
     def begin_delete(self, machine: Machine) -> Delete:
         """The intent was just written, with this record: remove everything. Returns the order to wait for."""
         self._commit(machine)
@@ -298,6 +308,8 @@ class MachineTask:
                 return self._record
             case Recover():
                 return await self._recover(order.operation)
+            case SetNetwork() | Publish() | Unpublish():
+                return await carry_out_rewiring(self._record, order, self._parts, self._commit)
             case Tidy():
                 if self._record.phase in (Phase.STOPPED, Phase.FAILED):
                     await self._parts.quarters.vacate(self._record, keep_disk=True)

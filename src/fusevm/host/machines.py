@@ -23,14 +23,17 @@ from fusevm.host.disk.grow import check_size
 from fusevm.host.drift import Claim, claim_of
 from fusevm.host.fencing import check_owner, check_reserved
 from fusevm.host.machine import MachineTask
-from fusevm.host.mailbox import Delete
+from fusevm.host.mailbox import Delete, Publish, SetNetwork, Unpublish
+from fusevm.host.port_rows import PortDraft
 from fusevm.host.quarantine import Quarantine
+from fusevm.host.rewiring import check_enforceable, check_spec_network
 from fusevm.host.rows import Draft, Entry
 from fusevm.host.surroundings import Blueprint, Surroundings
 from fusevm.model.errors import BadField, GuestUnreachable, MachineNotFound, ShuttingDown
 from fusevm.model.fencing import check_valid
-from fusevm.model.ids import parse_machine_id
+from fusevm.model.ids import parse_machine_id, parse_published_port_id
 from fusevm.model.machine import Contract, Fence, Machine, MachineSpec, Phase
+from fusevm.model.network import Network, PublishedPort, check_exposures, check_network
 from fusevm.wire.host_api import CreateMachine
 
 T = TypeVar("T")
@@ -147,6 +150,7 @@ class Machines:
         """
         parse_machine_id(body.machine_id)
         check_spec(body.spec)
+        body = msgspec.structs.replace(body, spec=check_spec_network(body.spec))
         if not 0 < body.boot_timeout_ms <= _MAX_BOOT_TIMEOUT_MS:
             raise BadField(field="boot_timeout_ms", problem=f"must be 1 to {_MAX_BOOT_TIMEOUT_MS}")
         check_reserved(fence)
@@ -161,6 +165,29 @@ class Machines:
         """End a machine in order and keep its disk. Idempotent."""
         check_reserved(fence)
         return await self._protect(self._find(machine_id).stop(fence))
+
+    async def set_network(self, machine_id: str, fence: Fence | None, network: Network) -> Machine:
+        """Hold a machine to another policy. Raises BadField, PolicyNotEnforceable, and for the fence."""
+        check_reserved(fence)
+        order = SetNetwork(fence, check_network(network))
+        return await self._protect(self._find(machine_id).rewire(order))
+
+    async def publish(self, machine_id: str, fence: Fence | None, draft: PortDraft) -> PublishedPort:
+        """Publish a port of a running machine. Idempotent by the port's id.
+
+        Raises BadField, WrongState, HostPortTaken, PublishedPortExists, HostFull, PolicyNotEnforceable.
+        """
+        check_reserved(fence)
+        (exposure,) = check_exposures([draft.exposure])
+        order = Publish(fence, PortDraft(id=parse_published_port_id(draft.id), exposure=exposure))
+        machine = await self._protect(self._find(machine_id).rewire(order))
+        return next(port for port in machine.ports if port.id == draft.id)
+
+    async def unpublish(self, machine_id: str, fence: Fence | None, port_id: str) -> None:
+        """Take a published port back. Idempotent. Raises BadField for one of another machine."""
+        check_reserved(fence)
+        task = self._find(machine_id)
+        await self._protect(task.rewire(Unpublish(fence, parse_published_port_id(port_id))))
 
     async def tidy(self, machine_id: str) -> None:
         """Remove what a machine at rest should not have. Raises MachineNotFound, and what the removal raises."""
@@ -204,6 +231,7 @@ class Machines:
 
     async def _draft(self, body: CreateMachine, deadline_ms: int) -> Draft:
         blueprint = await self._blueprint(body)
+        check_enforceable(body.spec.network, blueprint.isolation)
         return Draft(
             id=body.machine_id,
             spec=body.spec,

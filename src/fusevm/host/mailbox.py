@@ -11,10 +11,12 @@ from typing import TypeAlias
 
 from fusevm.host.admission import Size
 from fusevm.host.order import Order
+from fusevm.host.port_rows import PortDraft
 from fusevm.host.rows import Operation
 from fusevm.host.visitors import Visit
 from fusevm.host.vmm.driver import Vmm
 from fusevm.model.machine import Fence
+from fusevm.model.network import Network
 
 
 class Create(Order):
@@ -76,7 +78,35 @@ class Tidy(Order):
     """A sweep has found what a machine at rest should not have: remove it."""
 
 
-AnyOrder: TypeAlias = Create | Start | Stop | Resize | Visit | Delete | Exited | Recover | Tidy
+class SetNetwork(Order):
+    """Hold the machine to another network policy."""
+
+    def __init__(self, fence: Fence | None, network: Network) -> None:
+        super().__init__()
+        self.fence = fence
+        self.network = network
+
+
+class Publish(Order):
+    """Let a port of the host lead to one of the machine."""
+
+    def __init__(self, fence: Fence | None, draft: PortDraft) -> None:
+        super().__init__()
+        self.fence = fence
+        self.draft = draft
+
+
+class Unpublish(Order):
+    """Take a published port back."""
+
+    def __init__(self, fence: Fence | None, port_id: str) -> None:
+        super().__init__()
+        self.fence = fence
+        self.port_id = port_id
+
+
+Rewiring: TypeAlias = SetNetwork | Publish | Unpublish
+AnyOrder: TypeAlias = Create | Start | Stop | Resize | Visit | Delete | Exited | Recover | Tidy | Rewiring
 
 
 class Mailbox:

@@ -25,7 +25,7 @@ from fusevm.host.boot_files import BootFileFinder
 from fusevm.host.boundary import Boundary
 from fusevm.host.cgroup import Cgroups, observe_mounts
 from fusevm.host.clock import SystemClock
-from fusevm.host.config import HostConfig, parse_listen
+from fusevm.host.config import HostConfig, parse_listen, parse_port_range
 from fusevm.host.daemon import Daemon, Identification
 from fusevm.host.drift import Kind
 from fusevm.host.engine import ChooseEngine, Engine, choose_engine
@@ -42,15 +42,15 @@ from fusevm.host.machines import Machines
 from fusevm.host.metrics import Metrics
 from fusevm.host.net.network import HostNetwork
 from fusevm.host.net.plan import NetworkPlan
+from fusevm.host.net.terms import Terms
 from fusevm.host.process import boot_id
 from fusevm.host.quarters import HostQuarters
 from fusevm.host.rows import Entry
 from fusevm.host.surroundings import Surroundings
 from fusevm.host.sweep import Sweeper
 from fusevm.host.tls import Identity, ensure_identity, make_ssl_context
-from fusevm.host.wiring import SlotWiring, UserWiring, Wiring
+from fusevm.host.wiring import SlotWiring, UserWiring, Wiring, terms_of
 from fusevm.model.errors import Error
-from fusevm.model.network import Network
 
 log = structlog.get_logger()
 
@@ -136,6 +136,7 @@ async def _serve(config: HostConfig, engines: ChooseEngine, fault: Fault) -> Non
             artifacts=make_importer(config, images),
             sweeper=_make_sweeper(config, machines, cgroups, network),
             machines=machines,
+            network=network,
             identification=_identify(engine, wiring, finder),
         )
         await stack.enter_async_context(daemon.running(entries))
@@ -163,13 +164,14 @@ def _watch_signals() -> asyncio.Event:
 
 def _make_wiring(config: HostConfig) -> tuple[Wiring, HostNetwork | None]:
     """Slots for root, QEMU's user network for everybody else."""
+    ports = parse_port_range(config.published_ports)
     if os.geteuid() != 0:
         if config.user_network:
             log.warning("user_network_open", problem="machines reach whatever this user reaches, the host included")
-        return UserWiring(user_network=config.user_network), None
+        return UserWiring(user_network=config.user_network, ports=ports), None
     plan = NetworkPlan(prefix=config.instance, range=config.network_range, mtu=config.network_mtu)
     network = HostNetwork(plan, uplink=config.egress_interface, warm=config.warm_slots)
-    return SlotWiring(plan, network), network
+    return SlotWiring(plan, network, ports), network
 
 
 async def _make_cgroups(config: HostConfig) -> Cgroups | None:
@@ -198,9 +200,9 @@ def _make_sweeper(
     return Sweeper(grounds, machines.claims, witnesses=witnesses, slots=slots, tidy=machines.tidy)
 
 
-def _slots_in_use(entries: list[Entry]) -> dict[int, Network]:
-    """Slots that belong to machines, with their policies."""
-    return {entry.machine.slot: entry.machine.spec.network for entry in entries if entry.machine.slot >= 0}
+def _slots_in_use(entries: list[Entry]) -> dict[int, Terms]:
+    """Slots that belong to machines, with what these are granted."""
+    return {entry.machine.slot: terms_of(entry.machine) for entry in entries if entry.machine.slot >= 0}
 
 
 def _identify(engine: Engine, wiring: Wiring, finder: BootFileFinder) -> Identification:

@@ -13,7 +13,9 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from fusevm.host.drift import Drift, Kind, Thing
+from fusevm.host.net.traffic import Traffic
 from fusevm.host.process import resident_bytes
+from fusevm.host.traffic_metrics import TrafficCollector
 from fusevm.model.machine import Machine, Phase
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -59,6 +61,8 @@ class Metrics:
             registry=self.registry,
         )
         self.sweep_seconds = Gauge("fuse_host_sweep_seconds", "Duration of the last sweep", registry=self.registry)
+        self._traffic = TrafficCollector()
+        self.registry.register(self._traffic)
 
     def watch_machines(self, machines: Population, subscribers: Callable[[], int]) -> None:
         """Count machines by phase, and event streams, whenever somebody asks."""
@@ -73,6 +77,10 @@ class Metrics:
             for kind in Kind:
                 self.drift.labels(kind.value, state).set(kinds.count(kind))
         self.sweep_seconds.set(seconds)
+
+    def note_traffic(self, traffic: Mapping[str, Traffic]) -> None:
+        """What machines have sent and received, as of now."""
+        self._traffic.now = dict(traffic)
 
     def render(self) -> bytes:
         """Everything, as text."""

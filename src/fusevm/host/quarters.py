@@ -31,6 +31,7 @@ from fusevm.host.disk.superblock import is_cleanly_left
 from fusevm.host.faults import Fault
 from fusevm.host.images.store import Image, ImageStore
 from fusevm.host.mounts import detach_below
+from fusevm.host.net.terms import Terms
 from fusevm.host.rows import Numbers
 from fusevm.host.strays import kill_strays
 from fusevm.host.surroundings import Blueprint, Lodging, Remains
@@ -40,7 +41,6 @@ from fusevm.host.vmm.driver import JAIL, BootPlan, Confinement
 from fusevm.host.wiring import Wire, Wiring
 from fusevm.model.errors import BadSetting, Internal, NoSpace
 from fusevm.model.machine import Isolation, Machine, MachineSpec
-from fusevm.model.network import Network
 from fusevm.wire.guest import Configure, ImageConfig
 
 log = structlog.get_logger()
@@ -84,7 +84,7 @@ class HostQuarters:
 
     # -- the daemon's side ------------------------------------------------------------------------------------------
 
-    async def open(self, slots: Mapping[int, Network]) -> None:
+    async def open(self, slots: Mapping[int, Terms]) -> None:
         """Make the directories and take the network over. Raises BadSetting when VMMs could not reach their files."""
         await asyncio.to_thread(self._make_roots)
         await self._wiring.open(slots)
@@ -153,6 +153,10 @@ class HostQuarters:
         disk = await asyncio.to_thread(self.disks.find, machine.id)
         if disk is not None:
             await grow_overlay(*disk, machine.spec.disk_bytes)
+
+    async def rewire(self, machine: Machine) -> None:
+        """Change its slot's terms."""
+        await self._wiring.rewire(machine)
 
     async def vacate(self, machine: Machine, *, keep_disk: bool) -> None:
         """End stray processes and remove everything; without `keep_disk` the disk and the console, too. Idempotent."""

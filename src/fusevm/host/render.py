@@ -8,10 +8,20 @@ import msgspec
 
 from fusevm.host.agent import decode_output
 from fusevm.host.images.store import Image
+from fusevm.host.net.traffic import Traffic
 from fusevm.host.quarantine import Quarantine
 from fusevm.model.machine import Machine
+from fusevm.model.network import PublishedPort
 from fusevm.wire.guest import ExecResult, StreamFlags
-from fusevm.wire.host_api import HostExecAnswer, ImageBody, MachineBody, QuarantineBody
+from fusevm.wire.host_api import (
+    HostExecAnswer,
+    ImageBody,
+    MachineBody,
+    NetworkAnswer,
+    PublishedPortBody,
+    QuarantineBody,
+    TrafficBody,
+)
 
 #: Stands for the values of environment variables, which may be secrets.
 HIDDEN = "(hidden)"
@@ -41,6 +51,7 @@ def render_machine(machine: Machine, quarantine: Quarantine | None = None) -> Ma
         generation=machine.generation,
         timings=machine.timings,
         error=machine.error,
+        published_ports=[render_port(machine.id, port) for port in machine.ports],
         created_at=render_time(machine.created_at_ms),
         started_at=render_time(machine.started_at_ms),
         quarantine=render_quarantine(quarantine) if quarantine is not None else None,
@@ -55,6 +66,25 @@ def render_quarantine(state: Quarantine) -> QuarantineBody:
         problem=state.problem,
         retry_at=render_time(state.retry_at_ms),
     )
+
+
+def render_port(machine_id: str, port: PublishedPort) -> PublishedPortBody:
+    """A published port as the API shows it."""
+    return PublishedPortBody(
+        id=port.id,
+        machine_id=machine_id,
+        name=port.name,
+        port=port.port,
+        host_port=port.host_port,
+        protocol=port.protocol,
+        created_at=render_time(port.created_at_ms),
+    )
+
+
+def render_network(machine: Machine, traffic: Traffic | None) -> NetworkAnswer:
+    """A machine's policy, and what it has sent and received."""
+    counted = TrafficBody(**msgspec.structs.asdict(traffic)) if traffic is not None else None
+    return NetworkAnswer(network=machine.spec.network, traffic=counted)
 
 
 def render_image(image: Image) -> ImageBody:

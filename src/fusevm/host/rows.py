@@ -6,6 +6,7 @@ Every function takes the connection of a transaction that somebody else began an
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -17,6 +18,7 @@ from fusevm.host.writer import Superseded
 from fusevm.model.errors import HostFull, Internal, MachineExists, StaleIncarnation
 from fusevm.model.fencing import Seen
 from fusevm.model.machine import ALLOWED, Contract, Fence, Isolation, Machine, MachineSpec, Phase
+from fusevm.model.network import Transport
 
 #: A visit opens the disk of a machine at rest (`host.visit`).
 Kind: TypeAlias = Literal["create", "start", "stop", "delete", "resize", "visit"]
@@ -47,6 +49,10 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     damage: str = ""
 
 
+def _is_free(_protocol: Transport, _port: int) -> bool:
+    return True
+
+
 class Numbers(msgspec.Struct, frozen=True, kw_only=True):
     """Which numbers a machine may get. A count of 0: it needs none."""
 
@@ -55,6 +61,10 @@ class Numbers(msgspec.Struct, frozen=True, kw_only=True):
     slot_count: int = 0
     uid_base: int = 0
     uid_count: int = 0
+    #: Ports of the host that may be published: first and last.
+    ports: tuple[int, int] = (0, -1)
+    #: Does no other program use a port?
+    is_port_free: Callable[[Transport, int], bool] = _is_free
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +89,8 @@ def check_repetition(existing: Machine, draft: Draft, order: Fence) -> Machine:
         raise MachineExists(id=existing.id)
     if existing.phase is Phase.DELETING:
         raise StaleIncarnation(uid=order.uid, incarnation=order.incarnation, seen=existing.fence.incarnation)
-    if existing.spec != draft.spec:
+    # The policy may have been changed since.
+    if msgspec.structs.replace(existing.spec, network=draft.spec.network) != draft.spec:
         raise MachineExists(id=draft.id)
     return existing
 
@@ -278,6 +289,10 @@ def render_state(db: sqlite3.Connection) -> dict[str, Any]:
         "entries": entries,
         "reservations": [
             {"kind": row[0], "number": row[1], "machine_id": row[2]} for row in db.execute(SQL["list_reservations"])
+        ],
+        "published_ports": [
+            {"protocol": row[0], "host_port": row[1], "id": row[2], "machine_id": row[3]}
+            for row in db.execute(SQL["list_published"])
         ],
         "fences": [dict(zip(names, row, strict=True)) for row in fences.fetchall()],
     }

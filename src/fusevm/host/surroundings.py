@@ -78,6 +78,10 @@ class Quarters(Protocol):
         """Take over what an earlier daemon made for a machine that runs, and serve it again."""
         ...
 
+    async def rewire(self, machine: Machine) -> None:
+        """Make the network of a machine that runs what its record says: policy and published ports. Idempotent."""
+        ...
+
     async def vacate(self, machine: Machine, *, keep_disk: bool) -> None:
         """End stray processes of the machine and remove everything; without `keep_disk` its disk, too. Idempotent."""
         ...

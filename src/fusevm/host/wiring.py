@@ -18,11 +18,13 @@ from fusevm.host.net.network import HostNetwork
 from fusevm.host.net.plan import NetworkPlan, Slot, plan_slot, render_kernel_arguments
 from fusevm.host.net.rootless import render_user_kernel_arguments, render_user_network
 from fusevm.host.net.tap import open_tap
+from fusevm.host.net.terms import Terms, make_terms
+from fusevm.host.ports import PortHolder, is_port_free
 from fusevm.host.rows import Numbers
 from fusevm.host.vmm.driver import Nic
 from fusevm.model.errors import Error
 from fusevm.model.machine import Isolation, Machine
-from fusevm.model.network import Network
+from fusevm.model.network import PortRange
 
 log = structlog.get_logger()
 
@@ -52,7 +54,7 @@ class Wiring(Protocol):
     @property
     def isolation(self) -> Isolation: ...
 
-    async def open(self, machines: Mapping[int, Network]) -> None:
+    async def open(self, machines: Mapping[int, Terms]) -> None:
         """Take the network over; these slots are in use."""
         ...
 
@@ -62,6 +64,10 @@ class Wiring(Protocol):
 
     async def rejoin(self, machine: Machine) -> Wire:
         """Serve a machine whose VMM runs already."""
+        ...
+
+    async def rewire(self, machine: Machine) -> None:
+        """Make policy and published ports of a connected machine what its record says. Idempotent."""
         ...
 
     async def disconnect(self, machine: Machine) -> None:
@@ -77,33 +83,47 @@ class Wiring(Protocol):
         ...
 
 
+def terms_of(machine: Machine) -> Terms:
+    """What the network grants a machine."""
+    return make_terms(machine.spec.network, machine.ports)
+
+
 class SlotWiring:
     """Machines in network namespaces of their own."""
 
     isolation = Isolation.NAMESPACE
 
-    def __init__(self, plan: NetworkPlan, network: HostNetwork) -> None:
+    def __init__(self, plan: NetworkPlan, network: HostNetwork, ports: PortRange) -> None:
         self._plan = plan
+        self._ports = ports
+        self._holder = PortHolder()
         self.network = network
 
-    async def open(self, machines: Mapping[int, Network]) -> None:
+    async def open(self, machines: Mapping[int, Terms]) -> None:
         """Take the slots over. One that cannot be finished costs its machine the network, not the daemon its start."""
         failures = await self.network.open(machines)
         for slot, failure in failures.items():
             log.error("slot_not_taken_over", slot=slot, problem=str(failure))
 
     async def connect(self, machine: Machine) -> Wire:
-        """Acquire the machine's slot, open its tap and serve its DNS."""
-        slot = await self.network.acquire(machine.slot, machine.spec.network)
+        """Acquire the machine's slot, open its tap and serve its DNS. HostPortTaken if one of its ports is."""
+        self._holder.hold_all(machine.id, machine.ports)
+        try:
+            slot = await self.network.acquire(machine.slot, terms_of(machine))
+        except BaseException:
+            self._holder.let_go(machine.id)
+            raise
         try:
             await self.network.serve_dns(slot)
             return self._wire(slot, tap_fd=await open_tap(slot.namespace_path, slot.tap))
         except BaseException:
+            self._holder.let_go(machine.id)
             await self.network.release(machine.slot)
             raise
 
     async def rejoin(self, machine: Machine) -> Wire:
-        """Serve its DNS again."""
+        """Serve its DNS and hold its ports again; the rules have been made from its record already."""
+        self._holder.hold(machine.id, machine.ports)
         slot = plan_slot(self._plan, machine.slot)
         try:
             await self.network.serve_dns(slot)
@@ -112,18 +132,25 @@ class SlotWiring:
             log.warning("dns_not_served", machine=machine.id, slot=machine.slot, problem=str(e))
         return self._wire(slot)
 
+    async def rewire(self, machine: Machine) -> None:
+        """Change the slot's terms. A port that another program has taken meanwhile is forwarded all the same."""
+        self._holder.hold(machine.id, machine.ports)
+        await self.network.set_terms(plan_slot(self._plan, machine.slot), terms_of(machine))
+
     async def disconnect(self, machine: Machine) -> None:
         """Release the slot."""
+        self._holder.let_go(machine.id)
         if machine.slot >= 0:
             await self.network.release(machine.slot)
 
     def numbers(self) -> Numbers:
         """Warm slots first."""
         warm = tuple(itertools.islice(self.network.candidates(), _OFFERED))
-        return Numbers(warm_slots=warm, slot_count=self._plan.capacity)
+        return Numbers(warm_slots=warm, slot_count=self._plan.capacity, ports=self._ports, is_port_free=is_port_free)
 
     async def close(self) -> None:
         """Let the slots be."""
+        self._holder.close()
         await self.network.close()
 
     def _wire(self, slot: Slot, tap_fd: int | None = None) -> Wire:
@@ -140,10 +167,11 @@ class UserWiring:
 
     isolation = Isolation.USER_NETWORK
 
-    def __init__(self, *, user_network: bool) -> None:
+    def __init__(self, *, user_network: bool, ports: PortRange) -> None:
         self._is_open = user_network
+        self._ports = ports
 
-    async def open(self, machines: Mapping[int, Network]) -> None:
+    async def open(self, machines: Mapping[int, Terms]) -> None:
         """Nothing to take over."""
 
     async def connect(self, machine: Machine) -> Wire:
@@ -154,16 +182,22 @@ class UserWiring:
         """The same argument again."""
         return self._wire(machine)
 
+    async def rewire(self, machine: Machine) -> None:
+        """QEMU was told everything when it was started; `rewiring` refuses changes."""
+
     async def disconnect(self, machine: Machine) -> None:
-        """Nothing is held."""
+        """Nothing is held: QEMU has bound the ports itself."""
 
     def numbers(self) -> Numbers:
-        """A machine needs none."""
-        return Numbers()
+        """A machine needs ports only."""
+        return Numbers(ports=self._ports, is_port_free=is_port_free)
 
     async def close(self) -> None:
         """Nothing is served."""
 
     def _wire(self, machine: Machine) -> Wire:
-        options = render_user_network(forwards={}, internet=machine.spec.network.internet, user_network=self._is_open)
+        forwards = terms_of(machine).forwards
+        options = render_user_network(
+            forwards=forwards, internet=machine.spec.network.internet, user_network=self._is_open
+        )
         return Wire(nic=Nic(user_network=options), kernel_arguments=render_user_kernel_arguments())

@@ -30,6 +30,14 @@ def parse_machine_id(text: str) -> str:
     return text
 
 
+def parse_published_port_id(text: str) -> str:
+    """Return the id of a published port unchanged, or raise BadField."""
+    if not TASK_ID.fullmatch(text):
+        problem = f"{text[:80]!r} is not 1 to 128 of letters, digits, '.', '_' and '-', a letter or digit first"
+        raise BadField(field="published_port_id", problem=problem)
+    return text
+
+
 def make_uid(now_ms: int, entropy: bytes) -> str:
     """Make an environment uid: 26 characters, ordered by time (ULID: 48 bits of milliseconds, 80 random bits)."""
     if len(entropy) < 10:

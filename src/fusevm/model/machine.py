@@ -5,7 +5,7 @@ from enum import StrEnum
 import msgspec
 
 from fusevm.model.environment import Timings
-from fusevm.model.network import Network
+from fusevm.model.network import Exposure, Network, PublishedPort
 
 
 class Phase(StrEnum):
@@ -71,6 +71,8 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     #: Environment of every command.
     env: dict[str, str] = {}
     network: Network = Network()
+    #: Ports that are published when it is made.
+    expose: tuple[Exposure, ...] = ()
 
 
 class Artifact(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,6 +156,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     restored_seq: int = -1
     #: None: it was made by Fuse's own API.
     contract: Contract | None = None
+    #: Ports of the host that lead to it; kept while it is stopped.
+    ports: tuple[PublishedPort, ...] = ()
     #: How often it was started.
     generation: int = 0
     timings: Timings = Timings()

@@ -197,6 +197,9 @@ class FakeQuarters:
         self.sizes: dict[str, int] = {}
         #: How often the disk of a machine at rest was opened.
         self.visits = 0
+        #: Records as they were when the network was told of them, and what it answers.
+        self.rewired: dict[str, Machine] = {}
+        self.rewire_error: Error | None = None
         self.left = Remains()
         self.limits_now = Limits(
             max_machines=1000,
@@ -233,6 +236,13 @@ class FakeQuarters:
         await self.holds.come_to("rejoin")
         return self._lodging(machine)
 
+    async def rewire(self, machine: Machine) -> None:
+        """Remember what the record says."""
+        await self.holds.come_to("rewire")
+        if self.rewire_error is not None:
+            raise self.rewire_error
+        self.rewired[machine.id] = machine
+
     async def vacate(self, machine: Machine, *, keep_disk: bool) -> None:
         """Give up, and end stray processes."""
         await self.holds.come_to("vacate")
@@ -259,7 +269,7 @@ class FakeQuarters:
 
     def numbers(self) -> Numbers:
         """Plenty."""
-        return Numbers(warm_slots=(2, 3), slot_count=1000, uid_base=200_000, uid_count=1000)
+        return Numbers(warm_slots=(2, 3), slot_count=1000, uid_base=200_000, uid_count=1000, ports=(20_000, 39_999))
 
     async def remains(self, machine_id: str) -> Remains:
         """What the test says."""

@@ -14,6 +14,7 @@ from fusevm.model.environment import Timings
 from fusevm.model.errors import BadField
 from fusevm.model.host import Resources
 from fusevm.model.machine import Fence, Isolation, MachineSpec, Moment, Phase
+from fusevm.model.network import Network, Transport
 from fusevm.model.snapshot import SnapshotKind
 from fusevm.wire.contract import ArtifactBody, PortBody
 from fusevm.wire.guest import StreamFlags
@@ -123,6 +124,60 @@ class QuarantineBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     retry_at: str = ""
 
 
+class PublishPort(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of `POST /machines/{id}/published-ports`. Idempotent by `published_port_id`."""
+
+    published_port_id: str
+    port: int
+    protocol: Transport = Transport.TCP
+    name: str = ""
+    #: Wanted on the host; 0: the first free one of its range.
+    host_port: int = 0
+
+
+class PublishedPortBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A port of a machine that its host forwards."""
+
+    id: str = msgspec.field()
+    machine_id: str
+    name: str = ""
+    port: int = msgspec.field()
+    host_port: int
+    protocol: Transport
+    #: RFC 3339.
+    created_at: str
+
+
+class PublishedPortAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    port: PublishedPortBody
+
+
+class PublishedPortList(msgspec.Struct, frozen=True, kw_only=True):
+    ports: list[PublishedPortBody] = []
+
+
+class TrafficBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What a machine has sent and received since its start, from its point of view."""
+
+    received_bytes: int = 0
+    received_packets: int = 0
+    sent_bytes: int = 0
+    sent_packets: int = 0
+    connections_opened: int = 0
+    #: To its published ports.
+    connections_accepted: int = 0
+    #: By its policy.
+    packets_refused: int = 0
+    names_refused: int = 0
+
+
+class NetworkAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """A machine's policy as it is in force; `traffic` is null while it has no network slot."""
+
+    network: Network
+    traffic: TrafficBody | None = None
+
+
 class MachineBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A machine as the API shows it. `phase` is `starting` for `creating` in one of the contract's users."""
 
@@ -142,6 +197,7 @@ class MachineBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     #: RFC 3339.
     created_at: str
     started_at: str = ""
+    published_ports: list[PublishedPortBody] = []
     #: Only there while something is wrong.
     quarantine: QuarantineBody | None = None
     # What follows is the contract's, and only there in machines that were made in its form.

@@ -7,6 +7,7 @@ Errors are flat (`wire.errors.render_flat`). Orders carry the fence headers of `
 from typing import Any
 
 from fusevm.model import errors as e
+from fusevm.model.network import Network
 from fusevm.wire import host_api
 from fusevm.wire.contract_routes import CONTRACT_ROUTES, CREATE_ROUTES
 from fusevm.wire.errors import FlatError
@@ -16,7 +17,18 @@ from fusevm.wire.routes import NO_LIMIT, Param, Payload, Route, Scope
 _FENCE = (e.BadField, e.WrongCluster, e.StaleIncarnation, e.MachineExists)
 _LATE = (e.StaleAction, e.OrderExpired)
 _ORDER = (*_FENCE, *_LATE, e.MachineNotFound, e.NoSpace, e.ShuttingDown)
-_BOOT = (e.HostFull, e.BootFailed, e.VmmMissing, e.ImageCorrupt, e.GuestUnreachable, e.CommandFailed, e.Timeout)
+_BOOT = (
+    e.HostFull,
+    e.HostPortTaken,
+    e.PublishedPortExists,
+    e.PolicyNotEnforceable,
+    e.BootFailed,
+    e.VmmMissing,
+    e.ImageCorrupt,
+    e.GuestUnreachable,
+    e.CommandFailed,
+    e.Timeout,
+)
 _GUEST = (*_FENCE, *_LATE, e.MachineNotFound, e.WrongState, e.GuestUnreachable, e.AgentFailure, e.BadRequest)
 _FILES = (
     e.FileNotFound,
@@ -134,6 +146,68 @@ HOST_ROUTES: tuple[Route, ...] = (
         answer=host_api.HostExecAnswer,
         limit=1 << 20,
         errors=(*_GUEST, *_COMMAND),
+    ),
+    Route(
+        method="POST",
+        path=_MACHINE + "/published-ports",
+        name="publish_port",
+        summary="Let a port of the host lead to one of a running machine. Idempotent by `published_port_id`",
+        scope=Scope.HOSTS,
+        takes=Payload.JSON,
+        request=host_api.PublishPort,
+        answer=host_api.PublishedPortAnswer,
+        statuses=(201,),
+        limit=1 << 16,
+        errors=(
+            *_ORDER,
+            e.WrongState,
+            e.HostFull,
+            e.HostPortTaken,
+            e.PublishedPortExists,
+            e.PolicyNotEnforceable,
+            e.CommandFailed,
+            e.SlotFailed,
+        ),
+    ),
+    Route(
+        method="GET",
+        path=_MACHINE + "/published-ports",
+        name="list_published_ports",
+        summary="Ports of the host that lead to a machine",
+        scope=Scope.HOSTS,
+        answer=host_api.PublishedPortList,
+        errors=(e.BadField, e.MachineNotFound),
+    ),
+    Route(
+        method="DELETE",
+        path=_MACHINE + "/published-ports/{port_id}",
+        name="unpublish_port",
+        summary="Take a published port back and end its connections. Idempotent",
+        scope=Scope.HOSTS,
+        gives=Payload.NONE,
+        statuses=(204,),
+        errors=(*_ORDER, e.PolicyNotEnforceable, e.CommandFailed, e.SlotFailed),
+    ),
+    Route(
+        method="GET",
+        path=_MACHINE + "/network",
+        name="get_network",
+        summary="What a machine may reach, and what it has sent and received",
+        scope=Scope.HOSTS,
+        answer=host_api.NetworkAnswer,
+        errors=(e.BadField, e.MachineNotFound, e.CommandFailed),
+    ),
+    Route(
+        method="PUT",
+        path=_MACHINE + "/network",
+        name="set_network",
+        summary="Hold a machine to another policy, its open connections included. Idempotent",
+        scope=Scope.HOSTS,
+        takes=Payload.JSON,
+        request=Network,
+        answer=host_api.NetworkAnswer,
+        limit=1 << 18,
+        errors=(*_ORDER, e.PolicyNotEnforceable, e.CommandFailed, e.SlotFailed),
     ),
     *(
         Route(

@@ -67,6 +67,7 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "host_listen": ("[::1]:9", "[::1]:9", "::1:9"),
     "driver": ("qemu", "qemu", "xen"),
     "kernel": ("/vmlinux", Path("/vmlinux"), None),
+    "published_ports": ("30000-30999", "30000-30999", None),
     "network_range": ("10.9.0.0/16", "10.9.0.0/16", None),
     "artefact_root": ("/images", Path("/images"), None),
     "run_dir": ("/run/x", Path("/run/x"), None),

@@ -18,10 +18,20 @@ import pytest
 
 from fusevm.host.agent import ask_health
 from fusevm.host.daemon import Daemon
-from fusevm.host.faults import CREATE_POINTS, DELETE_POINTS, POINTS, START_POINTS, STOP_POINTS
+from fusevm.host.faults import (
+    CREATE_POINTS,
+    DELETE_POINTS,
+    NETWORK_POINTS,
+    POINTS,
+    START_POINTS,
+    STOP_POINTS,
+    UNDONE_POINTS,
+)
+from fusevm.host.port_rows import PortDraft
 from fusevm.host.vmm.driver import BootPlan
-from fusevm.model.errors import Error, StaleIncarnation
+from fusevm.model.errors import CommandFailed, Error, StaleIncarnation
 from fusevm.model.machine import Machine, Phase, VmmProcess
+from fusevm.model.network import Exposure, Network
 from fusevm.testing.fake_driver import FakeProcess
 from fusevm.testing.host_world import NOTHING, World, fence, order, until
 
@@ -265,7 +275,48 @@ def test_the_end_of_a_vmm(tmp_path: Path, point: str):
     asyncio.run(look())
 
 
+@pytest.mark.parametrize("point", [*NETWORK_POINTS, *UNDONE_POINTS])
+def test_a_change_of_the_network(tmp_path: Path, point: str):
+    """It is in the journal or it is not; what is, is what the network is told after the restart, too."""
+    world = World(tmp_path)
+    policy, draft = Network(internet=False), PortDraft(id="web", exposure=Exposure(port=80))
+
+    async def deed(daemon: Daemon) -> None:
+        await daemon.machines.create(order(), FIRST)
+        if point in UNDONE_POINTS:
+            world.quarters.rewire_error = CommandFailed(command="nft", exit_status=1, stderr="no")
+        if not point.startswith("network."):
+            await daemon.machines.publish("m-1", SECOND, draft)
+            await daemon.machines.unpublish("m-1", SECOND, "web")
+        await daemon.machines.set_network("m-1", SECOND, policy)
+
+    die(world, point, deed)
+
+    async def look() -> None:
+        async with world.daemon() as daemon:
+            (machine,) = await settled(daemon)
+            await check_running(world, daemon, machine)
+            kept = ("port.published", "port.published.applied", "port.unpublished.writing", "port.undone.writing")
+            assert [port.id for port in machine.ports] == (["web"] if point in kept else [])
+            assert machine.spec.network.internet is (point not in ("network.changed", "network.changed.applied"))
+            assert (await daemon.machines.publish("m-1", SECOND, draft)).host_port == 20_000
+            await daemon.machines.unpublish("m-1", SECOND, "web")
+            changed = await daemon.machines.set_network("m-1", SECOND, policy)
+            assert (changed.ports, changed.spec.network) == ((), policy)
+
+    asyncio.run(look())
+
+
 def test_no_kill_point_is_forgotten():
     undone = {"create.undone.writing", "create.undone", "start.undone.writing", "start.undone"}
     ends = {"exit.seen.writing", "exit.seen", "exit.vacated.writing", "exit.vacated"}
-    assert {*CREATE_POINTS, *START, *STOP_POINTS, *DELETE_POINTS, *undone, *ends} == POINTS
+    assert {
+        *CREATE_POINTS,
+        *START,
+        *STOP_POINTS,
+        *DELETE_POINTS,
+        *NETWORK_POINTS,
+        *UNDONE_POINTS,
+        *undone,
+        *ends,
+    } == POINTS

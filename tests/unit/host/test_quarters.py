@@ -64,7 +64,7 @@ async def quarters(tmp_path: Path, images: ImageStore) -> HostQuarters:
         config,
         images=images,
         boot_files=finder,
-        wiring=UserWiring(user_network=False),
+        wiring=UserWiring(user_network=False, ports=(20_000, 20_099)),
         cgroups=None,
         driver="qemu",
         overhead_mib=160,
@@ -219,7 +219,7 @@ def test_a_stray_is_known_by_its_disk_and_its_name():
 
 
 async def test_policies_are_those_of_the_machine():
-    wiring = UserWiring(user_network=True)
+    wiring = UserWiring(user_network=True, ports=(20_000, 20_099))
     open_machine = msgspec.structs.replace(MACHINE, spec=msgspec.structs.replace(SPEC, network=Network(internet=True)))
     closed = msgspec.structs.replace(MACHINE, spec=msgspec.structs.replace(SPEC, network=Network(internet=False)))
     assert "restrict=off" in (await wiring.connect(open_machine)).nic.user_network

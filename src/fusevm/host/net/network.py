@@ -93,7 +93,7 @@ class HostNetwork:
 
     async def traffic(self) -> dict[int, Traffic]:
         """Read what every slot has sent and received."""
-        return observe_traffic(self._plan, await self._firewall.count(), self._dns.refused())
+        return observe_traffic(self.plan, await self._firewall.count(), self._dns.refused())
 
 
 class _Policies:

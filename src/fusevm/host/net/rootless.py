@@ -7,9 +7,10 @@ machine's record says `Isolation.USER_NETWORK` and the daemon warns.
 Owns: the arguments. Must not: start QEMU.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from fusevm.host.net.plan import GATEWAY, GUEST_ADDRESS
+from fusevm.host.net.terms import Forward
 
 #: QEMU keeps the gateway, its DNS server and the guest apart: a /30 is too small.
 _NETWORK = "10.208.0.0/24"
@@ -18,10 +19,10 @@ _DNS = "10.208.0.3"
 _MTU = 1500
 
 
-def render_user_network(*, forwards: Mapping[int, int], internet: bool, user_network: bool) -> str:
+def render_user_network(*, forwards: Iterable[Forward], internet: bool, user_network: bool) -> str:
     """Render what follows `-netdev user,id=...,` on QEMU's command line for one machine.
 
-    `forwards` maps ports of the host's loopback to TCP ports of the guest. The network is open only if the
+    `forwards` lead from ports of the host's loopback address to ports of the guest. The network is open only if the
     administrator allows it (`user_network`) and the machine's policy wants it (`internet`).
     """
     is_open = internet and user_network
@@ -32,7 +33,10 @@ def render_user_network(*, forwards: Mapping[int, int], internet: bool, user_net
         f"host={GATEWAY}",
         f"dns={_DNS}",
         f"dhcpstart={GUEST_ADDRESS}",
-        *(f"hostfwd=tcp:127.0.0.1:{host}-{GUEST_ADDRESS}:{guest}" for host, guest in sorted(forwards.items())),
+        *(
+            f"hostfwd={forward.protocol}:127.0.0.1:{forward.host_port}-{GUEST_ADDRESS}:{forward.port}"
+            for forward in sorted(forwards)
+        ),
     ]
     return ",".join(options)
 

@@ -94,3 +94,18 @@ SELECT count(*) FROM fences WHERE ended > 0 AND expires_at_ms > :now_ms;
 -- name: purge_fences
 DELETE FROM fences WHERE expires_at_ms <= :now_ms
     AND NOT EXISTS (SELECT 1 FROM machines m WHERE m.cluster = fences.cluster AND m.uid = fences.uid);
+
+-- name: list_published
+SELECT protocol, host_port, id, machine_id FROM published_ports ORDER BY protocol, host_port;
+
+-- name: get_published
+SELECT machine_id FROM published_ports WHERE id = :id;
+
+-- name: published_numbers
+SELECT host_port FROM published_ports WHERE protocol = :protocol;
+
+-- name: publish
+INSERT INTO published_ports (protocol, host_port, id, machine_id) VALUES (:protocol, :host_port, :id, :machine_id);
+
+-- name: unpublish
+DELETE FROM published_ports WHERE id = :id AND machine_id = :machine_id;

@@ -39,6 +39,16 @@ class NotSupported(Error):
     feature: str
 
 
+class PolicyNotEnforceable(Error):
+    """What was asked of the network would not hold on this host, so it is refused rather than ignored."""
+
+    reason = "policy_not_enforceable"
+    code, status = "unimplemented", 501
+    template = "This host cannot do {what}: {why}; use a host whose daemon runs as root"
+    what: str
+    why: str
+
+
 class NoEncryptionKey(Error):
     """Nothing that must stay secret can be kept: PostgreSQL is used, and no key is set."""
 

@@ -52,6 +52,19 @@ class OrderExpired(Conflict):
     action_seq: int
 
 
+class HostPortTaken(Conflict):
+    reason = "host_port_taken"
+    template = "Port {port}/{protocol} of the host is taken; ask for another one, or for none in particular"
+    port: int
+    protocol: str
+
+
+class PublishedPortExists(Conflict):
+    reason = "published_port_exists"
+    template = "A published port {id!r} exists already; delete it first, or use another id"
+    id: str
+
+
 class WrongCluster(Conflict):
     reason = "wrong_cluster"
     template = "This host belongs to cluster {cluster}; it takes no orders from {asked}"

@@ -16,7 +16,9 @@ from fusevm.host.net.plan import (
     render_kernel_arguments,
 )
 from fusevm.host.net.rootless import render_user_kernel_arguments, render_user_network
+from fusevm.host.net.terms import Forward
 from fusevm.model.errors import BadSetting, NetworkRangeConflict
+from fusevm.model.network import Transport
 
 PLAN = NetworkPlan()
 
@@ -141,9 +143,15 @@ def test_the_user_network_is_closed_unless_administrator_and_policy_open_it():
 
 
 def test_the_user_network_in_full():
-    value = render_user_network(forwards={40002: 443, 40001: 80}, internet=False, user_network=False)
+    forwards = [
+        Forward(protocol=Transport.TCP, host_port=40002, port=443),
+        Forward(protocol=Transport.UDP, host_port=40001, port=53),
+        Forward(protocol=Transport.TCP, host_port=40001, port=80),
+    ]
+    value = render_user_network(forwards=forwards, internet=False, user_network=False)
     assert value == (
         "restrict=on,ipv6=off,net=10.208.0.0/24,host=10.208.0.1,dns=10.208.0.3,dhcpstart=10.208.0.2,"
-        "hostfwd=tcp:127.0.0.1:40001-10.208.0.2:80,hostfwd=tcp:127.0.0.1:40002-10.208.0.2:443"
+        "hostfwd=tcp:127.0.0.1:40001-10.208.0.2:80,hostfwd=tcp:127.0.0.1:40002-10.208.0.2:443,"
+        "hostfwd=udp:127.0.0.1:40001-10.208.0.2:53"
     )
     assert render_user_kernel_arguments() == "fuse.ip=10.208.0.2/24,10.208.0.1,1500 fuse.dns=10.208.0.3"
