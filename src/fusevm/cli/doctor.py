@@ -48,8 +48,9 @@ def doctor(*, state: State, data: str | None, config_file: Path | None, **flags:
     for report in reports:
         mark, colour = _MARKS[report.level]
         shown = click.style(mark, fg=colour) if is_terminal(sys.stdout) else mark
-        click.echo(f"{shown}  {report.name:<{width}}  {report.found}")
+        number = str(report.number or "")
+        click.echo(f"{shown}  {number:>2}  {report.name:<{width}}  {report.found}")
         if report.remedy:
-            click.echo(f"{'':8}  {'':<{width}}  -> {report.remedy}")
+            click.echo(f"{'':12}  {'':<{width}}  -> {report.remedy}")
     click.echo(_ENDINGS[verdict])
     return exit_status(reports)

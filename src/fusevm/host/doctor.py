@@ -14,15 +14,15 @@ import platform
 import shutil
 import sys
 from collections.abc import Awaitable, Callable
-from enum import StrEnum
-from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from fusevm.host.boot_files import has_agent
-from fusevm.host.cgroup import CONTROLLERS, observe_mounts
 from fusevm.host.config import SOCKET_PATH_LIMIT, HostConfig
+from fusevm.host.fitness.facts import Facts, gather
+from fusevm.host.fitness.finding import Finding, Level, degraded, ok, unfit
+from fusevm.host.fitness.table import FITNESS
 from fusevm.host.images.kernel import KernelStore
 from fusevm.host.images.store import ImageStore
 from fusevm.host.images.subordinate import NEEDED, find_shortage
@@ -31,34 +31,14 @@ from fusevm.host.net.plan import NetworkPlan, check_range
 from fusevm.host.net.uplink import observe_routes, observe_uplinks
 from fusevm.host.quarters import check_reachable
 from fusevm.host.run import program_environment, run
+from fusevm.host.vmm.firecracker.pins import RELEASES
 from fusevm.model.errors import Error, KernelCorrupt
 
 _MIN_PYTHON: Final = (3, 11)
 _MIN_QEMU: Final = (7, 2)
-_WANTED_DISK_BYTES: Final = 20 << 30
 _TIMEOUT_S: Final = 10.0
 #: Of a check that reads gigabytes.
 _LONG_TIMEOUT_S: Final = 180.0
-
-
-class Level(StrEnum):
-    """What a finding means for machines."""
-
-    OK = "ok"
-    #: Machines run, but not as well as they could.
-    DEGRADED = "degraded"
-    #: No machine can run.
-    UNFIT = "unfit"
-
-
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """What one check has seen."""
-
-    level: Level
-    #: What is there, for people.
-    found: str
-    #: What to do; empty when all is well.
-    remedy: str = ""
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +54,8 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """One line of the outcome."""
 
+    #: Number in `fitness.table`; 0: a check of ours that has none.
+    number: int = 0
     name: str
     purpose: str
     level: Level
@@ -83,7 +65,31 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 async def examine(config: HostConfig) -> list[Report]:
     """Run every check. One that fails to look counts as degraded, and says so."""
-    return [await _examine(check, config) for check in CHECKS]
+    own = [await _examine(check, config) for check in CHECKS]
+    facts = await asyncio.to_thread(gather, config, await _read_ruleset())
+    return [*own, *report_fitness(facts)]
+
+
+def report_fitness(facts: Facts) -> list[Report]:
+    """What the numbered checks say of a machine. Pure."""
+    return [
+        Report(
+            number=check.number,
+            name=check.name,
+            purpose=check.purpose,
+            level=(finding := check.judge(facts)).level,
+            found=finding.found,
+            remedy=finding.remedy,
+        )
+        for check in FITNESS
+    ]
+
+
+async def _read_ruleset() -> str | None:
+    try:
+        return (await run(["nft", "list", "ruleset"], timeout_s=_TIMEOUT_S)).text
+    except (Error, OSError):
+        return None
 
 
 def judge(reports: list[Report]) -> str:
@@ -113,69 +119,40 @@ async def _examine(check: Check, config: HostConfig) -> Report:
     )
 
 
-def _ok(found: str) -> Finding:
-    return Finding(level=Level.OK, found=found)
-
-
-def _degraded(found: str, remedy: str) -> Finding:
-    return Finding(level=Level.DEGRADED, found=found, remedy=remedy)
-
-
-def _unfit(found: str, remedy: str) -> Finding:
-    return Finding(level=Level.UNFIT, found=found, remedy=remedy)
-
-
 # -- the checks -------------------------------------------------------------------------------------------------------
 
 
 async def _python(_config: HostConfig) -> Finding:
     version = platform.python_version()
     if sys.version_info[:2] < _MIN_PYTHON:
-        return _unfit(version, "install Python 3.11 or newer")
-    return _ok(version)
+        return unfit(version, "install Python 3.11 or newer")
+    return ok(version)
 
 
 async def _root(_config: HostConfig) -> Finding:
     if os.geteuid() != 0:
         remedy = "run it as root: without, machines share your user, and have no network of their own"
-        return _degraded(f"user {os.geteuid()}", remedy)
-    return _ok("root")
+        return degraded(f"user {os.geteuid()}", remedy)
+    return ok("root")
 
 
 async def _architecture(_config: HostConfig) -> Finding:
     machine = platform.machine()
-    return _ok(machine) if machine == "x86_64" else _unfit(machine, "use an x86_64 host")
+    return ok(machine) if machine in RELEASES else unfit(machine, f"use a host of {' or '.join(RELEASES)}")
 
 
 async def _qemu(_config: HostConfig) -> Finding:
     remedy = "apt-get install qemu-system-x86"
+    if platform.machine() != "x86_64":
+        return ok("not needed: machines run on Firecracker only")
     if shutil.which("qemu-system-x86_64") is None:
-        return _unfit("not installed", remedy)
+        return unfit("not installed", remedy)
     done = await run(["qemu-system-x86_64", "--version"], timeout_s=_TIMEOUT_S)
     text = done.text.partition("version ")[2].split()[0] if "version " in done.text else "unknown"
     numbers = tuple(int(part) for part in text.split(".")[:2] if part.isdecimal())
     if len(numbers) == len(_MIN_QEMU) and numbers < _MIN_QEMU:
-        return _unfit(text, f"{remedy} (7.2 or newer)")
-    return _ok(text)
-
-
-async def _kvm(_config: HostConfig) -> Finding:
-    remedy = "machines run in software emulation, about 10 times slower; use a host with hardware virtualisation"
-    try:
-        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as e:
-        return _degraded(f"/dev/kvm: {e.strerror}", remedy)
-    return _ok("/dev/kvm opens; the daemon boots a machine to see whether it really works")
-
-
-async def _tun(_config: HostConfig) -> Finding:
-    if os.geteuid() != 0:
-        return _ok("not needed without root")
-    try:
-        os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as e:
-        return _unfit(f"/dev/net/tun: {e.strerror}", "modprobe tun")
-    return _ok("/dev/net/tun opens")
+        return unfit(text, f"{remedy} (7.2 or newer)")
+    return ok(text)
 
 
 async def _tools(_config: HostConfig) -> Finding:
@@ -189,33 +166,10 @@ async def _tools(_config: HostConfig) -> Finding:
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     missing = [name for name in packages if shutil.which(name, path=path) is None]
     if missing:
-        return _unfit(
+        return unfit(
             f"missing: {', '.join(missing)}", f"apt-get install {' '.join(sorted({packages[m] for m in missing}))}"
         )
-    return _ok(", ".join(packages))
-
-
-async def _cgroups(_config: HostConfig) -> Finding:
-    mounts = await asyncio.to_thread(observe_mounts)
-    there = mounts.unified_controllers | mounts.legacy.keys()
-    missing = [name for name in CONTROLLERS if name not in there]
-    if missing:
-        return _degraded(
-            f"no controller {', '.join(missing)}", "boot with cgroup v2 (systemd.unified_cgroup_hierarchy=1)"
-        )
-    legacy = [name for name in CONTROLLERS if name not in mounts.unified_controllers]
-    return _ok("v2" if not legacy else f"v1 for {', '.join(legacy)}")
-
-
-async def _disk(config: HostConfig) -> Finding:
-    folder = next(path for path in (config.data_root, *config.data_root.parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    found = f"{free >> 30} GiB free below {config.data_root}"
-    if free < config.disk_reserve_bytes:
-        return _unfit(found, "free disk space, or choose another data directory")
-    if free < _WANTED_DISK_BYTES:
-        return _degraded(found, "machines' disks grow as they are written: 20 GiB or more are better")
-    return _ok(found)
+    return ok(", ".join(packages))
 
 
 async def _data_root(config: HostConfig) -> Finding:
@@ -223,15 +177,15 @@ async def _data_root(config: HostConfig) -> Finding:
     if os.geteuid() == 0:
         # The last one is made by the daemon itself.
         await asyncio.to_thread(check_reachable, folder if folder != config.data_root else folder.parent)
-    return _ok(str(config.data_root))
+    return ok(str(config.data_root))
 
 
 async def _run_dir(config: HostConfig) -> Finding:
     try:
         config.check()
     except Error as e:
-        return _unfit(e.message, f"choose shorter directories: sockets have at most {SOCKET_PATH_LIMIT} bytes")
-    return _ok(str(config.runtime_directory))
+        return unfit(e.message, f"choose shorter directories: sockets have at most {SOCKET_PATH_LIMIT} bytes")
+    return ok(str(config.runtime_directory))
 
 
 async def _kernel(config: HostConfig) -> Finding:
@@ -239,16 +193,14 @@ async def _kernel(config: HostConfig) -> Finding:
     kernels = await store.load_all()
     if config.kernel is not None:
         is_there = config.kernel.is_file()
-        return (
-            _ok(str(config.kernel)) if is_there else _unfit(f"{config.kernel} does not exist", "name another --kernel")
-        )
+        return ok(str(config.kernel)) if is_there else unfit(f"{config.kernel} does not exist", "name another --kernel")
     if not kernels:
-        return _degraded("none yet", "it is fetched at the first start; that needs the Internet")
+        return degraded("none yet", "it is fetched at the first start; that needs the Internet")
     try:
         await store.verify(kernels[0])
     except KernelCorrupt as e:
-        return _unfit(f"{e.path}: {e.problem}", f"rm -r {kernels[0].directory}; it is fetched again at the next start")
-    return _ok(kernels[0].record.version)
+        return unfit(f"{e.path}: {e.problem}", f"rm -r {kernels[0].directory}; it is fetched again at the next start")
+    return ok(kernels[0].record.version)
 
 
 async def _image(config: HostConfig) -> Finding:
@@ -256,78 +208,67 @@ async def _image(config: HostConfig) -> Finding:
     damage = await store.find_damage()
     if damage:
         remedy = "; ".join(f"fuse image build --force {one.image}" for one in damage)
-        return _degraded("; ".join(f"{one.path} is damaged: {one.problem}" for one in damage), remedy)
+        return degraded("; ".join(f"{one.path} is damaged: {one.problem}" for one in damage), remedy)
     images = await store.load_all()
     if not images:
-        return _degraded("none yet", "fuse image build debian-12")
-    return _ok(", ".join(image.label for image in images))
+        return degraded("none yet", "fuse image build debian-12")
+    return ok(", ".join(image.label for image in images))
 
 
 async def _subordinate_ids(_config: HostConfig) -> Finding:
     if os.geteuid() == 0:
-        return _ok("not needed as root")
+        return ok("not needed as root")
     if shutil.which("newuidmap", path=program_environment()["PATH"]) is None:
-        return _degraded("newuidmap is not installed: no image can be built", "apt-get install uidmap")
+        return degraded("newuidmap is not installed: no image can be built", "apt-get install uidmap")
     short = await asyncio.to_thread(find_shortage)
     if short is not None:
         remedy = f"as root: {short.command}" if short.command else "build images as root"
-        return _degraded(f"{short.table}: {short.problem}", remedy)
-    return _ok(f"{NEEDED} of each kind")
+        return degraded(f"{short.table}: {short.problem}", remedy)
+    return ok(f"{NEEDED} of each kind")
 
 
 async def _agent(_config: HostConfig) -> Finding:
-    return _ok("built in") if has_agent() else _unfit("missing", "run `make agent` in the source folder")
+    return ok("built in") if has_agent() else unfit("missing", "run `make agent` in the source folder")
 
 
 async def _uplink(config: HostConfig) -> Finding:
     if os.geteuid() != 0:
-        return _ok("not needed without root")
+        return ok("not needed without root")
     uplinks = await observe_uplinks(config.egress_interface)
     if not uplinks:
-        return _degraded("no default route", "machines cannot reach the Internet; set a default route")
-    return _ok(", ".join(uplinks))
+        return degraded("no default route", "machines cannot reach the Internet; set a default route")
+    return ok(", ".join(uplinks))
 
 
 async def _range(config: HostConfig) -> Finding:
     if os.geteuid() != 0:
-        return _ok("not needed without root")
+        return ok("not needed without root")
     plan = NetworkPlan(prefix=config.instance, range=config.network_range, mtu=config.network_mtu)
     try:
         check_range(plan, await observe_routes())
     except Error as e:
-        return _unfit(e.message, "choose another --network-range")
-    return _ok(config.network_range)
+        return unfit(e.message, "choose another --network-range")
+    return ok(config.network_range)
 
 
 async def _foreign_rules(_config: HostConfig) -> Finding:
     if os.geteuid() != 0:
-        return _ok("not needed without root")
+        return ok("not needed without root")
     done = await run(["nft", "-j", "-t", "list", "ruleset"], timeout_s=_TIMEOUT_S)
     chains = find_blocking_chains(parse_ruleset(done.stdout))
     if not chains:
-        return _ok("no other program drops forwarded packets")
+        return ok("no other program drops forwarded packets")
     names = ", ".join(f"{chain.family} {chain.table} {chain.name}" for chain in chains)
     # Not a fault: the daemon adds one pair of tagged rules, and removes it.
-    return _ok(f"{names} drop forwarded packets; the daemon adds a tagged pair of rules there")
-
-
-async def _swap(_config: HostConfig) -> Finding:
-    lines = (await asyncio.to_thread(Path("/proc/swaps").read_text)).splitlines()[1:]
-    if lines:
-        return _degraded(f"{len(lines)} swap devices", "machines' memory may end up on disk: swapoff, or encrypt it")
-    return _ok("none")
+    return ok(f"{names} drop forwarded packets; the daemon adds a tagged pair of rules there")
 
 
 CHECKS: tuple[Check, ...] = (
     Check(name="python", purpose="The daemon runs on it", observe=_python),
     Check(name="root", purpose="Users, networks and limits of machines", observe=_root),
-    Check(name="architecture", purpose="The machine type that QEMU emulates", observe=_architecture),
-    Check(name="qemu", purpose="Runs the machines", observe=_qemu),
-    Check(name="kvm", purpose="Runs them at full speed", observe=_kvm),
-    Check(name="tun", purpose="The machines' network cards", observe=_tun),
+    Check(name="architecture", purpose="What the VMMs were built for", observe=_architecture),
+    Check(name="qemu", purpose="Runs machines without KVM", observe=_qemu),
     Check(name="tools", purpose="Networks, disks and confinement", observe=_tools),
-    Check(name="cgroups", purpose="Limits of memory, CPU and processes", observe=_cgroups),
-    Check(name="disk", purpose="Room for the machines' disks", observe=_disk),
     Check(name="data_root", purpose="VMMs run as users of their own and must reach their files", observe=_data_root),
     Check(name="run_dir", purpose="Paths of sockets are short", observe=_run_dir),
     Check(name="agent", purpose="Serves commands and files inside of machines", observe=_agent),
@@ -337,5 +278,4 @@ CHECKS: tuple[Check, ...] = (
     Check(name="uplink", purpose="The machines' way to the Internet", observe=_uplink),
     Check(name="network_range", purpose="Addresses of the machines' networks", observe=_range),
     Check(name="foreign_rules", purpose="Other programs' firewalls", observe=_foreign_rules),
-    Check(name="swap", purpose="Secrets in memory stay in memory", observe=_swap),
 )

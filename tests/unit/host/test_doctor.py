@@ -9,6 +9,7 @@ import pytest
 
 from fusevm.host.config import HostConfig
 from fusevm.host.doctor import CHECKS, Check, Finding, Level, Report, _examine, examine, exit_status, judge
+from fusevm.host.fitness.table import FITNESS
 from fusevm.host.images.build import build_from_tree
 from fusevm.host.images.kernel import KernelStore
 from fusevm.host.images.store import ImageConfig, ImageStore
@@ -38,8 +39,10 @@ def test_the_verdict_is_that_of_the_worst_finding(levels: list[Level], verdict: 
 
 async def test_every_check_answers_on_this_machine_and_knows_a_remedy(tmp_path: Path):
     reports = await examine(HostConfig(data_root=tmp_path / "data", run_dir=tmp_path / "run"))
-    assert [one.name for one in reports] == [check.name for check in CHECKS]
-    assert len({check.name for check in CHECKS}) == len(CHECKS)
+    names = [check.name for check in CHECKS] + [check.name for check in FITNESS]
+    assert [one.name for one in reports] == names
+    assert len(set(names)) == len(names)
+    assert [one.number for one in reports if one.number] == list(range(1, 37))
     for one in reports:
         assert one.found
         assert bool(one.remedy) == (one.level is not Level.OK), one

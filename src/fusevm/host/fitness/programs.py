@@ -1,0 +1,71 @@
+"""The installed programs of Firecracker: where they are, and what they say of themselves."""
+
+import struct
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from fusevm.host.vmm.firecracker.pins import release_folder
+from fusevm.host.vmm.firecracker.versions import Version, parse_version
+
+NAMES: Final = ("firecracker", "jailer")
+_VARIABLES: Final = {"firecracker": "FIRECRACKER_BINARY_PATH", "jailer": "JAILER_BINARY_PATH"}
+_VERSION_S: Final = 10
+#: elf(5)
+_PT_INTERP: Final = 3
+
+
+class ProgramFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """One program."""
+
+    path: str
+    is_there: bool = False
+    version: Version | None = None
+    #: Without a loader, as the origin's releases are: only those have their seccomp filters built in.
+    is_static: bool = False
+    #: Format of the snapshots that it writes; empty: unknown.
+    snapshot_version: str = ""
+
+
+def find_programs(data: Path, environ: Mapping[str, str]) -> dict[str, Path]:
+    """Where the daemon will look for them."""
+    folder = release_folder(data)
+    return {name: Path(environ.get(variable) or folder / name) for name, variable in _VARIABLES.items()}
+
+
+def observe_program(path: Path) -> ProgramFacts:
+    """Ask a program for its version. Blocking."""
+    if not path.is_file():
+        return ProgramFacts(path=str(path))
+    format_version = _ask(path, "--snapshot-version") if path.name == "firecracker" else ""
+    return ProgramFacts(
+        path=str(path),
+        is_there=True,
+        version=parse_version(_ask(path, "--version")),
+        is_static=is_static(path),
+        snapshot_version=format_version.strip().lstrip("v"),
+    )
+
+
+def is_static(path: Path) -> bool:
+    """Is this a 64-bit ELF program without an interpreter?"""
+    with path.open("rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+            return False
+        offset, size, count = struct.unpack_from("<Q", header, 32)[0], *struct.unpack_from("<HH", header, 54)
+        file.seek(offset)
+        table = file.read(size * count)
+    kinds = (struct.unpack_from("<I", table, size * index)[0] for index in range(len(table) // size if size else 0))
+    return _PT_INTERP not in kinds
+
+
+def _ask(path: Path, option: str) -> str:
+    try:
+        done = subprocess.run([path, option], capture_output=True, text=True, timeout=_VERSION_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout
