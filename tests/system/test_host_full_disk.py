@@ -7,7 +7,9 @@ import msgspec
 import pytest
 from namespaces import private_network
 
+from fusevm.host.config import HostConfig
 from fusevm.host.daemon import Daemon
+from fusevm.host.watermarks import observe_places
 from fusevm.model.errors import HostFull, NoSpace
 from fusevm.model.machine import Phase
 from fusevm.testing.host_world import NOTHING, World, fence, order
@@ -51,6 +53,26 @@ async def test_the_watermark_refuses_before_the_disk_is_full(tmp_path: Path):
         with pytest.raises(HostFull, match="kept free"):
             await daemon.machines.create(order(), fence())
         await daemon.machines.delete("m-1", fence(action_seq=2))
+
+
+@private_network
+async def test_a_file_system_without_inodes_refuses_before_anything_fails(tmp_path: Path):
+    root = tmp_path / "small"
+    root.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160m,nr_inodes=2000", "fuse-test", root], check=True)
+    config = HostConfig(data_root=root / "data", run_dir=root / "run", disk_reserve_bytes=1 << 20)
+    world = World(root)
+    async with world.daemon() as daemon:
+        world.quarters.limits_now = msgspec.structs.replace(world.quarters.limits_now, places=observe_places(config))
+        await daemon.machines.create(order("m-1"), fence("u1"))
+        for number in range(1920):
+            (root / f"file-{number}").touch()
+        world.quarters.limits_now = msgspec.structs.replace(world.quarters.limits_now, places=observe_places(config))
+        with pytest.raises(HostFull, match="inodes kept free below"):
+            await daemon.machines.create(order("m-2"), fence("u2"))
+        assert [place.is_low for place in (await daemon.facts()).admission.places] == [True]
+        await daemon.machines.delete("m-1", fence("u1", action_seq=2))
+    assert world.leftovers == NOTHING
 
 
 def _fill(path: Path) -> None:

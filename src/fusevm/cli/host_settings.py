@@ -25,6 +25,11 @@ def host_config(loaded: Loaded, environ: Mapping[str, str], data: str | None = N
         instance=loaded["instance"],
         user_network=loaded["user_network"],
         max_machines=loaded["max_machines"],
+        cpu_ratio=loaded["cpu_ratio"],
+        disk_ratio=loaded["disk_ratio"],
+        ram_reserve_mib=loaded["ram_reserve_mib"],
+        cpu_reserve=loaded["cpu_reserve"],
+        disk_reserve_bytes=loaded["disk_reserve_bytes"],
         image_max_bytes=loaded["max_image_bytes"],
         artifact_networks=loaded["artifact_networks"],
     )

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import msgspec
 
+from fusevm.host.watermarks import Place
 from fusevm.model.errors import BadField, HostFull
 from fusevm.model.host import Resources
 from fusevm.model.machine import MachineSpec
+from fusevm.wire.host_api import AdmissionBody, AmountBody, PlaceBody
 
 _GIB = 1 << 30
 
@@ -45,6 +47,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     #: Free on the file system now, and what must stay free.
     disk_free_bytes: int
     disk_reserve_bytes: int
+    #: Every file system that machines take from, with its watermarks.
+    places: tuple[Place, ...] = ()
 
 
 def check_admission(usage: Usage, limits: Limits, spec: MachineSpec, *, is_new: bool) -> None:
@@ -63,6 +67,10 @@ def check_admission(usage: Usage, limits: Limits, spec: MachineSpec, *, is_new: 
             needed=f"{limits.disk_reserve_bytes} bytes kept free",
             free=f"{limits.disk_free_bytes} bytes",
         )
+    for place in limits.places:
+        if place.shortage is not None:
+            needed, free = place.shortage
+            raise HostFull(resource="inodes" if "inodes" in needed else "disk", needed=needed, free=free)
     if not is_new:
         return
     disk_free = int(limits.disk_bytes * limits.disk_ratio) - usage.disk_bytes
@@ -113,4 +121,29 @@ def render_reserved(usage: Usage, limits: Limits) -> Resources:
         ram_mb=usage.memory_mib + usage.active * limits.overhead_mib,
         storage_gb=-(-usage.disk_bytes // _GIB),
         vm_count=usage.machines,
+    )
+
+
+def render_admission(usage: Usage, limits: Limits) -> AdmissionBody:
+    """The numbers that a create is measured by, as of now."""
+    memory = usage.memory_mib + usage.active * limits.overhead_mib
+    places = [
+        PlaceBody(
+            path=place.path,
+            holds=place.holds,
+            free_bytes=place.free_bytes,
+            reserve_bytes=place.reserve_bytes,
+            free_inodes=place.free_inodes,
+            reserve_inodes=place.reserve_inodes if place.all_inodes else 0,
+            is_low=place.shortage is not None,
+        )
+        for place in limits.places
+    ]
+    return AdmissionBody(
+        cpus=AmountBody(limit=int(limits.cpus * limits.cpu_ratio), booked=usage.cpus),
+        memory_mib=AmountBody(limit=limits.memory_mib, booked=memory),
+        disk_bytes=AmountBody(limit=int(limits.disk_bytes * limits.disk_ratio), booked=usage.disk_bytes),
+        machines=AmountBody(limit=limits.max_machines, booked=usage.machines),
+        overhead_mib=limits.overhead_mib,
+        places=places,
     )

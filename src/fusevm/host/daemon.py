@@ -18,7 +18,7 @@ import msgspec
 import structlog
 
 from fusevm import __version__
-from fusevm.host.admission import render_capacity, render_reserved
+from fusevm.host.admission import render_admission, render_capacity, render_reserved
 from fusevm.host.agent import run_command
 from fusevm.host.channel import AgentClient
 from fusevm.host.config import HostConfig
@@ -125,6 +125,7 @@ class Daemon:
     async def facts(self) -> HostFacts:
         """What this host is and can take."""
         limits = await self._parts.quarters.limits()
+        usage = await self.journal.usage()
         images = await self._images.load_all()
         known = self._identification
         return HostFacts(
@@ -137,7 +138,8 @@ class Daemon:
             driver_reason=known.driver_reason,
             isolation=known.isolation,
             capacity=render_capacity(limits),
-            reserved=render_reserved(await self.journal.usage(), limits),
+            reserved=render_reserved(usage, limits),
+            admission=render_admission(usage, limits),
             images=[name for image in images for name in (image.digest, *image.names)],
             agent_version=known.agent_version,
             kernel=known.kernel,

@@ -38,6 +38,7 @@ from fusevm.host.surroundings import Blueprint, Lodging, Remains
 from fusevm.host.tasks import CleanUp, run_all
 from fusevm.host.vmm.console import last_lines
 from fusevm.host.vmm.driver import JAIL, BootPlan, Confinement
+from fusevm.host.watermarks import observe_places
 from fusevm.host.wiring import Wire, Wiring
 from fusevm.model.errors import BadSetting, Internal, NoSpace
 from fusevm.model.machine import Isolation, Machine, MachineSpec
@@ -288,6 +289,7 @@ class HostQuarters:
             disk_ratio=config.disk_ratio,
             disk_free_bytes=stats.f_bavail * stats.f_frsize,
             disk_reserve_bytes=config.disk_reserve_bytes,
+            places=observe_places(config),
         )
 
     def _disk_free(self) -> int:

@@ -232,6 +232,39 @@ class ImageList(msgspec.Struct, frozen=True, kw_only=True):
     images: list[ImageBody] = []
 
 
+class AmountBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What a host gives out of one thing, ratios and reserves included, and what of it is booked."""
+
+    limit: int = 0
+    booked: int = 0
+
+
+class PlaceBody(msgspec.Struct, frozen=True, kw_only=True):
+    """A file system that machines take from; creates are refused while it `is_low`."""
+
+    path: str
+    holds: str = ""
+    free_bytes: int = 0
+    reserve_bytes: int = 0
+    #: Both 0 where the file system does not count them.
+    free_inodes: int = 0
+    reserve_inodes: int = 0
+    is_low: bool = False
+
+
+class AdmissionBody(msgspec.Struct, frozen=True, kw_only=True):
+    """The numbers that a create is measured by: it is refused (`host_full`) when one limit would be exceeded."""
+
+    cpus: AmountBody = AmountBody()
+    #: Booked: with `overhead_mib` for each machine that runs.
+    memory_mib: AmountBody = AmountBody()
+    disk_bytes: AmountBody = AmountBody()
+    machines: AmountBody = AmountBody()
+    #: What a VMM takes beside its guest's memory.
+    overhead_mib: int = 0
+    places: list[PlaceBody] = []
+
+
 class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
     """`GET /info`: what this host is and can take."""
 
@@ -248,6 +281,7 @@ class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
     isolation: Isolation = Isolation.NAMESPACE
     capacity: Resources
     reserved: Resources = Resources()
+    admission: AdmissionBody = AdmissionBody()
     images: list[str] = []
     agent_version: str = ""
     kernel: str = ""

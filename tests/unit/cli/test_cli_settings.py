@@ -75,6 +75,11 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "user_network": ("on", True, "perhaps"),
     "plain_http": ("1", True, "plain"),
     "max_machines": ("12", 12, "many"),
+    "cpu_ratio": ("1.5", 1.5, "0"),
+    "disk_ratio": ("1", 1.0, "none"),
+    "ram_reserve_mib": ("1024", 1024, "-1"),
+    "cpu_reserve": ("1", 1, "half"),
+    "disk_reserve_bytes": ("1048576", 1048576, "1 GiB"),
     "max_image_bytes": ("1048576", 1048576, "big"),
     "artifact_networks": ("10.0.0.0/8,fd00::/8", ("10.0.0.0/8", "fd00::/8"), "10.0.0.0/40"),
 }

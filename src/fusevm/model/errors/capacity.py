@@ -89,7 +89,10 @@ class HostFull(Unavailable):
     """Admission on the host refused before any side effect."""
 
     reason = "host_full"
-    template = "The host has no room: {resource} needs {needed}, {free} are free"
+    template = (
+        "The host has no room: {resource} needs {needed}, {free} are free; "
+        "delete or stop machines there, or raise the host's limits"
+    )
     resource: str
     needed: str
     free: str
