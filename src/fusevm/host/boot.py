@@ -31,6 +31,8 @@ class Marks(msgspec.Struct, kw_only=True):
 
     started: float
     launched: float = 0.0
+    #: The VMM runs; the guest may have begun before.
+    spawned: float = 0.0
     first_byte: float = 0.0
     configured: float = 0.0
 
@@ -52,6 +54,13 @@ async def bring_up(
         raise BootFailed(id=machine.id, problem="its VMM did not start in time") from e
     machine = await parts.journal.mark(msgspec.structs.replace(machine, vmm=vmm.process), kind, "booted")
     await meet_guest(machine, kind, vmm, configure, deadline_ms, parts, marks)
+    parts.metrics.note_phases(
+        {
+            "prepare": (marks.launched - marks.started) / 1000,
+            "boot": (marks.first_byte - marks.spawned) / 1000,
+            "agent": (marks.configured - marks.first_byte) / 1000,
+        }
+    )
     return with_timings(machine, marks), vmm
 
 
@@ -66,9 +75,11 @@ async def _launch(
         prepared = await parts.journal.mark(prepared, kind, "prepared")
         marks.launched = parts.clock.monotonic_ms()
         vmm = await parts.driver.boot(lodging.plan)
+        marks.spawned = parts.clock.monotonic_ms()
     finally:
         lodging.release()
     undo.push("vmm", vmm.kill)
+    parts.metrics.note_phases({**lodging.seconds, "spawn": (marks.spawned - marks.launched) / 1000})
     return prepared, vmm, lodging.configure
 
 

@@ -358,7 +358,6 @@ class MachineTask:
             undo.keep_all()
             self._adopt(vmm)
             self._commit(saved)
-            self._parts.metrics.note_boot(saved)
 
         machine = msgspec.structs.replace(
             machine, phase=Phase.RUNNING, error="", started_at_ms=self._parts.clock.now_ms()

@@ -220,7 +220,9 @@ class Machines:
                     self._spawn(machine).begin_create(deadline_ms)
 
             limits = await parts.quarters.limits()
+            began_ms = parts.clock.monotonic_ms()
             machine = await parts.journal.begin_create(draft, fence, limits, parts.quarters.numbers(), commit)
+            parts.metrics.note_phases({"reserve": (parts.clock.monotonic_ms() - began_ms) / 1000})
             task = self._tasks.get(machine.id)
             if task is None:
                 continue

@@ -14,8 +14,10 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -130,12 +132,14 @@ class HostQuarters:
         try:
             await asyncio.to_thread(self._make_directories, machine)
             self._fault.reached("quarters.directories")
+            seconds: dict[str, float] = {}
             await run_all(
-                self._ensure_disk(machine),
-                self._ensure_cgroup(machine, groups),
-                self._connect(machine, wires, is_visit=is_visit),
+                _timed("disk", self._ensure_disk(machine), seconds),
+                _timed("cgroup", self._ensure_cgroup(machine, groups), seconds),
+                _timed("net", self._connect(machine, wires, is_visit=is_visit), seconds),
             )
-            return await self._lodging(machine, boot_files, image, wires[0], groups[0])
+            lodging = await self._lodging(machine, boot_files, image, wires[0], groups[0])
+            return msgspec.structs.replace(lodging, seconds=seconds)
         except BaseException as e:
             for wire in wires:
                 wire.close()
@@ -333,6 +337,12 @@ def _render_configure(machine: Machine, image: Image | None, hostname: str, wire
         image=ImageConfig(env=dict(config.env), workdir=config.workdir, user=config.user) if config else None,
         nameservers=list(wire.nameservers),
     )
+
+
+async def _timed(name: str, work: Coroutine[Any, Any, None], seconds: dict[str, float]) -> None:
+    began = time.monotonic()
+    await work
+    seconds[name] = time.monotonic() - began
 
 
 def _read_tail(path: Path) -> bytes:

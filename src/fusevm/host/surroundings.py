@@ -5,7 +5,7 @@ Owns: the protocols and the record that carries the parts. Must not: do anything
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +34,8 @@ class Lodging(msgspec.Struct, frozen=True, kw_only=True):
     address: str = ""
     #: What the agent must be told; clock and entropy are added when it is sent.
     configure: Configure = Configure()
+    #: How long each part took that was made at the same time as the others, in seconds: `disk`, `cgroup`, `net`.
+    seconds: Mapping[str, float] = {}
     #: Closes what the VMM inherits.
     release: Callable[[], None] = _nothing
 
