@@ -76,6 +76,21 @@ async def start_in_vain(host: Host, order: Order) -> None:
         await start(host, order)
 
 
+async def resize(host: Host, order: Order) -> None:
+    body = json.dumps({"memory_mib": 72, "storage_bytes": 80 << 20}).encode()
+    await host.ask("POST", f"/machines/{ID}/resize", order.next, body)
+
+
+async def visit(host: Host, order: Order) -> None:
+    await host.ask("POST", f"/machines/{ID}/files/ops", order.now, b'{"operation":"list"}')
+
+
+async def visit_in_vain(host: Host, order: Order) -> None:
+    (host.data / "machines" / ID / REFUSE).touch()
+    with pytest.raises(BootFailed):
+        await visit(host, order)
+
+
 async def end_vmm(host: Host, _order: Order) -> None:
     (line,) = (line for line in host.leftovers() if line.startswith("process"))
     host.box.run("kill", "-9", line.split()[1])
@@ -88,6 +103,8 @@ BEFORE: dict[str, tuple[Deed, ...]] = {
     "delete": (create,),
     "stop": (create,),
     "start": (create, stop),
+    "resize": (create,),
+    "visit": (create, stop),
     "exit": (create,),
 }
 DEEDS: dict[str, Deed] = {
@@ -96,9 +113,12 @@ DEEDS: dict[str, Deed] = {
     "delete": delete,
     "stop": stop,
     "start": start,
+    "resize": resize,
+    "visit": visit,
     "exit": end_vmm,
     "create.undone": create_in_vain,
     "start.undone": start_in_vain,
+    "visit.undone": visit_in_vain,
 }
 
 

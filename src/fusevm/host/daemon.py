@@ -24,7 +24,6 @@ from fusevm.host.channel import AgentClient
 from fusevm.host.config import HostConfig
 from fusevm.host.contract.create import Importer
 from fusevm.host.events import EventHub
-from fusevm.host.images.artifact import ArtifactImporter
 from fusevm.host.images.store import ImageStore
 from fusevm.host.journal import Journal
 from fusevm.host.machines import Machines
@@ -75,16 +74,13 @@ class Daemon:
         parts: Surroundings,
         *,
         images: ImageStore,
-        artifacts: ArtifactImporter,
+        artifacts: Importer,
         sweeper: Sweeper,
         machines: Machines,
         identification: Identification,
-        importer: Importer | None = None,
         network: TrafficMeter | None = None,
     ) -> None:
         self.config = config
-        #: Of images at URLs; None: there is none.
-        self.importer = importer
         self._parts = parts
         self._images = images
         self.artifacts = artifacts

@@ -43,6 +43,26 @@ DELETE_POINTS = (
     "delete.gone",
 )
 STOP_POINTS = ("stop.intent.writing", "stop.intent", "stop.killed", "stop.done.writing", "stop.done")
+RESIZE_POINTS = (
+    "resize.intent.writing",
+    "resize.intent",
+    "resize.killed",
+    "resize.grown",
+    "resize.done.writing",
+    "resize.done",
+)
+#: Of a visit to the disk of a machine at rest.
+VISIT_POINTS = (
+    "visit.intent.writing",
+    "visit.intent",
+    "visit.prepared.writing",
+    "visit.prepared",
+    "visit.booted.writing",
+    "visit.booted",
+    "visit.answered",
+    "visit.done.writing",
+    "visit.done",
+)
 START_POINTS = ("start.intent.writing", "start.intent", "start.prepared", "start.booted", "start.running.writing")
 NETWORK_POINTS = tuple(
     f"{change}{moment}"
@@ -59,6 +79,10 @@ POINTS = frozenset(
         *DELETE_POINTS,
         *STOP_POINTS,
         *START_POINTS,
+        *RESIZE_POINTS,
+        *VISIT_POINTS,
+        "visit.undone.writing",
+        "visit.undone",
         "create.undone.writing",
         "create.undone",
         "start.prepared.writing",

@@ -16,6 +16,8 @@ from typing import NoReturn
 import msgspec
 import pytest
 
+from fusevm.host import visitors
+from fusevm.host.admission import Size
 from fusevm.host.agent import ask_health
 from fusevm.host.daemon import Daemon
 from fusevm.host.faults import (
@@ -23,9 +25,11 @@ from fusevm.host.faults import (
     DELETE_POINTS,
     NETWORK_POINTS,
     POINTS,
+    RESIZE_POINTS,
     START_POINTS,
     STOP_POINTS,
     UNDONE_POINTS,
+    VISIT_POINTS,
 )
 from fusevm.host.port_rows import PortDraft
 from fusevm.host.vmm.driver import BootPlan
@@ -226,6 +230,70 @@ def test_a_stop(tmp_path: Path, point: str):
     asyncio.run(look())
 
 
+@pytest.mark.parametrize("point", RESIZE_POINTS)
+def test_a_resize(tmp_path: Path, point: str):
+    world = World(tmp_path)
+    larger = Size(memory_mib=512, disk_bytes=2 << 30)
+
+    async def deed(daemon: Daemon) -> None:
+        await daemon.machines.create(order(), FIRST)
+        await daemon.machines.resize("m-1", SECOND, larger)
+
+    die(world, point, deed)
+
+    async def look() -> None:
+        async with world.daemon() as daemon:
+            (machine,) = await settled(daemon)
+            is_untouched = point == "resize.intent.writing"
+            assert machine.phase is (Phase.RUNNING if is_untouched else Phase.STOPPED)
+            resized = await daemon.machines.resize("m-1", SECOND, larger)
+            assert (resized.phase, resized.spec.memory_mib, resized.spec.disk_bytes) == (Phase.STOPPED, 512, 2 << 30)
+            assert world.leftovers == (set(), set(), {"m-1"})
+            await check_running(world, daemon, await daemon.machines.start("m-1", THIRD))
+
+    asyncio.run(look())
+
+
+@pytest.mark.parametrize("point", VISIT_POINTS)
+def test_a_visit(tmp_path: Path, point: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(visitors, "LINGER_S", 0.0)
+    world = World(tmp_path)
+
+    async def deed(daemon: Daemon) -> None:
+        await make_stopped(daemon)
+        async with daemon.machines.files("m-1", SECOND):
+            pass
+
+    _die_and_look_at_rest(world, point, deed)
+
+
+@pytest.mark.parametrize("point", ["visit.undone.writing", "visit.undone"])
+def test_a_visit_that_is_undone(tmp_path: Path, point: str):
+    world = World(tmp_path)
+
+    async def deed(daemon: Daemon) -> None:
+        await make_stopped(daemon)
+        world.driver.is_impostor = True
+        async with daemon.machines.files("m-1", SECOND):
+            pass
+
+    _die_and_look_at_rest(world, point, deed)
+
+
+def _die_and_look_at_rest(world: World, point: str, deed: Callable[[Daemon], Awaitable[object]]) -> None:
+    die(world, point, deed)
+    world.driver.is_impostor = False
+
+    async def look() -> None:
+        async with world.daemon() as daemon:
+            (machine,) = await settled(daemon)
+            assert machine.phase is Phase.STOPPED
+            assert world.leftovers == (set(), set(), {"m-1"})
+            await check_running(world, daemon, await daemon.machines.start("m-1", THIRD))
+
+    asyncio.run(look())
+
+
 @pytest.mark.parametrize("point", DELETE_POINTS)
 def test_a_delete(tmp_path: Path, point: str):
     world = World(tmp_path)
@@ -308,7 +376,7 @@ def test_a_change_of_the_network(tmp_path: Path, point: str):
 
 
 def test_no_kill_point_is_forgotten():
-    undone = {"create.undone.writing", "create.undone", "start.undone.writing", "start.undone"}
+    undone = {f"{kind}.undone{end}" for kind in ("create", "start", "visit") for end in (".writing", "")}
     ends = {"exit.seen.writing", "exit.seen", "exit.vacated.writing", "exit.vacated"}
     assert {
         *CREATE_POINTS,
@@ -317,6 +385,8 @@ def test_no_kill_point_is_forgotten():
         *DELETE_POINTS,
         *NETWORK_POINTS,
         *UNDONE_POINTS,
+        *RESIZE_POINTS,
+        *VISIT_POINTS,
         *undone,
         *ends,
     } == POINTS

@@ -65,7 +65,7 @@ async def plan_create(
     body: CreateContractMachine,
     fence: Fence | None,
     *,
-    importer: Importer | None,
+    importer: Importer,
     login_ca: str,
     entropy: Callable[[int], bytes],
 ) -> tuple[CreateMachine, Contract]:
@@ -83,7 +83,7 @@ async def plan_create(
     authorized = parse_keys(guest.authorized_keys, "guest_config.authorized_keys")
     trusted = parse_keys(authorities, "guest_config.trusted_user_ca_keys")
     artifact = _parse_artifact(body)
-    image = body.image if artifact is None else (await _import(artifact, importer)).digest
+    image = body.image if artifact is None else await _import(artifact, importer)
     private, public = make_host_key(entropy(32))
     login = Login(host_key=private, host_public_key=public, authorized_keys=authorized, trusted_user_ca_keys=trusted)
     kept = None
@@ -126,7 +126,6 @@ def _parse_artifact(body: CreateContractMachine) -> ArtifactBody | None:
     return artifact
 
 
-async def _import(artifact: ArtifactBody, importer: Importer | None) -> Image:
-    if importer is None:
-        raise Unimplemented(feature="artifact", why="this host makes no images of URLs; give `image`, one of its own")
-    return await importer.import_artifact(artifact.rootfs_url, sha256=artifact.rootfs_sha256 or None)
+async def _import(artifact: ArtifactBody, importer: Importer) -> str:
+    """The digest of the image."""
+    return (await importer.import_artifact(artifact.rootfs_url, sha256=artifact.rootfs_sha256 or None)).digest

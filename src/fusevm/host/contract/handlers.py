@@ -42,7 +42,7 @@ async def create_by_contract(daemon: Daemon, body: CreateContractMachine, fence:
     if parse_machine_id(body.machine_id) in daemon.machines.ids():
         raise MachineExists(id=body.machine_id)
     create, contract = await plan_create(
-        body, fence, importer=daemon.importer, login_ca=daemon.config.login_ca, entropy=daemon.entropy
+        body, fence, importer=daemon.artifacts, login_ca=daemon.config.login_ca, entropy=daemon.entropy
     )
     try:
         return await daemon.machines.create(create, None, contract)
