@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import subprocess
 import tarfile
@@ -173,3 +174,20 @@ def test_killed_after_every_step_it_is_finished_by_the_next_run(world: World, mi
     said = lines(install(world, mirror).stdout)
     assert said["FIRECRACKER_TOKEN"] == world.read("/var/lib/fuse/host/token").strip()
     assert world.show("fuse-host", "ActiveState") == "active"
+
+
+def test_a_machines_life_is_one_field_of_the_journal(world: World, mirror: Path):
+    install(world, mirror, "--driver", "qemu")
+    socket = "/var/lib/fuse/host/firecracker-host.sock"
+    for machine in ("m-one", "m-two"):
+        world.run("curl", "-s", "--unix-socket", socket, f"http://localhost/machines/{machine}")
+    found = [json.loads(line) for line in world.journal("-o", "json", "FUSE_MACHINE=m-one").splitlines()]
+    assert found
+    assert {one["_SYSTEMD_UNIT"] for one in found} == {"fuse-host.service"}
+    assert {one["FUSE_EVENT"] for one in found} == {"request"}
+    assert all("/machines/m-one" in one["MESSAGE"] for one in found)
+    # The rest is in the journal, too, with its level.
+    ready = [
+        json.loads(line) for line in world.journal("-o", "json", "-u", "fuse-host", "FUSE_EVENT=ready").splitlines()
+    ]
+    assert [one["PRIORITY"] for one in ready] == ["6"]

@@ -51,6 +51,7 @@ from fusevm.control.watcher import Around, Watchers
 from fusevm.control.worker import Worker
 from fusevm.model.errors import BadSetting, PortInUse
 from fusevm.wire.frames import HEADER, MAX_PAYLOAD
+from fusevm.wire.journald import choose_output
 
 log = structlog.get_logger()
 
@@ -387,16 +388,17 @@ def configure_logs(config: ControlConfig) -> None:
     """Structured lines on standard error."""
     level = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
     renderer = structlog.processors.JSONRenderer() if config.log_json else structlog.dev.ConsoleRenderer(colors=False)
+    last, factory = choose_output(renderer, structlog.PrintLoggerFactory(sys.stderr), "fuse-control", os.environ)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
-            renderer,
+            last,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level[config.log_level]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=factory,
         cache_logger_on_first_use=True,
     )
     # Whatever ends an answer is logged by the edge, once.

@@ -28,6 +28,13 @@ log = structlog.get_logger()
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 #: Served without a token: tells nothing but that somebody is there.
 _OPEN = frozenset({"/health"})
+_MACHINE = re.compile(r"/machines/([a-z0-9][a-z0-9-]{0,62})(?:/|$)")
+
+
+def _subject(path: str) -> dict[str, str]:
+    """Which machine a request is about, for the log."""
+    match = _MACHINE.match(path)
+    return {"machine": match[1]} if match else {}
 
 
 class Boundary:
@@ -43,7 +50,7 @@ class Boundary:
         if scope["type"] not in ("http", "websocket"):
             return
         exchange = _Exchange(scope, send)
-        with structlog.contextvars.bound_contextvars(request_id=exchange.id):
+        with structlog.contextvars.bound_contextvars(request_id=exchange.id, **_subject(scope["path"])):
             try:
                 self._check_token(scope)
                 await self._app(scope, receive, exchange.send)
