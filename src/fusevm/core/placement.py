@@ -13,6 +13,9 @@ from fusevm.model.environment import Spec
 from fusevm.model.errors import BadField, HostNotFound, ImageNotFound, NoCapacity, NoHosts, SnapshotNotReady
 from fusevm.model.host import Host, HostHealth, HostState, Resources
 
+#: Names of images in an error.
+_MOST_KNOWN = 12
+
 #: What a host that is known to have the image is ahead by: more than any difference in load.
 LOCALITY = 2.0
 
@@ -77,8 +80,15 @@ def place(hosts: Sequence[Host], spec: Spec, policy: Policy, *, pinned_to: str =
     if chosen is not None:
         return chosen.id
     if not any(_has_image(host, spec, limits(host, policy)) for host in asked):
-        raise ImageNotFound(image=spec.image)
+        raise ImageNotFound(image=spec.image, known=_known_images(asked))
     raise NoCapacity(rejections=_count(asked, spec, policy))
+
+
+def _known_images(hosts: Sequence[Host]) -> str:
+    """Names, not digests, of what the hosts have."""
+    names = sorted({name for host in hosts for name in host.images if not name.startswith("sha256:")})
+    more = f" and {len(names) - _MOST_KNOWN} more" if len(names) > _MOST_KNOWN else ""
+    return (", ".join(names[:_MOST_KNOWN]) or "none") + more
 
 
 def _pinned(hosts: Sequence[Host], spec: Spec, pinned_to: str) -> Sequence[Host]:

@@ -26,6 +26,7 @@ from fusevm.host.contract.create import is_contract_form
 from fusevm.host.contract.handlers import CONTRACT_HANDLERS, create_by_contract, default_user, render_one
 from fusevm.host.contract.render import render_body
 from fusevm.host.daemon import Daemon
+from fusevm.host.image_handlers import IMAGE_HANDLERS
 from fusevm.host.port_rows import PortDraft
 from fusevm.host.relay import relay_frames, relay_request, run_for_client
 from fusevm.host.render import render_exec, render_network, render_port
@@ -115,10 +116,6 @@ async def _info(daemon: Daemon, _request: Request, _route: Route) -> Response:
 
 async def _state(daemon: Daemon, _request: Request, _route: Route) -> Response:
     return render_json(await daemon.render_state())
-
-
-async def _images(daemon: Daemon, _request: Request, _route: Route) -> Response:
-    return render_json(await daemon.list_images())
 
 
 async def _storage(daemon: Daemon, _request: Request, _route: Route) -> Response:
@@ -314,11 +311,11 @@ HANDLERS: dict[str, Handler] = {
     "set_network": _set_network,
     "logs": _logs,
     "events": _events,
-    "list_images": _images,
     "state": _state,
     "storage_report": _storage,
     "metrics": _metrics,
     **CONTRACT_HANDLERS,
+    **IMAGE_HANDLERS,
 }
 
 

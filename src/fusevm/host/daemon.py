@@ -24,12 +24,12 @@ from fusevm.host.channel import AgentClient
 from fusevm.host.config import HostConfig
 from fusevm.host.contract.create import Importer
 from fusevm.host.events import EventHub
-from fusevm.host.images.store import ImageStore
+from fusevm.host.image_service import ImageService
 from fusevm.host.journal import Journal
 from fusevm.host.machines import Machines
 from fusevm.host.metrics import Metrics
 from fusevm.host.net.traffic import Traffic
-from fusevm.host.render import render_image, render_time
+from fusevm.host.render import render_time
 from fusevm.host.rows import Entry
 from fusevm.host.storage import observe_storage
 from fusevm.host.surroundings import Surroundings
@@ -37,7 +37,7 @@ from fusevm.host.sweep import Sweeper
 from fusevm.model.errors import Error
 from fusevm.model.machine import Fence, Isolation, Machine, Phase
 from fusevm.wire.guest import ExecRequest, ExecResult
-from fusevm.wire.host_api import HostFacts, ImageList, StorageReport
+from fusevm.wire.host_api import HostFacts, StorageReport
 
 log = structlog.get_logger()
 
@@ -73,7 +73,7 @@ class Daemon:
         config: HostConfig,
         parts: Surroundings,
         *,
-        images: ImageStore,
+        images: ImageService,
         artifacts: Importer,
         sweeper: Sweeper,
         machines: Machines,
@@ -82,7 +82,7 @@ class Daemon:
     ) -> None:
         self.config = config
         self._parts = parts
-        self._images = images
+        self.images = images
         self.artifacts = artifacts
         self._sweeper = sweeper
         self._identification = identification
@@ -122,7 +122,6 @@ class Daemon:
         """What this host is and can take."""
         limits = await self._parts.quarters.limits()
         usage = await self.journal.usage()
-        images = await self._images.load_all()
         known = self._identification
         return HostFacts(
             version=__version__,
@@ -136,7 +135,7 @@ class Daemon:
             capacity=render_capacity(limits),
             reserved=render_reserved(usage, limits),
             admission=render_admission(usage, limits),
-            images=[name for image in images for name in (image.digest, *image.names)],
+            images=await self.images.names(),
             agent_version=known.agent_version,
             kernel=known.kernel,
             vmm_version=known.vmm_version,
@@ -154,10 +153,6 @@ class Daemon:
         except (Error, OSError) as e:
             log.warning("traffic_not_counted", problem=str(e))
         return self.metrics.render()
-
-    async def list_images(self) -> ImageList:
-        """Images on this host, newest first."""
-        return ImageList(images=[render_image(image) for image in await self._images.load_all()])
 
     async def run_command(self, machine_id: str, fence: Fence | None, request: ExecRequest) -> ExecResult:
         """Run a command in a machine to its end. Cancelled: it is killed."""
@@ -212,6 +207,7 @@ class Daemon:
             removed = await self._sweeper.sweep(is_start=is_start)
             await self.journal.purge()
             await self.journal.ensure_ballast()
+            await self.images.collector.relieve()
         except Exception:
             log.exception("sweep_failed")
             return

@@ -32,7 +32,7 @@ from fusevm.host.engine import ChooseEngine, Engine, choose_engine
 from fusevm.host.events import EventHub
 from fusevm.host.faults import Fault, make_fault
 from fusevm.host.grounds import Contents, Directories, Ground, Groups, Links, Mounts, Processes, Slots, Witness
-from fusevm.host.images.artifact import make_importer
+from fusevm.host.image_service import ImageService
 from fusevm.host.images.store import ImageStore
 from fusevm.host.images.workspace import write_durably
 from fusevm.host.journal import Journal, lock_directory
@@ -128,12 +128,13 @@ async def _serve(config: HostConfig, engines: ChooseEngine, fault: Fault) -> Non
             boot_id=boot_id,
         )
         machines = Machines(parts)
+        image_service = ImageService(config, images, journal)
         parts.metrics.watch_machines(machines, lambda: parts.events.subscribers)
         daemon = Daemon(
             config,
             parts,
-            images=images,
-            artifacts=make_importer(config, images),
+            images=image_service,
+            artifacts=image_service.artifacts,
             sweeper=_make_sweeper(config, machines, cgroups, network),
             machines=machines,
             network=network,

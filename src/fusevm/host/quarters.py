@@ -99,6 +99,7 @@ class HostQuarters:
     async def resolve(self, spec: MachineSpec) -> Blueprint:
         """Find out what a machine would be made of. Raises ImageNotFound, ImageCorrupt, or why there is no kernel."""
         image = await self._images.resolve(spec.image)
+        await self._images.touch(image)
         boot_files = await self._boot_files.find()
         return Blueprint(
             image_digest=image.digest,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
 
 import msgspec
 
@@ -16,6 +17,7 @@ from fusevm.wire.guest import ExecResult, StreamFlags
 from fusevm.wire.host_api import (
     HostExecAnswer,
     ImageBody,
+    ImageRun,
     MachineBody,
     NetworkAnswer,
     PublishedPortBody,
@@ -87,12 +89,25 @@ def render_network(machine: Machine, traffic: Traffic | None) -> NetworkAnswer:
     return NetworkAnswer(network=machine.spec.network, traffic=counted)
 
 
-def render_image(image: Image) -> ImageBody:
+def render_image(image: Image, users: Sequence[str]) -> ImageBody:
     """An image as the API shows it."""
+    config = image.config
     return ImageBody(
         digest=image.digest,
         names=list(image.names),
         size_bytes=image.record.size_bytes,
+        architecture=image.record.architecture,
+        origin=image.record.origin.value,
+        source=image.record.source,
+        manifest_digest=image.record.manifest_digest,
+        config=ImageRun(
+            env=config.env,
+            workdir=config.workdir,
+            user=config.user,
+            entrypoint=list(config.entrypoint),
+            cmd=list(config.cmd),
+        ),
+        users=list(users),
         created_at=render_time(image.record.created_at_ms),
     )
 

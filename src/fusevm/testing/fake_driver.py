@@ -258,7 +258,7 @@ class FakeQuarters:
     async def resolve(self, spec: MachineSpec) -> Blueprint:
         """Every image exists but `missing`."""
         if spec.image == "missing":
-            raise ImageNotFound(image=spec.image)
+            raise ImageNotFound(image=spec.image, known="every other name")
         return Blueprint(
             image_digest=f"sha256:{spec.image}", kernel_digest="k", driver="fake", isolation=Isolation.NAMESPACE
         )

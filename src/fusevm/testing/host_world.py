@@ -15,7 +15,7 @@ from fusevm.host.config import HostConfig
 from fusevm.host.daemon import Daemon, Identification
 from fusevm.host.events import EventHub, Subscription
 from fusevm.host.faults import Fault, is_known
-from fusevm.host.images.artifact import make_importer
+from fusevm.host.image_service import ImageService
 from fusevm.host.images.store import ImageStore
 from fusevm.host.journal import Journal
 from fusevm.host.machines import Machines
@@ -82,12 +82,12 @@ class World:
         machines = Machines(parts)
         parts.metrics.watch_machines(machines, lambda: parts.events.subscribers)
         config = HostConfig(data_root=self.root / "data", run_dir=self.root / "run")
-        images = ImageStore(config.artefacts)
+        images = ImageService(config, ImageStore(config.artefacts), journal)
         daemon = Daemon(
             config,
             parts,
             images=images,
-            artifacts=make_importer(config, images),
+            artifacts=images.artifacts,
             sweeper=Sweeper([], machines.claims),
             machines=machines,
             identification=Identification(

@@ -17,6 +17,7 @@ from fusevm.model.machine import Fence, Isolation, MachineSpec, Moment, Phase
 from fusevm.model.network import Network, Transport
 from fusevm.model.snapshot import SnapshotKind
 from fusevm.wire.contract import ArtifactBody, PortBody
+from fusevm.wire.errors import FlatError
 from fusevm.wire.guest import StreamFlags
 
 CLUSTER_HEADER = "fuse-cluster"
@@ -219,12 +220,32 @@ class MachineList(msgspec.Struct, frozen=True, kw_only=True):
     tombstones: int = 0
 
 
+class ImageRun(msgspec.Struct, frozen=True, kw_only=True):
+    """How commands run in machines of an image, unless they say otherwise."""
+
+    env: dict[str, str] = {}
+    workdir: str = "/"
+    user: str = "root"
+    entrypoint: list[str] = []
+    cmd: list[str] = []
+
+
 class ImageBody(msgspec.Struct, frozen=True, kw_only=True):
     """An image as the API shows it."""
 
     digest: str
     names: list[str] = []
     size_bytes: int = 0
+    architecture: str = ""
+    #: `built`, `pulled` or `artifact`.
+    origin: str = ""
+    #: Reference, file, URL or recipe that it came from.
+    source: str = ""
+    #: Of the manifest in the registry that it came from.
+    manifest_digest: str = ""
+    config: ImageRun = ImageRun()
+    #: What needs it: `machine m-1`.
+    users: list[str] = []
     created_at: str = ""
 
 
@@ -263,6 +284,49 @@ class AdmissionBody(msgspec.Struct, frozen=True, kw_only=True):
     #: What a VMM takes beside its guest's memory.
     overhead_mib: int = 0
     places: list[PlaceBody] = []
+
+
+class PullImage(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of `POST /images/pull`. Idempotent: an image that is here already is only named."""
+
+    #: `debian:12`, `registry.example/team/tool@sha256:...`
+    reference: str
+    #: Name on this host; empty: the reference's own.
+    name: str = ""
+    #: A file of credentials as `skopeo login` writes it.
+    credentials_b64: str = ""
+    #: The registry speaks HTTP without TLS. One on loopback may without being asked.
+    plain_http: bool = False
+
+
+class PullLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line (JSON) of the answer to `POST /images/pull`: a step, and in the last line the image or the failure."""
+
+    step: str = ""
+    done_bytes: int | None = None
+    total_bytes: int | None = None
+    detail: str = ""
+    image: ImageBody | None = None
+    failure: FlatError | None = None
+
+
+class CollectImages(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of `POST /images/collect`."""
+
+    #: Also those that have a name.
+    all: bool = False
+
+
+class CollectedImage(msgspec.Struct, frozen=True, kw_only=True):
+    """An image that was removed, or with 0 bytes: only a name of it."""
+
+    digest: str
+    names: list[str] = []
+    freed_bytes: int = 0
+
+
+class CollectedImages(msgspec.Struct, frozen=True, kw_only=True):
+    removed: list[CollectedImage] = []
 
 
 class HostFacts(msgspec.Struct, frozen=True, kw_only=True):

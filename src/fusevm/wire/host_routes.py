@@ -47,6 +47,17 @@ _FILES = (
     e.NotSupported,
     e.RouteNotFound,
 )
+_PULL = (
+    e.ImageUnknown,
+    e.ImageRefused,
+    e.ImageTooLarge,
+    e.DigestMismatch,
+    e.FetchFailed,
+    e.NoSpace,
+    e.ToolMissing,
+    e.CommandFailed,
+    e.Timeout,
+)
 _COMMAND = (e.CommandNotFound, e.BadCwd, e.UnknownUser)
 _MACHINE = "/machines/{id}"
 
@@ -265,6 +276,39 @@ HOST_ROUTES: tuple[Route, ...] = (
         summary="Images on this host",
         scope=Scope.HOSTS,
         answer=host_api.ImageList,
+    ),
+    Route(
+        method="POST",
+        path="/images/pull",
+        name="pull_image",
+        summary="Fetch an image from a registry: steps as they happen, the last line has the image or the failure",
+        scope=Scope.HOSTS,
+        takes=Payload.JSON,
+        request=host_api.PullImage,
+        gives=Payload.LINES,
+        answer=host_api.PullLine,
+        limit=1 << 20,
+        errors=(e.BadField, e.BadReference, *_PULL),
+    ),
+    Route(
+        method="POST",
+        path="/images/collect",
+        name="collect_images",
+        summary="Remove images that nothing uses and nobody names, with `all` also those that have a name",
+        scope=Scope.HOSTS,
+        takes=Payload.JSON,
+        request=host_api.CollectImages,
+        answer=host_api.CollectedImages,
+    ),
+    Route(
+        method="DELETE",
+        path="/images/{name:path}",
+        name="remove_image",
+        summary="Remove an image by digest, or a name of it, and with its last name the image",
+        scope=Scope.HOSTS,
+        params=(Param(name="force", kind="boolean", summary="All its names, and the image"),),
+        answer=host_api.CollectedImage,
+        errors=(e.BadField, e.ImageNotFound, e.ImageCorrupt, e.ImageInUse),
     ),
     Route(
         method="GET",

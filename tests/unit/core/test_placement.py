@@ -138,8 +138,11 @@ def test_a_refusal_counts_hosts_per_reason_the_most_frequent_first():
 def test_an_image_that_no_host_has_is_not_found():
     full = host("h2", images=("alpine",), allocated=FULL)
     for hosts in ([host("h1", images=("alpine",))], [host("h1", images=("alpine",)), full]):
-        with pytest.raises(ImageNotFound, match="debian-12"):
+        with pytest.raises(ImageNotFound, match=r"debian-12.*there are: alpine\."):
             place(hosts, SPEC, POLICY)
+    many = host("h1", images=tuple(f"i{number:02}" for number in range(20)))
+    with pytest.raises(ImageNotFound, match=r"i00, .*, i11 and 8 more\."):
+        place([many], SPEC, POLICY)
 
 
 def test_an_image_that_a_full_host_may_have_is_a_matter_of_capacity():

@@ -82,7 +82,7 @@ async def test_a_repeated_create_does_not_need_its_image_any_more(world: World):
 
 
 async def _no_image(_spec):
-    raise ImageNotFound(image="gone")
+    raise ImageNotFound(image="gone", known="none")
 
 
 async def test_a_create_with_other_settings_conflicts(world: World):

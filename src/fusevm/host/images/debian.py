@@ -81,8 +81,8 @@ async def build_debian(
     """
     recipe = RECIPES.get(name)
     if recipe is None:
-        raise ImageNotFound(image=name)
-    inputs = inputs_hash(recipe)
+        raise ImageNotFound(image=name, known=", ".join(RECIPES))
+    inputs = inputs_hash(_inputs(recipe))
     async with exclusive(store.root, lock_name(name)):
         image = await store.find(name)
         if image is not None and image.record.inputs == inputs and not force:
@@ -95,6 +95,12 @@ async def build_debian(
             source = f"mmdebstrap {recipe.suite}"
             image = await finish(store, name, tar, folder, recipe.config, source, inputs, progress)
     return Built(image=image, is_new=True)
+
+
+def _inputs(recipe: Recipe) -> msgspec.Raw:
+    """What an image of a recipe depends on. One without a command is what it was before images had commands."""
+    encoded = msgspec.json.encode(recipe, order="deterministic")
+    return msgspec.Raw(encoded.replace(b',"cmd":[]', b""))
 
 
 async def debootstrap(recipe: Recipe, folder: Path, scratch: Path, progress: Progress) -> Path:

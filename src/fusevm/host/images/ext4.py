@@ -78,7 +78,7 @@ async def make_ext4(tree: Path, target: Path, progress: Progress, owners: dict[s
             break
         except CommandFailed as e:
             await asyncio.to_thread(target.unlink, missing_ok=True)
-            if attempt == _GROWTH_ATTEMPTS - 1 or "Could not allocate" not in e.stderr:
+            if attempt == _GROWTH_ATTEMPTS - 1 or not is_too_small(e.stderr):
                 raise
             size = _whole_blocks(size * 5 // 4)
     await _settle(target, extent.inodes, owners)
@@ -139,12 +139,23 @@ async def run_debugfs(target: Path, lines: list[str]) -> None:
         raise CommandFailed(command=f"debugfs -w -f - {target}", exit_status=0, stderr=said[0])
 
 
-async def _mke2fs(tree: Path, target: Path, size: int, inodes: int) -> None:
+def blank_words(target: str, size: int, inodes: int) -> list[str]:
+    """The words that make the file system itself, empty unless more is said before the target's name."""
     features = "^has_journal,^resize_inode"
     extended = f"hash_seed={_UUID},root_owner=0:0,nodiscard,lazy_itable_init=0"
     words = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", str(_BLOCK_BYTES), "-m", "0", "-I", str(_INODE_BYTES)]
     words += ["-O", features, "-N", str(inodes + _FIRST_INODE + 16), "-U", _UUID, "-E", extended, "-L", "fuse-image"]
-    words += ["-d", str(tree), str(target), f"{size // 1024}k"]
+    return [*words, target, f"{size // 1024}k"]
+
+
+def is_too_small(problem: str) -> bool:
+    """Is this what the tools say of a file system that is too small?"""
+    return "Could not allocate" in problem
+
+
+async def _mke2fs(tree: Path, target: Path, size: int, inodes: int) -> None:
+    *options, file, blocks = blank_words(str(target), size, inodes)
+    words = [*options, "-d", str(tree), file, blocks]
     if os.geteuid() != 0:
         words = [*_in_user_namespace(), *words]
     await run(words, timeout_s=_MAKE_TIMEOUT_S, env={"E2FSPROGS_FAKE_TIME": str(EPOCH_S)})

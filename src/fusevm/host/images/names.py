@@ -33,6 +33,10 @@ class Names:
         """Point a name at a digest, durably. Idempotent."""
         self._change(lambda names: {**names, name: digest})
 
+    def remove(self, *gone: str) -> None:
+        """Forget names, durably. Idempotent."""
+        self._change(lambda names: {name: digest for name, digest in names.items() if name not in gone})
+
     def _change(self, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
         with brief_lock(self._root):
             before = self.load()

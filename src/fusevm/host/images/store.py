@@ -9,21 +9,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 
 import msgspec
 
 from fusevm.host.images.names import Names
-from fusevm.host.images.workspace import publish_folder, write_durably
+from fusevm.host.images.workspace import brief_lock, discard_folder, publish_folder, write_durably
 from fusevm.model.errors import BadField, ImageCorrupt, ImageNotFound
 
 #: Offset and value of the ext4 superblock's magic number, little-endian (ext4(5); kernel, ext4 disk layout).
 _EXT4_MAGIC_OFFSET = 1024 + 0x38
 _EXT4_MAGIC = b"\x53\xef"
 _HASH_CHUNK_BYTES = 4 << 20
+#: Names in an error.
+_MOST_KNOWN = 12
 _DIGEST = re.compile(r"(?:sha256[:-])?([0-9a-f]{64})")
 #: Shape of a name: `debian-12`, `team/tool:1.2`, `localhost:5000/tool`.
 NAME = re.compile(
@@ -134,11 +137,44 @@ class ImageStore:
         parse_name(name)
         return await asyncio.to_thread(self._publish, folder, name, record)
 
+    async def name(self, digest: str, names: Sequence[str]) -> Image:
+        """Give an image these names, which others may have had. Raises ImageNotFound, BadField."""
+        for name in names:
+            parse_name(name)
+        image = await self.resolve(digest)
+        for name in names:
+            await asyncio.to_thread(self._names.set, name, image.digest)
+        return await self.resolve(digest)
+
+    async def touch(self, image: Image) -> None:
+        """Note that an image is used now: the collector leaves alone what was used a moment ago."""
+        await asyncio.to_thread(os.utime, image.directory / "image.json")
+
+    async def unname(self, names: Sequence[str]) -> None:
+        """Take names away; their image stays. Idempotent."""
+        await asyncio.to_thread(self._names.remove, *names)
+
+    async def discard(self, image: Image) -> None:
+        """Remove an image with its names; machines that use it have it open and go on. The caller knows that none does.
+
+        Idempotent.
+        """
+        await asyncio.to_thread(self._discard, image)
+
+    def _discard(self, image: Image) -> None:
+        self._names.remove(*self._own_names(image.digest))
+        with brief_lock(self.root):
+            if image.directory.is_dir():
+                discard_folder(image.directory)
+
+    def _own_names(self, digest: str) -> tuple[str, ...]:
+        return tuple(sorted(name for name, other in self._names.load().items() if other == digest))
+
     def _resolve(self, name: str) -> Image:
         names = self._names.load()
         found = _DIGEST.fullmatch(names.get(name, name))
         if not found:
-            raise ImageNotFound(image=name)
+            raise ImageNotFound(image=name, known=_known(names))
         return self._load(found.group(1), names, asked=name)
 
     def _load(self, hex_digest: str, names: dict[str, str], asked: str) -> Image:
@@ -146,7 +182,7 @@ class ImageStore:
         own = tuple(sorted(name for name, digest in names.items() if digest == f"sha256:{hex_digest}"))
         path = folder / "image.json"
         if not own and not folder.is_dir():
-            raise ImageNotFound(image=asked)
+            raise ImageNotFound(image=asked, known=_known(names))
         try:
             record = msgspec.json.decode(path.read_bytes(), type=ImageRecord)
         except (OSError, msgspec.DecodeError) as e:
@@ -228,6 +264,12 @@ def file_sha256(path: Path, on_bytes: Callable[[int], None] = lambda _done: None
             done += len(chunk)
             on_bytes(done)
     return state.hexdigest()
+
+
+def _known(names: Iterable[str]) -> str:
+    found = sorted(names)
+    more = f" and {len(found) - _MOST_KNOWN} more" if len(found) > _MOST_KNOWN else ""
+    return (", ".join(found[:_MOST_KNOWN]) or "none") + more
 
 
 def _is_whole(folder: Path, record: ImageRecord) -> bool:

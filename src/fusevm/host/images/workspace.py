@@ -17,9 +17,12 @@ import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from fusevm.host.run import run
 from fusevm.model.errors import BadSetting, CommandFailed, NoSpace
+
+T = TypeVar("T")
 
 PREFIX = ".build-"
 _LOCK = ".lock"
@@ -33,7 +36,7 @@ async def workspace(root: Path, needed_bytes: int = 64 << 20) -> AsyncIterator[P
     Sweeps the folders of killed builds first. Raises NoSpace when there is less than `needed_bytes` left, or when the
     disk fills up meanwhile, for us or for a program.
     """
-    folder, fd = await asyncio.to_thread(_make, root)
+    folder, fd = await _finished(lambda: _make(root), _discard_made)
     try:
         await _sweep(root)
         await asyncio.to_thread(ensure_free, folder, needed_bytes)
@@ -53,7 +56,7 @@ async def passing_folder(path: Path) -> AsyncIterator[Path]:
 
     Others may pass through it, not look into it. Raises BadSetting when the path is somebody else's.
     """
-    fd = await asyncio.to_thread(_hold, path)
+    fd = await _finished(lambda: _hold(path), lambda fd: _let_go(path, fd))
     try:
         yield path
     finally:
@@ -63,13 +66,25 @@ async def passing_folder(path: Path) -> AsyncIterator[Path]:
 @asynccontextmanager
 async def exclusive(root: Path, name: str) -> AsyncIterator[None]:
     """Hold the lock `name` below `root` among processes and tasks, waiting for its holder; death frees it."""
-    fd = await asyncio.to_thread(_open_lock, root / f".lock-{name}")
+    fd = await _finished(lambda: _open_lock(root / f".lock-{name}"), os.close)
     try:
         while not _try_lock(fd):  # noqa: ASYNC110 - another process holds it: there is no event to wait for
             await asyncio.sleep(_LOCK_POLL_S)
         yield
     finally:
         os.close(fd)
+
+
+async def _finished(make: Callable[[], T], undo: Callable[[T], None]) -> T:
+    """Make something in a thread. The thread cannot be cancelled: what it makes for nobody is undone."""
+    making = asyncio.ensure_future(asyncio.to_thread(make))
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        made = (await asyncio.wait({making}))[0].pop()
+        if made.exception() is None:
+            undo(made.result())
+        raise
 
 
 @contextmanager
@@ -223,6 +238,12 @@ def _make(root: Path) -> tuple[Path, int]:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return folder, fd
+
+
+def _discard_made(made: tuple[Path, int]) -> None:
+    folder, fd = made
+    folder.rmdir()
+    os.close(fd)
 
 
 async def _sweep(root: Path) -> None:

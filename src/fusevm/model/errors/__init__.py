@@ -69,9 +69,13 @@ from fusevm.model.errors.conflict import (
 from fusevm.model.errors.image import (
     AddressRefused,
     ArtifactRefused,
+    BadReference,
     DigestMismatch,
     FetchFailed,
+    ImageInUse,
+    ImageRefused,
     ImageTooLarge,
+    ImageUnknown,
 )
 from fusevm.model.errors.internal import (
     AgentFailure,
@@ -128,6 +132,7 @@ __all__ = [
     "BadJson",
     "BadPath",
     "BadRange",
+    "BadReference",
     "BadRequest",
     "BadSetting",
     "BadTaskId",
@@ -161,8 +166,11 @@ __all__ = [
     "IdempotencyInProgress",
     "IdempotencyKeyReused",
     "ImageCorrupt",
+    "ImageInUse",
     "ImageNotFound",
+    "ImageRefused",
     "ImageTooLarge",
+    "ImageUnknown",
     "Internal",
     "InvalidArgument",
     "IsADirectory",

@@ -2,6 +2,8 @@
 
 from fusevm.model.errors.base import Error
 from fusevm.model.errors.capacity import Unavailable
+from fusevm.model.errors.conflict import Conflict
+from fusevm.model.errors.missing import NotFound
 from fusevm.model.errors.request import InvalidArgument
 
 
@@ -51,4 +53,39 @@ class FetchFailed(Unavailable):
     reason = "fetch_failed"
     template = "{what} could not be fetched: {problem}"
     what: str
+    problem: str
+
+
+class BadReference(InvalidArgument):
+    reason = "bad_reference"
+    template = (
+        "{reference!r} is no image reference: {problem}; "
+        "write it like debian:12, registry.example/team/tool:1.2 or name@sha256:<64 hex digits>"
+    )
+    reference: str
+    problem: str
+
+
+class ImageRefused(InvalidArgument):
+    """What an image holds cannot be taken over safely or exactly."""
+
+    reason = "image_refused"
+    template = "{image} is refused: {problem}"
+    image: str
+    problem: str
+
+
+class ImageInUse(Conflict):
+    reason = "image_in_use"
+    template = "Image {image} is used by {users}; delete those first"
+    image: str
+    users: str
+
+
+class ImageUnknown(NotFound):
+    """The registry says that it has no such image, or has it for other machines only."""
+
+    reason = "image_unknown"
+    template = "There is no {reference} to pull: {problem}"
+    reference: str
     problem: str

@@ -46,8 +46,13 @@ class ImageNotFound(InvalidArgument):
     """The image named in a create exists on no host that could take the machine."""
 
     reason = "image_not_found"
-    template = "There is no image {image!r}; `fuse image list` shows what exists, `fuse image build {image}` builds it"
+    template = (
+        "There is no image {image!r}; there are: {known}. "
+        "On the host, `fuse image pull {image}` fetches it from a registry, `fuse image build` makes one"
+    )
     image: str
+    #: Names of those that there are, or `none`.
+    known: str
 
 
 class CommandNotFound(InvalidArgument):

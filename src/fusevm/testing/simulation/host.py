@@ -241,7 +241,7 @@ class SimHost(FakeHost):
             raise SnapshotNotFound(id=body.snapshot_id)
         if self._chance.random() < self.luck.refused_boot:
             if self._chance.random() < 0.5:
-                raise ImageNotFound(image=body.spec.image)
+                raise ImageNotFound(image=body.spec.image, known="others")
             raise HostFull(resource="memory", needed="1 MiB", free="0")
         if len(self.table) >= self.capacity.vm_count:
             raise HostFull(resource="machines", needed="1", free="0")
