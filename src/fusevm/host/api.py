@@ -24,6 +24,7 @@ from fusevm.host.bodies import UNKNOWN, decode_noting, read_body, render_json
 from fusevm.host.console import left_out, read_console
 from fusevm.host.contract.create import is_contract_form
 from fusevm.host.contract.handlers import CONTRACT_HANDLERS, create_by_contract, default_user, render_one
+from fusevm.host.contract.relays import published_by_users
 from fusevm.host.contract.render import render_body
 from fusevm.host.daemon import Daemon
 from fusevm.host.image_handlers import IMAGE_HANDLERS
@@ -270,7 +271,8 @@ async def _publish(daemon: Daemon, request: Request, route: Route) -> Response:
 
 async def _list_ports(daemon: Daemon, request: Request, _route: Route) -> Response:
     machine = daemon.machines.record(request.path_params["id"])
-    return render_json(PublishedPortList(ports=[render_port(machine.id, port) for port in machine.ports]))
+    ports = published_by_users(machine)
+    return render_json(PublishedPortList(ports=[render_port(machine.id, port) for port in ports]))
 
 
 async def _unpublish(daemon: Daemon, request: Request, _route: Route) -> Response:

@@ -101,6 +101,11 @@ class Daemon:
     def journal(self) -> Journal:
         return self._parts.journal
 
+    @property
+    def isolation(self) -> Isolation:
+        """Of its machines."""
+        return self._identification.isolation
+
     def entropy(self, size: int) -> bytes:
         """Fresh random bytes."""
         return self._parts.clock.entropy(size)

@@ -18,7 +18,6 @@ _MACHINE = "/machines/{id}"
 #: JSON with a content: base64 of some 48 MiB. What is larger goes through `/guest/files`, streamed.
 FILES_LIMIT = 64 << 20
 NO_MOUNTS = "guests of this host mount no object storage; copy files with files/ops or the guest's own tools"
-NO_EXEC_RELAY = "guests of this host run no exec daemon on port 49983; use POST /machines/{id}/exec"
 
 CREATE_ROUTES: tuple[Route, ...] = (
     Route(
@@ -64,11 +63,10 @@ CONTRACT_ROUTES: tuple[Route, ...] = (
         method="POST",
         path=_MACHINE + "/exec-relay",
         name="exec_relay",
-        summary="Relay the port of the guest's exec daemon",
+        summary="Forward a port of the host to the guest's exec daemon (49983), if it runs one. Idempotent",
         scope=Scope.HOSTS,
         answer=host_api.MachineAnswer,
-        errors=_ORDER,
-        unimplemented=NO_EXEC_RELAY,
+        errors=(*_ORDER, e.HostFull, e.NoSpace, e.PolicyNotEnforceable, e.PublishedPortExists),
     ),
     Route(
         method="GET",

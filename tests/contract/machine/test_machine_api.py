@@ -143,11 +143,29 @@ async def test_what_is_not_served_says_so_and_why(api: MachineApi, importer: Imp
         assert isinstance(error, Unimplemented)
         assert (error.status, feature in error.message) == (501, True)
     await api.create("m-2")
-    for method, path in (("POST", "exec-relay"), ("POST", "mounts"), ("DELETE", "mounts/x")):
+    for method, path in (("POST", "mounts"), ("DELETE", "mounts/x")):
         error = await api.fails(method, f"/machines/m-2/{path}")
         assert isinstance(error, Unimplemented), path
         assert isinstance(await api.fails(method, f"/machines/none/{path}"), MachineNotFound)
     assert await api.call("GET", "/machines/m-2/mounts") == {"mounts": []}
+
+
+async def test_relays_are_ports_of_the_host(api: MachineApi):
+    ports = {port["name"]: port.get("host_port", 0) for port in (await api.create())["ports"]}
+    assert ports["ssh"] != ports["vnc"]
+    assert all(20_000 <= ports[name] <= 39_999 for name in ("ssh", "vnc"))
+    assert ports["exec"] == 0
+    for _ in range(2):
+        machine = (await api.call("POST", "/machines/m-1/exec-relay"))["machine"]
+        again = {port["name"]: port["host_port"] for port in machine["ports"]}
+        assert again | {"exec": 0} == ports
+        assert 20_000 <= again["exec"] <= 39_999
+    assert await api.call("GET", "/machines/m-1/published-ports") == {"ports": []}
+    await api.call("POST", "/machines/m-1/stop", status=204)
+    assert isinstance(await api.fails("POST", "/machines/m-1/exec-relay"), WrongState)
+    started = (await api.call("POST", "/machines/m-1/start"))["machine"]
+    assert {port["name"]: port["host_port"] for port in started["ports"]} == again
+    assert isinstance(await api.fails("POST", "/machines/none/exec-relay"), MachineNotFound)
 
 
 async def test_a_second_machine_of_an_id_is_a_conflict(api: MachineApi, importer: Importer):

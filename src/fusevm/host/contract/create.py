@@ -15,6 +15,7 @@ from fusevm.host.images.store import Image
 from fusevm.model.errors import BadField, Unimplemented
 from fusevm.model.ids import parse_machine_id
 from fusevm.model.machine import Artifact, Contract, Fence, Login, MachineSpec
+from fusevm.model.network import Exposure
 from fusevm.wire.contract import (
     DEFAULT_CPUS,
     DEFAULT_MEMORY_MIB,
@@ -67,11 +68,12 @@ async def plan_create(
     *,
     importer: Importer,
     login_ca: str,
+    relays: tuple[Exposure, ...],
     entropy: Callable[[int], bytes],
 ) -> tuple[CreateMachine, Contract]:
     """Read a create, fetching its image. Raises BadField, Unimplemented, or why there is no image.
 
-    `login_ca` is the authority that every machine of this host trusts first; empty: none.
+    `login_ca` is the authority that every machine of this host trusts first; empty: none. `relays` are forwarded.
     """
     parse_machine_id(body.machine_id)
     if fence is not None:
@@ -90,12 +92,14 @@ async def plan_create(
     if artifact is not None:
         kept = Artifact(kernel_image_url=artifact.kernel_image_url, rootfs_url=artifact.rootfs_url)
     create = CreateMachine(
-        machine_id=body.machine_id, spec=render_spec(body, image, guest), boot_timeout_ms=BOOT_TIMEOUT_MS
+        machine_id=body.machine_id, spec=render_spec(body, image, guest, relays), boot_timeout_ms=BOOT_TIMEOUT_MS
     )
     return create, Contract(artifact=kept, login=login)
 
 
-def render_spec(body: CreateContractMachine, image: str, guest: GuestConfig) -> MachineSpec:
+def render_spec(
+    body: CreateContractMachine, image: str, guest: GuestConfig, relays: tuple[Exposure, ...] = ()
+) -> MachineSpec:
     """The machine with this API's defaults, which hold for no other."""
     return MachineSpec(
         image=image,
@@ -103,6 +107,7 @@ def render_spec(body: CreateContractMachine, image: str, guest: GuestConfig) -> 
         memory_mib=body.memory_mib if body.memory_mib > 0 else DEFAULT_MEMORY_MIB,
         disk_bytes=body.storage_bytes if body.storage_bytes > 0 else DEFAULT_STORAGE_BYTES,
         hostname=guest.hostname,
+        expose=relays,
     )
 
 

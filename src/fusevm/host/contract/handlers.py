@@ -14,6 +14,7 @@ from fusevm.host.bodies import decode_noting, read_body, render_json
 from fusevm.host.contract.agent_files import AgentFiles
 from fusevm.host.contract.create import plan_create
 from fusevm.host.contract.operations import Reading, perform
+from fusevm.host.contract.relays import exec_relay, first_relays
 from fusevm.host.contract.render import render_body
 from fusevm.host.daemon import Daemon
 from fusevm.host.quarantine import Quarantine
@@ -29,7 +30,7 @@ from fusevm.wire.contract import (
     MountList,
     ResizeMachine,
 )
-from fusevm.wire.contract_routes import NO_EXEC_RELAY, NO_MOUNTS
+from fusevm.wire.contract_routes import NO_MOUNTS
 from fusevm.wire.host_api import parse_fence
 from fusevm.wire.routes import Payload, Route
 
@@ -42,7 +43,12 @@ async def create_by_contract(daemon: Daemon, body: CreateContractMachine, fence:
     if parse_machine_id(body.machine_id) in daemon.machines.ids():
         raise MachineExists(id=body.machine_id)
     create, contract = await plan_create(
-        body, fence, importer=daemon.artifacts, login_ca=daemon.config.login_ca, entropy=daemon.entropy
+        body,
+        fence,
+        importer=daemon.artifacts,
+        login_ca=daemon.config.login_ca,
+        relays=first_relays(daemon.isolation),
+        entropy=daemon.entropy,
     )
     try:
         return await daemon.machines.create(create, None, contract)
@@ -98,9 +104,11 @@ async def _read(reading: Reading, stack: AsyncExitStack) -> AsyncIterator[bytes]
             yield chunk
 
 
-async def _no_exec_relay(daemon: Daemon, request: Request, _route: Route) -> Response:
-    daemon.machines.owned(_machine_id(request), parse_fence(request.headers))
-    raise Unimplemented(feature="exec-relay", why=NO_EXEC_RELAY)
+async def _exec_relay(daemon: Daemon, request: Request, _route: Route) -> Response:
+    machine_id, fence = _machine_id(request), parse_fence(request.headers)
+    draft = exec_relay(daemon.machines.owned(machine_id, fence))
+    await daemon.machines.publish(machine_id, fence, draft)
+    return render_one(daemon.machines.record(machine_id))
 
 
 async def _mounts(daemon: Daemon, request: Request, _route: Route) -> Response:
@@ -120,7 +128,7 @@ def _machine_id(request: Request) -> str:
 CONTRACT_HANDLERS: dict[str, Handler] = {
     "resize_machine": _resize,
     "files_ops": _files,
-    "exec_relay": _no_exec_relay,
+    "exec_relay": _exec_relay,
     "list_mounts": _mounts,
     "create_mount": _no_mounts,
     "delete_mount": _no_mounts,

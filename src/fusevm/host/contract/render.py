@@ -6,16 +6,14 @@ from typing import Any
 
 import msgspec
 
+from fusevm.host.contract.relays import render_ports
 from fusevm.host.quarantine import Quarantine
 from fusevm.host.render import render_machine
 from fusevm.model.machine import Machine, Phase
-from fusevm.wire.contract import PortBody
 
 #: What the contract calls a machine that is being made or started. The other phases have the same names, and `paused`
 #: and `deleting` are ours alone.
 STARTING = "starting"
-#: Relays that the contract knows, by guest port.
-GUEST_PORTS = {"ssh": 2222, "vnc": 6080, "exec": 49983}
 
 
 def render_body(machine: Machine, quarantine: Quarantine | None = None) -> dict[str, Any]:
@@ -33,13 +31,5 @@ def render_body(machine: Machine, quarantine: Quarantine | None = None) -> dict[
         body["runtime_host"] = machine.address
     body["guest_ssh_host_public_key"] = contract.login.host_public_key
     if machine.phase is Phase.RUNNING:
-        body["ports"] = [msgspec.to_builtins(port) for port in render_ports({})]
+        body["ports"] = [msgspec.to_builtins(port) for port in render_ports(machine)]
     return body
-
-
-def render_ports(relays: dict[str, int]) -> list[PortBody]:
-    """The contract's ports, with the host's ports where they are relayed."""
-    return [
-        PortBody(name=name, port=port, host_port=relays.get(name, 0), protocol="tcp")
-        for name, port in GUEST_PORTS.items()
-    ]
