@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 
 _HEX_KEY = re.compile(r"[0-9a-fA-F]{64}")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|)")
+_UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,6 +134,19 @@ def parse_count(text: str) -> int:
     if not text.isascii() or not text.isdecimal():
         raise ValueError(f"{text!r} is no whole number")
     return int(text)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds, as a number or as Go writes it: 90s, 5m, 1h30m, 500ms."""
+    parts = _DURATION.findall(text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise ValueError(f"{text!r} is no duration; write 90s, 5m, 1h30m or 500ms")
+    if len(parts) > 1 and any(not unit for _, unit in parts):
+        raise ValueError(f"{text!r} has a number without a unit")
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if seconds <= 0:
+        raise ValueError(f"{text} is out of range; it must be more than 0")
+    return seconds
 
 
 def one_of(*choices: str) -> Callable[[str], str]:

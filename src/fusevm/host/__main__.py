@@ -53,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cpu-reserve", type=int, help="CPUs kept for the host itself")
     parser.add_argument("--warm-slots", type=int, help="network slots kept ready")
     parser.add_argument("--sweep-interval-s", type=float, help="seconds between sweeps for leftovers")
+    parser.add_argument("--login-ca", help="public key of the SSH authority that machines of the contract trust")
     parser.add_argument("--disk-reserve-bytes", type=int, help="creates are refused below this free space")
     parser.add_argument("--image-max-bytes", type=int, help="largest root file system")
     parser.add_argument("--artifact-networks", type=_words, help="networks, by commas, that artifacts may come from")

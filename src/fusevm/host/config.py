@@ -13,8 +13,9 @@ from typing import Literal
 
 import msgspec
 
+from fusevm.host.contract.keys import parse_keys
 from fusevm.host.images.addresses import parse_networks
-from fusevm.model.errors import BadSetting, PathTooLong
+from fusevm.model.errors import BadField, BadSetting, PathTooLong
 
 #: sun_path of unix(7) without its NUL.
 SOCKET_PATH_LIMIT = 107
@@ -126,7 +127,15 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise PathTooLong(path=str(path), limit=SOCKET_PATH_LIMIT - len(longest))
         parse_networks(self.artifact_networks)
         parse_port_range(self.published_ports)
+        self._check_login_ca()
         self._check_numbers()
+
+    def _check_login_ca(self) -> None:
+        if self.login_ca:
+            try:
+                parse_keys([self.login_ca], "login_ca")
+            except BadField as e:
+                raise BadSetting(setting="login_ca", problem=e.problem) from e
 
     def _check_numbers(self) -> None:
         bounds: tuple[tuple[str, float, float], ...] = (

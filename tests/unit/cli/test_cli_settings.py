@@ -15,12 +15,14 @@ from fusevm.cli.failures import USAGE
 from fusevm.cli.host_settings import host_config
 from fusevm.cli.main import COMMANDS, cli
 from fusevm.cli.serve import control_config, unhonoured
+from fusevm.cli.setting import parse_duration
 from fusevm.cli.settings import CONTROL, HOST, SECTIONS, Setting, load
 from fusevm.control.config import KEPT_LEASES, MAX_LEASE_S, ControlConfig, check
 from fusevm.host.rows import FENCE_LIFETIME_MS
 from fusevm.model.errors import BadSetting
 from fusevm.model.setup import Restart
 
+LOGIN_CA = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHvLLtVN+AQN43Yh4dYkwmNAYXvuYW5AGRR5cfRtTbPW ca"
 KEY = "ab" * 32
 #: setting -> (a good value, what it means, a bad value or None where any text is good)
 EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
@@ -70,6 +72,8 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "published_ports": ("30000-30999", "30000-30999", None),
     "network_range": ("10.9.0.0/16", "10.9.0.0/16", None),
     "artefact_root": ("/images", Path("/images"), None),
+    "login_ca": (LOGIN_CA, LOGIN_CA, None),
+    "sweep_interval_s": ("1m30s", 90.0, "0s"),
     "run_dir": ("/run/x", Path("/run/x"), None),
     "instance": ("two", "two", None),
     "user_network": ("on", True, "perhaps"),
@@ -388,3 +392,41 @@ def test_every_setting_and_command_is_documented() -> None:
     commands = (docs / "cli.md").read_text()
     for name in COMMANDS:
         assert f"`fuse {name}" in commands
+
+
+def test_computer_hosts_export_block_configures_the_daemon() -> None:
+    """Its README's variables, as they are there."""
+    block = """
+        export FIRECRACKER_HOST_ROOT_DIR=/var/lib/firecracker-host
+        export FIRECRACKER_BINARY_PATH=/usr/local/bin/firecracker
+        export JAILER_BINARY_PATH=/usr/local/bin/jailer
+        export FIRECRACKER_HOST_EGRESS_INTERFACE=eth0
+        export FIRECRACKER_HOST_RECONCILE_INTERVAL=5s
+    """
+    environ = dict(line.split()[1].split("=", 1) for line in block.strip().splitlines())
+    loaded = load("host", {}, environ | {"GUEST_LOGIN_CA_PUBLIC_KEY": LOGIN_CA})
+    config = host_config(loaded, {})
+    config.check()
+    assert config.api_socket == Path("/var/lib/firecracker-host/firecracker-host.sock")
+    assert (config.egress_interface, config.sweep_interval_s, config.login_ca) == ("eth0", 5.0, LOGIN_CA)
+    assert loaded["firecracker_binary"] == Path("/usr/local/bin/firecracker")
+
+
+def test_a_login_authority_that_is_no_key_is_refused_by_name() -> None:
+    loaded = load("host", {}, {"GUEST_LOGIN_CA_PUBLIC_KEY": "ssh-ed25519 nonsense"})
+    with pytest.raises(BadSetting) as caught, loaded.naming_sources():
+        host_config(loaded, {}).check()
+    assert caught.value.setting == "GUEST_LOGIN_CA_PUBLIC_KEY"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("5s", 5), ("500ms", 0.5), ("1h30m", 5400), ("7", 7), ("1.5m", 90), ("0.25", 0.25)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "5x", "-5s", "1m30", "5 s", "0"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match=r"duration|range|unit"):
+        parse_duration(text)

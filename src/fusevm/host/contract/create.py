@@ -10,7 +10,8 @@ from typing import Protocol
 
 import msgspec
 
-from fusevm.host.contract.keys import make_host_key, parse_keys
+from fusevm.host.contract.host_key import make_host_key
+from fusevm.host.contract.keys import parse_keys
 from fusevm.host.images.store import Image
 from fusevm.model.errors import BadField, Unimplemented
 from fusevm.model.ids import parse_machine_id

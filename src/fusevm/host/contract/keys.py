@@ -1,7 +1,4 @@
-"""SSH keys: the one that the host makes for a machine, and those that users bring.
-
-Formats: RFC 4253 6.6 (public key blobs), RFC 8709 (ed25519), sshd(8) AUTHORIZED_KEYS.
-"""
+"""Public SSH keys that users bring. Formats: RFC 4253, section 6.6 (blobs); sshd(8), AUTHORIZED_KEYS (lines)."""
 
 from __future__ import annotations
 
@@ -9,9 +6,6 @@ import base64
 import binascii
 import itertools
 import struct
-
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from fusevm.model.errors import BadField
 
@@ -21,13 +15,6 @@ _KINDS = frozenset({
     *("ssh-ed25519", "ssh-rsa", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521"),
     *("sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com"),
 })  # fmt: skip
-
-
-def make_host_key(entropy: bytes) -> tuple[str, str]:
-    """Make an ed25519 key of 32 random bytes: OpenSSH's private format, and the public line without a comment."""
-    key = Ed25519PrivateKey.from_private_bytes(entropy)
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
-    return private.decode(), key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 
 
 def parse_keys(lines: list[str], field: str) -> tuple[str, ...]:
