@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fusevm.host.__main__ import _parser, make_config
+from fusevm.host.__main__ import make_parser, make_config
 from fusevm.host.config import HostConfig, parse_listen
 from fusevm.host.faults import POINTS, KillAt, NoFault, make_fault
 from fusevm.host.main import serve
@@ -66,7 +66,7 @@ def test_addresses():
 def test_the_command_line_makes_a_configuration(monkeypatch):
     monkeypatch.setenv("FUSE_FAULT", "create.intent")
     config = make_config(
-        _parser().parse_args(["--data-root", "/d", "--listen", "", "--plain-http", "--warm-slots", "0"])
+        make_parser().parse_args(["--data-root", "/d", "--listen", "", "--plain-http", "--warm-slots", "0"])
     )
     assert (config.data_root, config.listen, config.plain_http, config.warm_slots) == (Path("/d"), "", True, 0)
     assert config.fault == "create.intent"
