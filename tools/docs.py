@@ -352,8 +352,7 @@ def _setting_rows(table: Iterable[Setting]) -> list[str]:
     rows = ["| name in the file | variable | flag | default | what |", "|---|---|---|---|---|"]
     for one in table:
         default = f"`{to_text(one.default)}`" if one.default not in (None, "", ()) else ""
-        later = " Kept, not used yet." if one.is_later else ""
-        rows.append(f"| `{one.name}` | `{one.env}` | `{one.flag}` | {default} | {_cell(one.help)}{later} |")
+        rows.append(f"| `{one.name}` | `{one.env}` | `{one.flag}` | {default} | {_cell(one.help)} |")
     return rows
 
 

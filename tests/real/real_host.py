@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import websockets.asyncio.client as ws
@@ -26,8 +26,10 @@ import websockets.asyncio.client as ws
 from artefacts import IMAGE
 from fusevm.host.cgroup import Cgroups, observe_mounts
 from fusevm.host.faults import VARIABLE
+from fusevm.host.images.initramfs import agent_path
 from fusevm.model.errors import Error
 from fusevm.model.machine import Fence
+from fusevm.testing.fake_firecracker.install import install
 from fusevm.wire.errors import parse_error
 from fusevm.wire.frames import Frame, FrameType, decode_message, encode_frame
 from fusevm.wire.guest import ExecRequest, ExecResult, Exit
@@ -83,13 +85,22 @@ class Host:
     """A data directory, and the daemons that run on it."""
 
     def __init__(
-        self, box: Box, artefacts: Path, name: str, *, warm_slots: int = 0, module: str = "fusevm.host"
+        self,
+        box: Box,
+        artefacts: Path,
+        name: str,
+        *,
+        warm_slots: int = 0,
+        module: str = "fusevm.host",
+        where: Path = Path("/var/tmp"),
     ) -> None:
         self.box = box
+        #: More options of every daemon, by flag.
+        self.options: dict[str, object] = {}
         #: The program: the daemon itself, or one of `fusevm.testing`.
         self._module = module
         self.instance = name
-        self.folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir="/var/tmp"))
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=where))
         self.folder.chmod(0o755)
         self.data = self.folder / "data"
         self.run_dir = Path(f"/run/fuse-test-{self.folder.name}")
@@ -124,6 +135,7 @@ class Host:
             "--warm-slots": self._warm_slots,
             "--sweep-interval-s": "1",
             "--disk-reserve-bytes": 1 << 30,
+            **self.options,
         }
         words = [str(word) for option in options.items() for word in option]
         argv = self.box.enter(sys.executable, "-m", self._module, *words, *more)
@@ -207,9 +219,9 @@ class Host:
         return self.leftovers()
 
     def _processes(self) -> list[str]:
-        """Command lines inside the box that name our machines."""
+        """Command lines inside the box that name our machines, or are those of a jailed VMM."""
         lines = self.box.run("ps", "-ww", "-eo", "pid=,args=").splitlines()
-        return [line.strip() for line in lines if f"{self.data}/machines/" in line]
+        return [line.strip() for line in lines if f"{self.data}/machines/" in line or "/firecracker --id " in line]
 
     def _observe_mounts(self) -> set[str]:
         return set(self.box.run("cat", "/proc/self/mounts").splitlines())
@@ -269,6 +281,20 @@ class Host:
     async def delete(self, machine_id: str, fence: Fence | None) -> None:
         """Remove a machine."""
         await self.ask("DELETE", f"/machines/{machine_id}", fence)
+
+
+def make_jail_host(artefacts: Path, name: str, guests: Literal["qemu", "process"]) -> Host:
+    """A host whose daemons run machines on Firecracker's fake; jails link files, so it is beside the artefacts."""
+    host = Host(Box(), artefacts, name, where=artefacts)
+    folder = host.folder / "programs"
+    folder.mkdir()
+    programs = install(folder, agent_path(), guests=guests)
+    host.options = {
+        "--driver": "firecracker",
+        "--firecracker-binary": programs.firecracker,
+        "--jailer-binary": programs.jailer,
+    }
+    return host
 
 
 class Guest:

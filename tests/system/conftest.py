@@ -15,7 +15,25 @@ from own_world import run_prefix
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "real"))
 
-from real_host import Box, Host
+from real_host import Box, Host, make_jail_host
+
+
+@pytest.fixture
+def jail_host() -> Iterator[Host]:
+    """A host without a daemon, in a box of its own, for machines on Firecracker's fake: processes in real jails."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root for namespaces of its own")
+    try:
+        artefacts = ensure_artefacts()
+    except VmmMissing as e:
+        pytest.skip(str(e))
+    host = make_jail_host(artefacts, f"{run_prefix()}j", "process")
+    try:
+        yield host
+        left = asyncio.run(host.wait_empty())
+        assert not left, (left, host.tail())
+    finally:
+        host.close()
 
 
 @pytest.fixture

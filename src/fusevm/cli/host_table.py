@@ -29,8 +29,7 @@ HOST: tuple[Setting, ...] = (
         flag="--firecracker-binary",
         parse=parse_path,
         default=None,
-        is_later=True,
-        help="The firecracker program.",
+        help="The firecracker program. Default: that of `fuse host install`, else the one on the path.",
     ),
     Setting(
         name="jailer_binary",
@@ -38,8 +37,7 @@ HOST: tuple[Setting, ...] = (
         flag="--jailer-binary",
         parse=parse_path,
         default=None,
-        is_later=True,
-        help="The jailer program.",
+        help="The jailer program, of the same release as firecracker.",
     ),
     Setting(
         name="egress_interface",
@@ -62,9 +60,9 @@ HOST: tuple[Setting, ...] = (
         name="driver",
         env="FUSE_DRIVER",
         flag="--driver",
-        parse=one_of("auto", "qemu"),
+        parse=one_of("auto", "firecracker", "qemu"),
         default="auto",
-        help="How machines are run: auto or qemu.",
+        help="How machines are run: auto, firecracker (needs root), or qemu.",
     ),
     Setting(
         name="kernel",

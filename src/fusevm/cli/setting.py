@@ -27,8 +27,6 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     field: str = ""
     #: Never shown; as a flag it would be visible in the process list.
     is_secret: bool = False
-    #: Accepted and kept, but nothing reads it yet.
-    is_later: bool = False
 
     @property
     def is_switch(self) -> bool:

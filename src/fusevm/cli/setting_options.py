@@ -23,9 +23,8 @@ def settings_options(table: Sequence[Setting]) -> Callable[[F], F]:
 
 
 def _option(setting: Setting) -> Callable[[F], F]:
-    later = " Kept, but not used yet." if setting.is_later else ""
     secret = " Better given by the variable: flags are visible to others." if setting.is_secret else ""
-    text = f"{setting.help}{later}{secret} [env: {setting.env}]"
+    text = f"{setting.help}{secret} [env: {setting.env}]"
     if setting.is_switch:
         return click.option(f"{setting.flag}/--no-{setting.flag[2:]}", setting.name, default=None, help=text)
     metavar = setting.flag.rsplit("-", 1)[-1].upper()

@@ -38,7 +38,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--listen", help=f"host:port for TCP, empty for none (default: {DEFAULT_LISTEN})")
     parser.add_argument("--plain-http", action="store_const", const=True, help="no TLS; loopback only")
     parser.add_argument("--socket-path", type=Path, help="Unix socket of the API")
-    parser.add_argument("--driver", choices=["auto", "qemu"], help="qemu: software emulation, without trying KVM")
+    drivers = ["auto", "firecracker", "qemu"]
+    parser.add_argument("--driver", choices=drivers, help="qemu: software emulation, without trying KVM")
+    parser.add_argument("--firecracker-binary", type=Path, help="the program firecracker")
+    parser.add_argument("--jailer-binary", type=Path, help="the program jailer")
     parser.add_argument("--kernel", type=Path, help="kernel file")
     parser.add_argument("--network-range", help="IPv4 network of the machines' slots")
     parser.add_argument("--egress-interface", help="interface that leads to the Internet")

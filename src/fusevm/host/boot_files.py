@@ -1,25 +1,27 @@
-"""Kernel and initramfs of this host, found or fetched, and the driver that fits them.
+"""Kernel and initramfs of this host for a driver, found or fetched.
 
 A host without a kernel (no network at the first start) still serves: its machines run on, can be stopped and deleted;
 creates say what is missing, and try again.
 
-Owns: the search. Must not: boot machines, but for the driver's own probe.
+Owns: the search. Must not: boot machines.
 """
 
 from __future__ import annotations
 
 import asyncio
+import platform
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import structlog
 
 from fusevm.host.config import HostConfig
 from fusevm.host.images.initramfs import agent_path, ensure_initramfs
-from fusevm.host.images.kernel import KernelStore
+from fusevm.host.images.kernel import Kernel, KernelStore
 from fusevm.host.images.progress import ProgressEvent
-from fusevm.host.vmm.probe import Choice, choose_accelerator
-from fusevm.model.errors import Error
+from fusevm.host.vmm.firecracker.pins import KERNELS
+from fusevm.model.errors import Error, KernelCorrupt
 
 log = structlog.get_logger()
 
@@ -38,8 +40,9 @@ class BootFiles(msgspec.Struct, frozen=True, kw_only=True):
 class BootFileFinder:
     """Finds the boot files once, and again after a failure."""
 
-    def __init__(self, config: HostConfig) -> None:
+    def __init__(self, config: HostConfig, driver: Literal["qemu", "firecracker"] = "qemu") -> None:
         self._config = config
+        self._driver = driver
         self._kernels = KernelStore(config.artefacts)
         self._lock = asyncio.Lock()
         self.found: BootFiles | None = None
@@ -48,8 +51,9 @@ class BootFileFinder:
         """Return the boot files, made or fetched if needed. Raises KernelCorrupt, VmmMissing, CommandFailed, ..."""
         async with self._lock:
             if self.found is None:
-                kernel = await self._kernels.ensure(self._config.kernel, progress=_tell)
-                initramfs = await ensure_initramfs(self._config.artefacts, kernel)
+                kernel = await self._find_kernel()
+                is_firecracker = self._driver == "firecracker"
+                initramfs = await ensure_initramfs(self._config.artefacts, kernel, with_vsock=is_firecracker)
                 self.found = BootFiles(
                     kernel=kernel.vmlinux,
                     initramfs=initramfs,
@@ -58,6 +62,18 @@ class BootFileFinder:
                     agent_version=initramfs.stem.partition("-")[0],
                 )
             return self.found
+
+    async def _find_kernel(self) -> Kernel:
+        """The one of the settings; for Firecracker the one that it is tested with, if installed; else Debian's."""
+        if self._driver == "firecracker" and self._config.kernel is None:
+            pin = KERNELS.get(platform.machine())
+            try:
+                if pin is not None:
+                    return await self._kernels.resolve(pin.key)
+            except KernelCorrupt as e:
+                remedy = "`fuse host install` fetches it; until then Debian's cloud kernel serves"
+                log.warning("pinned_kernel_missing", problem=e.message, remedy=remedy)
+        return await self._kernels.ensure(self._config.kernel, progress=_tell)
 
     async def try_find(self) -> BootFiles | None:
         """Return the boot files, or None: the log says why."""
@@ -72,20 +88,6 @@ def _tell(event: ProgressEvent) -> None:
     """Fetching a kernel takes a while: say what is being done, but not every byte."""
     if event.done_bytes is None:
         log.info("boot_files_progress", step=event.step, detail=event.detail)
-
-
-async def choose_driver(config: HostConfig, files: BootFiles | None) -> Choice:
-    """Decide how machines are run: as configured, or by trying KVM (seconds, once per boot of the host)."""
-    if config.driver == "qemu":
-        return Choice(accelerator="tcg", why="QEMU in software emulation, as configured")
-    if files is None:
-        return Choice(accelerator="tcg", why="software emulation: KVM could not be tried without a kernel")
-    try:
-        return await choose_accelerator(files.kernel, files.initramfs, config.data_root)
-    except (Error, OSError) as e:
-        # What is missing is missing for creates, too: they say so.
-        log.warning("kvm_not_tried", problem=str(e))
-        return Choice(accelerator="tcg", why=f"software emulation: KVM could not be tried ({e})")
 
 
 def has_agent() -> bool:

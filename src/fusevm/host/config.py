@@ -55,8 +55,12 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     plain_http: bool = False
     #: Unix socket of the API; None: `<data_root>/firecracker-host.sock`.
     socket_path: Path | None = None
-    driver: Literal["auto", "qemu"] = "auto"
-    #: Kernel file (bzImage or ELF); None: Debian's cloud kernel, fetched once.
+    driver: Literal["auto", "firecracker", "qemu"] = "auto"
+    #: Programs; None: those of `fuse host install`, else those on the path.
+    firecracker_binary: Path | None = None
+    jailer_binary: Path | None = None
+    #: Kernel file (bzImage or ELF); None: for Firecracker the one that was installed with it, else Debian's cloud
+    #: kernel, fetched once.
     kernel: Path | None = None
     #: IPv4 network that the machines' slots take their outside addresses from.
     network_range: str = "10.210.0.0/16"

@@ -1,8 +1,5 @@
-"""What runs machines on this host: a driver, why this one, and what each of its VMMs takes.
-
-`choose_engine` is the daemon's; tests give `main.serve` another one.
-
-Owns: the choice put together. Must not: start machines.
+"""What runs machines on this host: a driver, why this one, and what follows from it. `driver_choice` is who chooses;
+tests give `main.serve` another one.
 """
 
 from __future__ import annotations
@@ -11,24 +8,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import structlog
-
-from fusevm.host.boot_files import BootFiles, choose_driver
+from fusevm.host.boot_files import BootFileFinder
 from fusevm.host.config import HostConfig
-from fusevm.host.run import run
+from fusevm.host.disk.overlay import Method, WithoutReflink
 from fusevm.host.vmm.driver import Driver
-from fusevm.host.vmm.qemu import PROGRAM, QemuDriver
-from fusevm.host.vmm.qemu_args import overhead_mib
-from fusevm.model.errors import Error
-
-log = structlog.get_logger()
-
-_VERSION_TIMEOUT_S = 10.0
+from fusevm.host.vmm.firecracker.vmm import Count
+from fusevm.host.wiring import Taps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A driver with what is told about it."""
+    """A driver with what is told about it, and what it needs."""
 
     driver: Driver
     #: For people: the driver with its accelerator, and why it is this one.
@@ -38,34 +28,12 @@ class Engine:
     version: str
     #: Memory of a VMM beside its guest's: booked by admission, allowed by the control group.
     overhead_mib: int
+    #: What its machines boot from.
+    boot_files: BootFileFinder
+    #: How a private disk is made where blocks cannot be shared.
+    overlays: WithoutReflink = Method.QCOW2
+    taps: Taps = "descriptor"
 
 
-ChooseEngine: TypeAlias = Callable[[HostConfig, BootFiles | None], Awaitable[Engine]]
-
-
-async def choose_engine(config: HostConfig, files: BootFiles | None) -> Engine:
-    """As configured, or what this host can do."""
-    choice = await choose_driver(config, files)
-    driver = QemuDriver(accelerator=choice.accelerator, cache_dir=config.data_root)
-    return Engine(
-        driver=driver,
-        title=f"{driver.name} ({choice.accelerator})",
-        why=choice.why,
-        version=await observe_vmm_version(),
-        overhead_mib=overhead_mib(choice.accelerator),
-    )
-
-
-async def observe_vmm_version() -> str:
-    """The version that QEMU says it has; empty when it cannot be asked: the daemon serves without, too."""
-    try:
-        done = await run([PROGRAM, "--version"], timeout_s=_VERSION_TIMEOUT_S)
-    except (Error, OSError) as e:
-        log.warning("vmm_version_unknown", problem=str(e))
-        return ""
-    return parse_vmm_version(done.text)
-
-
-def parse_vmm_version(text: str) -> str:
-    """The number in what `qemu-system-x86_64 --version` prints; empty when there is none."""
-    return next(iter(text.partition("version ")[2].split()), "")
+#: Chooses; what VMMs count is told to the second argument.
+ChooseEngine: TypeAlias = Callable[[HostConfig, Count], Awaitable[Engine]]

@@ -21,14 +21,14 @@ import uvloop
 
 from fusevm import __version__
 from fusevm.host.api import make_router
-from fusevm.host.boot_files import BootFileFinder
 from fusevm.host.boundary import Boundary
 from fusevm.host.cgroup import Cgroups, observe_mounts
 from fusevm.host.clock import SystemClock
 from fusevm.host.config import HostConfig, parse_listen, parse_port_range
 from fusevm.host.daemon import Daemon, Identification
 from fusevm.host.drift import Kind
-from fusevm.host.engine import ChooseEngine, Engine, choose_engine
+from fusevm.host.driver_choice import choose_engine
+from fusevm.host.engine import ChooseEngine, Engine
 from fusevm.host.events import EventHub
 from fusevm.host.faults import Fault, make_fault
 from fusevm.host.grounds import Contents, Directories, Ground, Groups, Links, Mounts, Processes, Slots, Witness
@@ -98,18 +98,19 @@ async def _serve(config: HostConfig, engines: ChooseEngine, fault: Fault) -> Non
         identity = await asyncio.to_thread(ensure_identity, config.data_root)
 
         # What machines are made of.
-        images, finder = ImageStore(config.artefacts), BootFileFinder(config)
-        engine = await engines(config, await finder.try_find())
-        wiring, network = _make_wiring(config)
+        images, metrics = ImageStore(config.artefacts), Metrics()
+        engine = await engines(config, metrics.count_vmms)
+        wiring, network = _make_wiring(config, engine)
         cgroups = await _make_cgroups(config)
         quarters = HostQuarters(
             config,
             images=images,
-            boot_files=finder,
+            boot_files=engine.boot_files,
             wiring=wiring,
             cgroups=cgroups,
             driver=engine.driver.name,
             overhead_mib=engine.overhead_mib,
+            overlays=engine.overlays,
             fault=fault,
         )
         entries = await journal.entries()
@@ -122,7 +123,7 @@ async def _serve(config: HostConfig, engines: ChooseEngine, fault: Fault) -> Non
             quarters=quarters,
             driver=engine.driver,
             events=EventHub(secrets.token_hex(8), clock.now_ms),
-            metrics=Metrics(),
+            metrics=metrics,
             clock=clock,
             fault=fault,
             boot_id=boot_id,
@@ -138,7 +139,7 @@ async def _serve(config: HostConfig, engines: ChooseEngine, fault: Fault) -> Non
             sweeper=_make_sweeper(config, machines, cgroups, network),
             machines=machines,
             network=network,
-            identification=_identify(engine, wiring, finder),
+            identification=_identify(engine, wiring),
         )
         await stack.enter_async_context(daemon.running(entries))
 
@@ -163,7 +164,7 @@ def _watch_signals() -> asyncio.Event:
     return stop
 
 
-def _make_wiring(config: HostConfig) -> tuple[Wiring, HostNetwork | None]:
+def _make_wiring(config: HostConfig, engine: Engine) -> tuple[Wiring, HostNetwork | None]:
     """Slots for root, QEMU's user network for everybody else."""
     ports = parse_port_range(config.published_ports)
     if os.geteuid() != 0:
@@ -172,7 +173,7 @@ def _make_wiring(config: HostConfig) -> tuple[Wiring, HostNetwork | None]:
         return UserWiring(user_network=config.user_network, ports=ports), None
     plan = NetworkPlan(prefix=config.instance, range=config.network_range, mtu=config.network_mtu)
     network = HostNetwork(plan, uplink=config.egress_interface, warm=config.warm_slots)
-    return SlotWiring(plan, network, ports), network
+    return SlotWiring(plan, network, ports, taps=engine.taps), network
 
 
 async def _make_cgroups(config: HostConfig) -> Cgroups | None:
@@ -206,8 +207,8 @@ def _slots_in_use(entries: list[Entry]) -> dict[int, Terms]:
     return {entry.machine.slot: terms_of(entry.machine) for entry in entries if entry.machine.slot >= 0}
 
 
-def _identify(engine: Engine, wiring: Wiring, finder: BootFileFinder) -> Identification:
-    files = finder.found
+def _identify(engine: Engine, wiring: Wiring) -> Identification:
+    files = engine.boot_files.found
     return Identification(
         driver=engine.title,
         driver_reason=engine.why,

@@ -16,6 +16,7 @@ from fusevm.host.drift import Drift, Kind, Thing
 from fusevm.host.net.traffic import Traffic
 from fusevm.host.process import resident_bytes
 from fusevm.host.traffic_metrics import TrafficCollector
+from fusevm.host.vmm.firecracker.readings import READINGS
 from fusevm.model.machine import Machine, Phase
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -65,6 +66,13 @@ class Metrics:
         self._traffic = TrafficCollector()
         self.registry.register(self._traffic)
 
+        self._vmms = {
+            name: Counter(
+                f"fuse_host_vmm_{name}", f"{reading.help}, by Firecracker's own count", registry=self.registry
+            )
+            for name, reading in READINGS.items()
+        }
+
     def watch_machines(self, machines: Population, subscribers: Callable[[], int]) -> None:
         """Count machines by phase, and event streams, whenever somebody asks."""
         self.registry.register(_Gauges(machines, subscribers))
@@ -82,6 +90,11 @@ class Metrics:
     def note_traffic(self, traffic: Mapping[str, Traffic]) -> None:
         """What machines have sent and received, as of now."""
         self._traffic.now = dict(traffic)
+
+    def count_vmms(self, added: Mapping[str, int]) -> None:
+        """Add what a VMM has counted (`readings.READINGS`)."""
+        for name, amount in added.items():
+            self._vmms[name].inc(amount)
 
     def render(self) -> bytes:
         """Everything, as text."""

@@ -50,6 +50,18 @@ def resident_bytes(pid: int) -> int:
         return 0
 
 
+def root_of(pid: int) -> tuple[int, int] | None:
+    """Return device and inode of a process's root directory; None when it has gone, or belongs to somebody else.
+
+    Where a process lives in a mount namespace of its own, the directory has no name that we could read.
+    """
+    try:
+        found = (_PROC / str(pid) / "root" / ".").stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _stat(pid: int) -> list[str] | None:
     try:
         text = (_PROC / str(pid) / "stat").read_text(errors="replace")

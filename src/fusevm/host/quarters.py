@@ -28,6 +28,7 @@ from fusevm.host.cgroup import Cgroup, Cgroups, has_run_out_of_memory
 from fusevm.host.cgroup import Limits as CgroupLimits
 from fusevm.host.config import HostConfig
 from fusevm.host.disk.grow import grow_overlay
+from fusevm.host.disk.overlay import Method, WithoutReflink
 from fusevm.host.disk.room import DiskRoom
 from fusevm.host.disk.superblock import is_cleanly_left
 from fusevm.host.faults import Fault
@@ -68,6 +69,7 @@ class HostQuarters:
         cgroups: Cgroups | None,
         driver: str,
         overhead_mib: int,
+        overlays: WithoutReflink = Method.QCOW2,
         fault: Fault,
     ) -> None:
         self._config = config
@@ -81,7 +83,11 @@ class HostQuarters:
         self._machines = config.data_root / "machines"
         self._is_confined = wiring.isolation is Isolation.NAMESPACE
         self.disks = DiskRoom(
-            self._machines, config.artefacts, config.data_root / "snapshots", is_confined=self._is_confined
+            self._machines,
+            config.artefacts,
+            config.data_root / "snapshots",
+            is_confined=self._is_confined,
+            without_reflink=overlays,
         )
         self._said: set[str] = set()
 

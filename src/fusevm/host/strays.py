@@ -1,4 +1,5 @@
-"""Processes that belong to machines, found by their command line: every VMM names its disk's path.
+"""Processes that belong to machines: those whose command line names a machine's path, as QEMU's names its disk's, and
+those whose root directory is a machine's jail.
 
 What no record knows (a crash between the start of a process and its entry in the journal) is found this way, and ended
 through a pidfd, so that nothing else can be hit.
@@ -9,12 +10,14 @@ Owns: the search and the kill. Must not: decide which machines there are.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from fusevm.host.process import ProcessHandle, command_line_of, identify
+from fusevm.host.process import ProcessHandle, command_line_of, identify, root_of
+from fusevm.host.vmm.driver import JAIL
 from fusevm.model.errors import Timeout
 from fusevm.model.machine import VmmProcess
 
@@ -23,7 +26,7 @@ _KILL_TIMEOUT_S = 10
 
 
 async def find_strays(machines: Path) -> dict[str, list[VmmProcess]]:
-    """Find all processes whose command line names a path below a machine's directory; by machine id."""
+    """Find all processes that name a path below a machine's directory, or are jailed there; by machine id."""
     return await asyncio.to_thread(_find, machines)
 
 
@@ -55,14 +58,28 @@ async def kill_process(process: VmmProcess) -> None:
 def _find(machines: Path) -> dict[str, list[VmmProcess]]:
     marker = f"{machines}/"
     found: dict[str, list[VmmProcess]] = {}
+    jails = _find_jails(machines)
     own = os.getpid()
     for pid in _pids():
         identity = identify(pid)
         if pid == own or identity is None:
             continue
-        for machine_id in _named(command_line_of(pid), marker):
+        ids = _named(command_line_of(pid), marker)
+        if jails and (root := root_of(pid)) in jails:
+            ids.add(jails[root])
+        for machine_id in ids:
             found.setdefault(machine_id, []).append(identity)
     return found
+
+
+def _find_jails(machines: Path) -> dict[tuple[int, int] | None, str]:
+    """Root directories of jails (`<machines>/<id>/jail/<program>/<id>/root`), by device and inode."""
+    jails: dict[tuple[int, int] | None, str] = {}
+    for root in machines.glob(f"*/{JAIL}/*/*/root"):
+        with contextlib.suppress(OSError):
+            found = root.stat(follow_symlinks=False)
+            jails[found.st_dev, found.st_ino] = root.relative_to(machines).parts[0]
+    return jails
 
 
 def _pids() -> Iterator[int]:

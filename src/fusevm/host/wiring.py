@@ -9,7 +9,7 @@ import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import structlog
@@ -17,7 +17,7 @@ import structlog
 from fusevm.host.net.network import HostNetwork
 from fusevm.host.net.plan import NetworkPlan, Slot, plan_slot, render_kernel_arguments
 from fusevm.host.net.rootless import render_user_kernel_arguments, render_user_network
-from fusevm.host.net.tap import open_tap
+from fusevm.host.net.tap import lend_tap, open_tap
 from fusevm.host.net.terms import Terms, make_terms
 from fusevm.host.ports import PortHolder, is_port_free
 from fusevm.host.rows import Numbers
@@ -28,6 +28,8 @@ from fusevm.model.network import PortRange
 
 log = structlog.get_logger()
 
+#: How a VMM comes to its tap: it inherits a descriptor, or opens it by name.
+Taps = Literal["descriptor", "name"]
 #: Ready slots that are offered to the journal.
 _OFFERED = 16
 
@@ -93,11 +95,12 @@ class SlotWiring:
 
     isolation = Isolation.NAMESPACE
 
-    def __init__(self, plan: NetworkPlan, network: HostNetwork, ports: PortRange) -> None:
+    def __init__(self, plan: NetworkPlan, network: HostNetwork, ports: PortRange, *, taps: Taps = "descriptor") -> None:
         self._plan = plan
         self._ports = ports
         self._holder = PortHolder()
         self.network = network
+        self._taps = taps
 
     async def open(self, machines: Mapping[int, Terms]) -> None:
         """Take the slots over. One that cannot be finished costs its machine the network, not the daemon its start."""
@@ -115,7 +118,7 @@ class SlotWiring:
             raise
         try:
             await self.network.serve_dns(slot)
-            return self._wire(slot, tap_fd=await open_tap(slot.namespace_path, slot.tap))
+            return self._wire(slot, tap_fd=await self._prepare_tap(slot, machine))
         except BaseException:
             self._holder.let_go(machine.id)
             await self.network.release(machine.slot)
@@ -153,9 +156,16 @@ class SlotWiring:
         self._holder.close()
         await self.network.close()
 
+    async def _prepare_tap(self, slot: Slot, machine: Machine) -> int | None:
+        """Open the tap, or let the machine's user open it."""
+        if self._taps == "descriptor":
+            return await open_tap(slot.namespace_path, slot.tap)
+        await lend_tap(slot.namespace_path, slot.tap, machine.uid)
+        return None
+
     def _wire(self, slot: Slot, tap_fd: int | None = None) -> Wire:
         return Wire(
-            nic=Nic(tap_fd=tap_fd, mac=slot.guest_mac, netns=Path(slot.namespace_path)),
+            nic=Nic(tap=slot.tap, tap_fd=tap_fd, mac=slot.guest_mac, netns=Path(slot.namespace_path)),
             kernel_arguments=render_kernel_arguments(slot),
             address=slot.address,
             nameservers=(slot.gateway,),

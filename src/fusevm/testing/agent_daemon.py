@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 
 from fusevm.host.__main__ import make_config, make_parser
-from fusevm.host.boot_files import BootFiles
+from fusevm.host.boot_files import BootFileFinder
 from fusevm.host.config import HostConfig
 from fusevm.host.engine import Engine
 from fusevm.host.faults import is_known
 from fusevm.host.main import serve
+from fusevm.host.vmm.firecracker.vmm import Count
 from fusevm.model.errors import Error
 from fusevm.testing.agent_driver import OVERHEAD_MIB, AgentDriver
 from fusevm.wire.exit_status import exit_status
@@ -47,9 +48,18 @@ class ArmedByFile:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-async def choose_agent(_config: HostConfig, _files: BootFiles | None) -> Engine:
+async def choose_agent(config: HostConfig, _count: Count) -> Engine:
     """Nothing to choose from."""
-    return Engine(driver=AgentDriver(), title="agent", why="for tests", version="0", overhead_mib=OVERHEAD_MIB)
+    boot_files = BootFileFinder(config)
+    await boot_files.try_find()
+    return Engine(
+        driver=AgentDriver(),
+        title="agent",
+        why="for tests",
+        version="0",
+        overhead_mib=OVERHEAD_MIB,
+        boot_files=boot_files,
+    )
 
 
 def main() -> int:

@@ -210,11 +210,11 @@ def test_nothing_is_forgotten_within_ten_leases() -> None:
     assert FENCE_LIFETIME_MS >= KEPT_LEASES * MAX_LEASE_S * 1000
 
 
-def test_settings_that_act_later_are_kept() -> None:
-    loaded = load("host", {}, {"JAILER_BINARY_PATH": "/jailer"})
-    assert loaded["jailer_binary"] == Path("/jailer")
-    later = {s.name for table in SECTIONS.values() for s in table if s.is_later}
-    assert later == {"firecracker_binary", "jailer_binary"}
+def test_the_programs_of_firecracker_may_be_named() -> None:
+    named = {"FIRECRACKER_BINARY_PATH": "/opt/firecracker", "JAILER_BINARY_PATH": "/opt/jailer"}
+    config = host_config(load("host", {}, named), {})
+    assert (config.firecracker_binary, config.jailer_binary) == (Path("/opt/firecracker"), Path("/opt/jailer"))
+    assert host_config(load("host", {}, {"FUSE_DRIVER": "firecracker"}), {}).driver == "firecracker"
 
 
 #: Setting to how the configuration shows it; `hosts` and `policy` are made of several.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fusevm.host.engine import parse_vmm_version
+from fusevm.host.driver_choice import parse_vmm_version
 from fusevm.host.journal import lock_directory
 
 

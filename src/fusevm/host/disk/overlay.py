@@ -30,6 +30,10 @@ class Method(StrEnum):
     SPARSE_COPY = "sparse-copy"
 
 
+#: For a file system that cannot share blocks: what QEMU reads, or what every VMM does.
+WithoutReflink = Literal[Method.QCOW2, Method.SPARSE_COPY]
+
+
 class Overlay(msgspec.Struct, frozen=True, kw_only=True):
     """A machine's disk."""
 
@@ -45,7 +49,7 @@ async def create_overlay(
     path: Path,
     *,
     size_bytes: int | None = None,
-    without_reflink: Literal[Method.QCOW2, Method.SPARSE_COPY] = Method.QCOW2,
+    without_reflink: WithoutReflink = Method.QCOW2,
     uid: int | None = None,
     gid: int | None = None,
 ) -> Overlay:
@@ -77,7 +81,7 @@ def _create(
     base: Path,
     path: Path,
     size_bytes: int | None,
-    without_reflink: Literal[Method.QCOW2, Method.SPARSE_COPY],
+    without_reflink: WithoutReflink,
     uid: int | None,
     gid: int | None,
     stop: Stop,
@@ -111,7 +115,7 @@ def _fill(
     target: int,
     base: Path,
     size: int,
-    without_reflink: Literal[Method.QCOW2, Method.SPARSE_COPY],
+    without_reflink: WithoutReflink,
     stop: Stop,
 ) -> Method:
     if share_blocks(source, target):

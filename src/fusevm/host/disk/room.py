@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from fusevm.host.disk.copy import DiskImage
-from fusevm.host.disk.overlay import Method, create_overlay, sync_overlay
+from fusevm.host.disk.overlay import Method, WithoutReflink, create_overlay, sync_overlay
 from fusevm.host.disk.qcow2 import MAX_BYTES, QcowDamaged, read_backing, read_size
 from fusevm.host.images.blank import ensure_blank
 from fusevm.host.images.workspace import sync_folder
@@ -39,7 +39,7 @@ class DiskRoom:
         snapshots: Path,
         *,
         is_confined: bool,
-        without_reflink: Literal[Method.QCOW2, Method.SPARSE_COPY] = Method.QCOW2,
+        without_reflink: WithoutReflink = Method.QCOW2,
     ) -> None:
         self._machines = machines
         self._artefacts = artefacts

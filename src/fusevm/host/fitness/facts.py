@@ -14,7 +14,7 @@ import msgspec
 
 from fusevm.host.config import HostConfig
 from fusevm.host.fitness.programs import ProgramFacts, find_programs, observe_program
-from fusevm.host.vmm.probe import last_choice
+from fusevm.host.vmm.probe import FIRECRACKER_FILE, last_choice, last_problem
 
 #: linux/kvm.h
 _KVM_GET_API_VERSION: Final = 0xAE00
@@ -234,10 +234,15 @@ def _observe_kvm() -> Kvm:
 
 
 def _observe_trial(kvm: Kvm, data_root: Path) -> Kvm:
-    choice = last_choice(data_root)
-    if choice is None:
+    """What the daemon has found out by booting a machine, with QEMU and with Firecracker."""
+    choice, firecracker = last_choice(data_root), last_problem(data_root / FIRECRACKER_FILE)
+    words = [choice.why] if choice is not None else []
+    if firecracker is not None:
+        words.append(f"not Firecracker: {firecracker}" if firecracker else "Firecracker boots a machine to its agent")
+    if not words:
         return kvm
-    return msgspec.structs.replace(kvm, trial=choice.why, boots=choice.accelerator == "kvm")
+    boots = firecracker == "" or (choice is not None and choice.accelerator == "kvm")
+    return msgspec.structs.replace(kvm, trial="; ".join(words), boots=boots)
 
 
 def _observe_pits() -> Iterable[Pit]:

@@ -1,7 +1,8 @@
 """Tap devices: made, owned and opened inside a slot's namespace.
 
 A tap is persistent: it exists as long as its namespace, with its address and its anti-spoofing rules, while VMMs come
-and go. It belongs to root; an unprivileged VMM gets an open descriptor (`open_tap`).
+and go. It belongs to root; an unprivileged VMM gets an open descriptor (`open_tap`), or, where it can only open a tap
+itself, is made its owner (`lend_tap`): nobody else gets into its namespace.
 
 Struct ifreq as used here (netdevice(7), linux/if_tun.h), native endianness:
 
@@ -39,6 +40,19 @@ async def open_tap(namespace_path: str, name: str) -> int:
     process has the tap open. A tap that this call created goes away with the descriptor.
     """
     return await run_inside(namespace_path, lambda: attach_tap(name), discard=os.close)
+
+
+async def lend_tap(namespace_path: str, name: str, uid: int) -> None:
+    """Let a user, and nobody else but root, open a tap inside a namespace. OSError as `open_tap`."""
+    await run_inside(namespace_path, lambda: _set_owner(name, uid))
+
+
+def _set_owner(name: str, uid: int) -> None:
+    fd = attach_tap(name)
+    try:
+        fcntl.ioctl(fd, _TUNSETOWNER, uid)
+    finally:
+        os.close(fd)
 
 
 def ensure_tap(name: str) -> None:

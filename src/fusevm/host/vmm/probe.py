@@ -11,23 +11,27 @@ import os
 import secrets
 import tempfile
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
 from fusevm.host.process import boot_id
-from fusevm.host.vmm.driver import BootPlan, Confinement
+from fusevm.host.vmm.driver import BootPlan, Confinement, Vmm
 from fusevm.host.vmm.launch import find_program
-from fusevm.host.vmm.qemu import PROGRAM, REMEDY, QemuDriver
+from fusevm.host.vmm.qemu import PROGRAM, REMEDY, QemuDriver, QemuVmm
 from fusevm.host.vmm.qemu_args import Accelerator
 from fusevm.model.errors import BootFailed, Error
 
+AnyVmm = TypeVar("AnyVmm", bound=Vmm)
 TIMEOUT_S: Final = 8.0
 KVM: Final = Path("/dev/kvm")
+#: What was found out about QEMU's KVM, and about Firecracker; in the data directory.
+ACCELERATOR_FILE, FIRECRACKER_FILE = "accelerator.json", "firecracker-probe.json"
 _MEMORY_MIB: Final = 256
 #: Part of the key: a probe that looks at other things is made anew.
-_VERSION: Final = 1
+_VERSION: Final = 2
 _UNCONFINED: Final = Confinement()
 
 
@@ -41,7 +45,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Cached(msgspec.Struct, frozen=True, kw_only=True):
     key: str
-    choice: Choice
+    #: Why it does not work; empty when it does.
+    problem: str
 
 
 async def choose_accelerator(
@@ -59,29 +64,49 @@ async def choose_accelerator(
     `confinement` is that of machines: their user may not have the access to /dev/kvm that the daemon has.
     """
     qemu = find_program(program, REMEDY)
-    problem = await asyncio.to_thread(_open_problem, kvm)
+    problem = await asyncio.to_thread(open_problem, kvm)
     if problem:
         return Choice(accelerator="tcg", why=f"software emulation: {kvm} cannot be used ({problem})")
-    path = cache_dir / "accelerator.json"
-    key = await asyncio.to_thread(_key, Path(qemu), kernel, initramfs, confinement)
+    found = await remembered(
+        cache_dir / ACCELERATOR_FILE,
+        (Path(qemu), kernel, initramfs),
+        lambda: _try_kvm(kernel, initramfs, program, confinement, timeout_s),
+        f"{confinement.uid} {confinement.gid}",
+    )
+    return _choose(found)
+
+
+async def remembered(path: Path, files: Sequence[Path], ask: Callable[[], Awaitable[str]], *more: str) -> str:
+    """Return what was found out for exactly these files on this boot of this host, or find it out and keep it."""
+    key = await asyncio.to_thread(_key, files, more)
     cached = await asyncio.to_thread(_load, path)
-    if cached is not None and cached.key == key:
-        return cached.choice
-    choice = await _try_kvm(kernel, initramfs, program, confinement, timeout_s)
-    await asyncio.to_thread(_save, path, _Cached(key=key, choice=choice))
-    return choice
+    if cached is None or cached.key != key:
+        cached = _Cached(key=key, problem=await ask())
+        await asyncio.to_thread(_save, path, cached)
+    return cached.problem
 
 
 def last_choice(cache_dir: Path) -> Choice | None:
-    """What the last trial of this boot of the host has found, for people; None without one. Blocking."""
-    path = cache_dir / "accelerator.json"
+    """What the last trial of QEMU's KVM on this boot of the host has found; None without one. Blocking."""
+    problem = last_problem(cache_dir / ACCELERATOR_FILE)
+    return _choose(problem) if problem is not None else None
+
+
+def last_problem(path: Path) -> str | None:
+    """What the last trial of this boot of the host has found, whatever was tried; None without one. Blocking."""
     cached = _load(path)
     if cached is None or path.stat().st_mtime < time.time() - time.clock_gettime(time.CLOCK_BOOTTIME):
         return None
-    return cached.choice
+    return cached.problem
 
 
-async def _try_kvm(kernel: Path, initramfs: Path, program: str, confinement: Confinement, timeout_s: float) -> Choice:
+def _choose(problem: str) -> Choice:
+    if problem:
+        return Choice(accelerator="tcg", why=f"software emulation: KVM does not run our kernel here ({problem})")
+    return Choice(accelerator="kvm", why="KVM: a machine booted to its agent with it")
+
+
+async def _try_kvm(kernel: Path, initramfs: Path, program: str, confinement: Confinement, timeout_s: float) -> str:
     with tempfile.TemporaryDirectory(prefix="fuse-") as folder:
         plan = BootPlan(
             machine_id=f"probe-{secrets.token_hex(4)}",
@@ -94,19 +119,22 @@ async def _try_kvm(kernel: Path, initramfs: Path, program: str, confinement: Con
             console_log=Path(folder) / "console.log",
             confinement=confinement,
         )
-        problem = await _boot_problem(QemuDriver(accelerator="kvm", program=program), plan, timeout_s)
-    if problem:
-        return Choice(accelerator="tcg", why=f"software emulation: KVM does not run our kernel here ({problem})")
-    return Choice(accelerator="kvm", why="KVM: a machine booted to its agent with it")
+        driver = QemuDriver(accelerator="kvm", program=program)
+        return await find_boot_problem(driver.boot, plan, QemuVmm.wait_ready, timeout_s)
 
 
-async def _boot_problem(driver: QemuDriver, plan: BootPlan, timeout_s: float) -> str:
-    """Boot up to the agent's answer and kill the machine; return what went wrong, or nothing."""
+async def find_boot_problem(
+    boot: Callable[[BootPlan], Awaitable[AnyVmm]],
+    plan: BootPlan,
+    meet: Callable[[AnyVmm], Awaitable[object]],
+    timeout_s: float,
+) -> str:
+    """Boot up to the agent's answer, which `meet` waits for, and kill the machine; return what went wrong, or ""."""
     try:
         async with asyncio.timeout(timeout_s):
-            vmm = await driver.boot(plan)
+            vmm = await boot(plan)
             try:
-                await vmm.wait_ready()
+                await meet(vmm)
             finally:
                 await vmm.kill()
                 await vmm.close()
@@ -123,7 +151,8 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _open_problem(kvm: Path) -> str:
+def open_problem(kvm: Path) -> str:
+    """Why the device cannot be opened, or "". Blocking."""
     try:
         os.close(os.open(kvm, os.O_RDWR | os.O_CLOEXEC))
     except OSError as e:
@@ -131,10 +160,10 @@ def _open_problem(kvm: Path) -> str:
     return ""
 
 
-def _key(qemu: Path, kernel: Path, initramfs: Path, confinement: Confinement) -> str:
+def _key(files: Sequence[Path], more: Sequence[str]) -> str:
     """Return a digest of everything that the outcome depends on."""
-    parts = [str(_VERSION), boot_id(), os.uname().release, _cpu_model(), f"{confinement.uid} {confinement.gid}"]
-    parts += [_digest(path) for path in (qemu, kernel, initramfs)]
+    parts = [str(_VERSION), boot_id(), os.uname().release, _cpu_model(), *more]
+    parts += [_digest(path) for path in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from fusevm.host.process import ProcessHandle, command_line_of
+from fusevm.host.process import ProcessHandle, root_of
 from fusevm.host.run import run
 from fusevm.host.vmm.driver import JAIL, BootPlan, Confinement
 from fusevm.host.vmm.firecracker import staging
@@ -97,8 +97,8 @@ class FirecrackerDriver:
         handle = ProcessHandle.find(process)
         if handle is None:
             return None
-        jail = find_jail(_base_of(plan), plan.machine_id)
-        if jail is None or plan.machine_id not in command_line_of(process.pid):
+        jail = await asyncio.to_thread(find_jail, _base_of(plan), plan.machine_id)
+        if jail is None or not await asyncio.to_thread(_is_inside, process.pid, jail):
             handle.close()
             return None
         vmm = self._hold(plan, jail, handle)
@@ -126,6 +126,15 @@ def check_plan(plan: BootPlan) -> None:
         problem = "its network is no tap, and Firecracker has no other"
     if problem:
         raise BootFailed(id=plan.machine_id, problem=problem)
+
+
+def _is_inside(pid: int, jail: Jail) -> bool:
+    """Is the jail this process's root directory? Its own command line might say anything."""
+    try:
+        root = jail.root.stat(follow_symlinks=False)
+    except OSError:
+        return False
+    return root_of(pid) == (root.st_dev, root.st_ino)
 
 
 def _base_of(plan: BootPlan) -> Path:
