@@ -25,7 +25,7 @@ from fusevm.model.errors import (
     WrongState,
 )
 from fusevm.model.machine import Fence
-from fusevm.testing.host_world import SPEC, World, fence, order
+from fusevm.testing.host_world import SPEC, World, fence, order, until
 from fusevm.wire.contract_routes import CONTRACT_ROUTES
 from fusevm.wire.host_api import MachineList, fence_headers
 
@@ -366,6 +366,16 @@ async def test_commands_run_as_the_contracts_user(api: MachineApi):
     assert (answer["exit_code"], answer["stdout"], answer["stderr"]) == (0, "hi\n", "")
     await api.call("POST", "/machines/m-1/exec", {"command": ["echo", "hi"], "user": "root"})
     assert asked == ["node", "root"]
+
+
+async def test_a_command_whose_machine_dies_is_no_success(api: MachineApi):
+    await api.create()
+    running = asyncio.create_task(api.fails("POST", "/machines/m-1/exec", {"command": ["hang"]}))
+    process = api.world.driver.processes["m-1"]
+    await until(lambda: "POST /exec" in process.agent.requests)
+    process.end("killed by SIGKILL")
+    error = await running
+    assert (error.reason, error.status) == ("guest_unreachable", 503)
 
 
 # -- the host ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
@@ -10,6 +11,7 @@ from machine_client import MachineApi
 
 from fusevm.host import visitors
 from fusevm.host.contract import operations
+from fusevm.host.contract.agent_files import Reader
 from fusevm.host.contract.operations import OPERATIONS
 from fusevm.model.errors import (
     BadField,
@@ -22,6 +24,7 @@ from fusevm.model.errors import (
     MachineNotFound,
     WrongState,
 )
+from fusevm.testing.host_world import until
 from fusevm.wire.contract import FilesOperation
 from fusevm.wire.decode import decode_body
 
@@ -228,6 +231,47 @@ async def test_a_visit_whose_guest_does_not_come_says_why(api: MachineApi):
     assert isinstance(await api.files_fail("list"), BootFailed)
     api.world.driver.boot_error = None
     assert await api.files("list") == {"entries": []}
+
+
+async def test_a_client_that_leaves_a_visit_leaves_no_vmm(api: MachineApi):
+    await api.create()
+    await api.call("POST", "/machines/m-1/stop", status=204)
+    api.world.driver.holds.hold("agent")
+    api.world.driver.holds.reached("agent").clear()
+    leaving = asyncio.create_task(api.files("list"))
+    await api.world.driver.holds.reached("agent").wait()
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    api.world.driver.holds.hold("agent").set()
+    async with asyncio.timeout(60):
+        while await api.daemon.journal.operation("m-1") is not None:
+            await asyncio.sleep(0.002)
+    assert api.world.leftovers == (set(), set(), {"m-1"})
+
+
+async def test_a_command_that_hangs_does_not_keep_files_waiting(api: MachineApi):
+    await api.create()
+    body = {"command": ["hang"], "timeout_ms": 300_000}
+    hanging = asyncio.create_task(api.raw("POST", "/machines/m-1/exec", body))
+    agent = api.world.driver.processes["m-1"].agent
+    await until(lambda: "POST /exec" in agent.requests)
+    async with asyncio.timeout(60):
+        assert await api.files("exists", path="x") == {"exists": False}
+        assert (await api.call("GET", "/machines/m-1"))["machine"]["phase"] == "running"
+        await api.call("DELETE", "/machines/m-1", status=204)
+    await hanging
+
+
+async def test_a_content_that_is_cut_off_does_not_pass_for_whole(api: MachineApi, monkeypatch: pytest.MonkeyPatch):
+    async def cut(_reader: Reader) -> AsyncIterator[bytes]:
+        yield b"begun"
+        raise ConnectionResetError("the VMM has gone")
+
+    await api.create()
+    await api.files("write_text", path="f", content="x")
+    monkeypatch.setattr(Reader, "chunks", cut)
+    with pytest.raises(ConnectionError):
+        await api.raw("POST", "/machines/m-1/files/ops", {"operation": "read_bytes", "path": "f"})
 
 
 async def test_a_delete_ends_a_visit(api: MachineApi, monkeypatch: pytest.MonkeyPatch):
