@@ -10,9 +10,10 @@ import (
 	"fused/internal/console"
 )
 
+// An orderly end takes less than two seconds, whatever the processes do.
 const (
-	termGrace = 3 * time.Second
-	killGrace = time.Second
+	termGrace = time.Second
+	killGrace = 500 * time.Millisecond
 	pollEvery = 10 * time.Millisecond // only while shutting down
 )
 

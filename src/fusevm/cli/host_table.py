@@ -145,6 +145,22 @@ HOST: tuple[Setting, ...] = (
         help="Plain HTTP instead of TLS for the host daemon; loopback only.",
     ),
     Setting(
+        name="disk_bytes_per_s",
+        env="FUSE_DISK_BYTES_PER_S",
+        flag="--disk-bytes-per-s",
+        parse=parse_count,
+        default=0,
+        help="Bytes that each disk of a machine may read and write per second. 0: no limit.",
+    ),
+    Setting(
+        name="disk_ops_per_s",
+        env="FUSE_DISK_OPS_PER_S",
+        flag="--disk-ops-per-s",
+        parse=parse_count,
+        default=0,
+        help="Reads and writes that each disk of a machine may do per second. 0: no limit.",
+    ),
+    Setting(
         name="max_machines",
         env="FUSE_MAX_MACHINES",
         flag="--max-machines",

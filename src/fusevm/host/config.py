@@ -79,6 +79,9 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     user_network: bool = False
     #: Bytes of console output kept per machine.
     console_bytes: int = 4 << 20
+    #: What each disk of a machine may do per second, on average; 0: no limit.
+    disk_bytes_per_s: int = 0
+    disk_ops_per_s: int = 0
     #: Machines at the same time, stopped ones included.
     max_machines: int = 1000
     #: Virtual CPUs given out per CPU of the host.
@@ -144,6 +147,8 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     def _check_numbers(self) -> None:
         bounds: tuple[tuple[str, float, float], ...] = (
             ("console_bytes", self.console_bytes, 64 << 10),
+            ("disk_bytes_per_s", self.disk_bytes_per_s, 0),
+            ("disk_ops_per_s", self.disk_ops_per_s, 0),
             ("max_machines", self.max_machines, 1),
             ("cpu_ratio", self.cpu_ratio, 0.1),
             ("disk_ratio", self.disk_ratio, 0.1),

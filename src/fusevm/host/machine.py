@@ -66,7 +66,7 @@ log = structlog.get_logger()
 
 _Boot: TypeAlias = Literal["create", "start"]
 
-#: How long a guest may take to end in order; the agent itself gives its processes 3 s.
+#: How long a guest may take to end in order; the agent itself gives its processes 1 s, and its user's daemon 2.
 SHUTDOWN_GRACE_S = 10.0
 #: How long an adopted guest may take to say who it is.
 _ADOPTION_TIMEOUT_S = 10.0

@@ -40,7 +40,7 @@ from fusevm.host.strays import kill_strays
 from fusevm.host.surroundings import Blueprint, Lodging, Remains
 from fusevm.host.tasks import CleanUp, run_all
 from fusevm.host.vmm.console import last_lines
-from fusevm.host.vmm.driver import JAIL, BootPlan, Confinement
+from fusevm.host.vmm.driver import JAIL, BootPlan, Confinement, Rate
 from fusevm.host.watermarks import observe_places
 from fusevm.host.wiring import Wire, Wiring
 from fusevm.model.errors import BadSetting, Internal, NoSpace
@@ -249,6 +249,7 @@ class HostQuarters:
             image=image.rootfs if image is not None else None,
             overlay=disk[0] if disk else None,
             overlay_format=disk[1] if disk else "raw",
+            disk_rate=Rate(bytes_per_s=self._config.disk_bytes_per_s, ops_per_s=self._config.disk_ops_per_s),
             run_dir=self._run_dir(machine.id),
             console_log=self.console_log(machine.id),
             console_bytes=self._config.console_bytes,

@@ -78,6 +78,8 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "instance": ("two", "two", None),
     "user_network": ("on", True, "perhaps"),
     "plain_http": ("1", True, "plain"),
+    "disk_bytes_per_s": ("1000000", 1_000_000, "-1"),
+    "disk_ops_per_s": ("500", 500, "some"),
     "max_machines": ("12", 12, "many"),
     "cpu_ratio": ("1.5", 1.5, "0"),
     "disk_ratio": ("1", 1.0, "none"),

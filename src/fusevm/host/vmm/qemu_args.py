@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from fusevm.host.vmm.driver import BootPlan, Nic
+from fusevm.host.vmm.driver import BootPlan, Nic, Rate
 
 Accelerator = Literal["tcg", "kvm"]
 
@@ -109,14 +109,19 @@ def _socket(name: str, descriptor: int) -> tuple[str, str]:
 def _disks(plan: BootPlan) -> list[str]:
     words: list[str] = []
     if plan.image is not None:
-        words += _disk("image", str(plan.image), "format=raw,readonly=on")
+        words += _disk("image", str(plan.image), f"format=raw,readonly=on{_throttle(plan.disk_rate)}")
     if plan.overlay is not None:
         # Cached by the host, flushed when the guest says so: what it has synced survives a crash of the host
         # (docs/decisions/0004). An error is the guest's to see; QEMU would otherwise stop the machine and wait for
         # somebody to notice.
         options = f"format={plan.overlay_format},discard=unmap,werror=report,rerror=report"
-        words += _disk("overlay", str(plan.overlay), options)
+        words += _disk("overlay", str(plan.overlay), options + _throttle(plan.disk_rate))
     return words
+
+
+def _throttle(rate: Rate) -> str:
+    words = f",throttling.bps-total={rate.bytes_per_s}" if rate.bytes_per_s else ""
+    return words + (f",throttling.iops-total={rate.ops_per_s}" if rate.ops_per_s else "")
 
 
 def _disk(name: str, path: str, options: str) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fusevm.host.vmm.driver import BootPlan, Nic
+from fusevm.host.vmm.driver import BootPlan, Nic, Rate
 from fusevm.host.vmm.qemu_args import (
     Acceleration,
     Descriptors,
@@ -118,3 +118,11 @@ def test_user_networks(nic, netdev):
 
 def test_emulation_takes_more_memory_beside_the_guests():
     assert overhead_mib("tcg") == overhead_mib("kvm") + 96
+
+
+def test_disks_are_limited_as_planned():
+    plan = msgspec.structs.replace(PLAN, disk_rate=Rate(bytes_per_s=50_000_000, ops_per_s=300))
+    words = render_command_line("/usr/bin/qemu-system-x86_64", plan, TCG, DESCRIPTORS)
+    disks = [word for word in words if word.startswith("if=none")]
+    assert len(disks) == 2
+    assert all(word.endswith(",throttling.bps-total=50000000,throttling.iops-total=300") for word in disks)
