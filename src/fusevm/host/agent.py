@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from fusevm.model.errors import AgentFailure, Timeout
+from fusevm.wire.decode import UNREADABLE
 from fusevm.wire.errors import parse_error
 from fusevm.wire.guest import PROTOCOL_MAJOR, AgentHealth, Configure, ExecRequest, ExecResult
 from fusevm.wire.http1 import Connection
@@ -60,7 +61,7 @@ class Conversation:
             raise parse_error(response.status, answer)
         try:
             return msgspec.json.decode(answer or b"{}", type=kind)
-        except msgspec.DecodeError as e:
+        except UNREADABLE as e:
             raise AgentFailure(problem=f"{method} {target} was answered with something else ({e})") from e
 
 

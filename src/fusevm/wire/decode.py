@@ -17,13 +17,17 @@ def _type_info(kind: Any) -> msgspec.inspect.Type:
     return msgspec.inspect.type_info(kind)
 
 
+#: What reading JSON of somebody who is not trusted may raise: no JSON, another shape, no UTF-8, nested too deep.
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
 def decode_body(body: bytes, kind: type[T]) -> tuple[T, list[str]]:
     """Decode a body, empty meaning `{}`; return the value and the dotted names of unknown fields. Raises BadJson."""
     form: Any = kind  # a union is no `type`, and is welcome
     try:
         raw = msgspec.json.decode(body or b"{}")
         value = msgspec.convert(raw, kind)
-    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise BadJson(problem=str(error)) from error
     return value, sorted(_unknown(raw, _type_info(form), ""))
 

@@ -10,6 +10,7 @@ import msgspec
 
 from fusevm.model.errors import AgentFailure
 from fusevm.wire.contract import USER_ID
+from fusevm.wire.decode import UNREADABLE
 from fusevm.wire.errors import parse_error
 from fusevm.wire.guest import FileEntry, FileList, FileMatches, FilePatched, FileWritten
 from fusevm.wire.http1 import Body, Response
@@ -112,7 +113,7 @@ class AgentFiles:
         content = await response.read(_MAX_ANSWER_BYTES)
         try:
             return msgspec.json.decode(content, type=kind)
-        except msgspec.DecodeError as e:
+        except UNREADABLE as e:
             raise AgentFailure(problem=f"{method} /files was answered with something else ({e})") from e
 
 

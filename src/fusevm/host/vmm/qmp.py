@@ -81,8 +81,8 @@ class Qmp:
                     self._on_event(Event(message["event"], message.get("data", {})))
                 else:
                     self._answer(message)
-        except (OSError, ValueError):
-            pass  # broken, or no QMP: the same to everyone who waits
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            pass  # broken, or no QMP, of which a QEMU that was broken into may say anything: the same to who waits
         finally:
             self._end()
             if negotiating is not None:
