@@ -41,6 +41,7 @@ from fusevm.host.mailbox import (
     Unpublish,
 )
 from fusevm.host.quarantine import BackOff, Quarantine
+from fusevm.host.resize import finish_resize, resize_machine
 from fusevm.host.rewiring import carry_out_rewiring
 from fusevm.host.rows import Operation
 from fusevm.host.surroundings import Surroundings
@@ -297,7 +298,7 @@ class MachineTask:
             case Stop():
                 return await self._stop(order)
             case Resize():
-                return await self._resize(order)
+                return await resize_machine(self._record, order, self._parts, self._shut_down, self._commit)
             case Visit():
                 return await hold_visit(order, self._record, self._parts, self._mailbox.wait_order, self._commit)
             case Delete():
@@ -421,25 +422,6 @@ class MachineTask:
         stopped = msgspec.structs.replace(self._record, phase=Phase.STOPPED, error="")
         return await self._parts.journal.finish(stopped, "stop", "done", on_commit=self._commit)
 
-    async def _resize(self, order: Resize) -> Machine:
-        parts = self._parts
-        limits = await parts.quarters.limits()
-        machine, has_changed = await parts.journal.begin_resize(
-            self._record.id, order.fence, limits, order.size, on_commit=self._commit
-        )
-        if not has_changed:
-            return machine
-        await self._shut_down()
-        return await self._finish_resize()
-
-    async def _finish_resize(self) -> Machine:
-        self._parts.fault.reached("resize.killed")
-        await self._parts.quarters.vacate(self._record, keep_disk=True)
-        await self._parts.quarters.grow(self._record)
-        self._parts.fault.reached("resize.grown")
-        stopped = msgspec.structs.replace(self._record, phase=Phase.STOPPED, error="")
-        return await self._parts.journal.finish(stopped, "resize", "done", on_commit=self._commit)
-
     async def _delete(self) -> Machine:
         await self._kill()
         self._parts.fault.reached("delete.killed")
@@ -494,7 +476,7 @@ class MachineTask:
                 if self._record.phase is not Phase.STOPPED:
                     await self._find_vmm()
                     await self._shut_down()
-                return await self._finish_resize()
+                return await finish_resize(self._record, self._parts, self._commit)
             case "visit":
                 return await end_visit(self._record, self._parts, self._commit)
 

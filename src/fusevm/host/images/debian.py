@@ -53,7 +53,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     )
 
 
-_PACKAGES = ("ca-certificates", "curl", "git", "iproute2", "procps", "python3")
+_PACKAGES = ("ca-certificates", "curl", "git", "iproute2", "openssh-server", "procps", "python3")
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -133,6 +133,8 @@ def mmdebstrap_command(recipe: Recipe, tar: Path, mirrors: list[str], network_se
     # What names this machine or its network stays out of the image.
     forgotten = "etc/apt/apt.conf.d/99mmdebstrap etc/hostname etc/resolv.conf etc/machine-id"
     forgotten += " var/lib/dbus/machine-id var/log/apt var/log/dpkg.log var/log/bootstrap.log var/log/alternatives.log"
+    # So does what must not be shared: whoever lets people in by SSH brings a key per machine.
+    forgotten += " etc/ssh/ssh_host_*"
     words += [f'--customize-hook=cd "$1" && rm -rf {forgotten} && : > etc/machine-id']
     return [*words, recipe.suite, str(tar), *mirrors]
 
