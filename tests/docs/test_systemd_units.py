@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 import pytest
 
-from fusevm.cli import settings
+from fusevm.cli import install, settings
+from fusevm.cli.install.observe import read_units
 from fusevm.cli.main import cli
 from fusevm.cli.options import State
 from fusevm.cli.serve import control_config
@@ -114,6 +115,11 @@ def test_every_variable_that_is_named_is_a_setting(source: str):
         assert set(SECRETS) <= named
 
 
+def test_the_page_links_to_the_units_that_are_installed():
+    assert (DEPLOY / "systemd").resolve() == Path(install.__file__).parent / "systemd"
+    assert read_units() == {path.name: path.read_text() for path in UNITS.values()}
+
+
 def test_machines_outlive_the_host_daemon():
     unit = read_unit("fuse-host")
     assert unit["KillMode"] == ["process"]
@@ -173,3 +179,5 @@ def test_systemd_would_object_to_a_misspelt_option(analyze: str, tmp_path: Path)
 def test_the_units_are_as_closed_as_they_can_be(analyze: str, name: str, most: int):
     done = run_analyze(analyze, "security", "--offline=true", f"--threshold={most}", UNITS[name])
     assert done.returncode == 0, done.stdout
+    (score,) = re.findall(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
+    assert f"`{name}` {score}" in (DEPLOY / "README.md").read_text(), "the page tells the score"

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import systemd_world
-from systemd_world import SHARED, World
 
+import systemd_world
 from fusevm.cli.install.env_file import parse_env
 from fusevm.host.vmm.firecracker.pins import KERNELS, RELEASES, VERSION_TEXT
 from own_world import run_prefix
+from systemd_world import SHARED, World
 
 _spec = importlib.util.spec_from_file_location(
     "bzimages", Path(__file__).parents[1] / "unit" / "host" / "images" / "test_bzimage.py"
@@ -145,7 +145,7 @@ def test_a_bare_machine_becomes_a_serving_host_and_is_bare_again(world: World, m
     assert parse_env(world.read("/etc/fuse/control.env")) == settings
 
     world.fuse("host", "uninstall")
-    for path in ("/etc/fuse", "/var/lib/fuse", "/run/fuse", "/usr/local/bin/fuse", "/opt/fuse/old", "/opt/fuse/new"):
+    for path in ("/etc/fuse", "/var/lib/fuse", "/run/fuse", "/usr/local/bin/fuse", "/opt/fuse"):
         assert not world.exists(path), path
     for path in ("/var/lib/fuse-control", "/var/lib/private/fuse-control", "/etc/systemd/system/fuse-host.service"):
         assert not world.exists(path), path
@@ -191,3 +191,72 @@ def test_a_machines_life_is_one_field_of_the_journal(world: World, mirror: Path)
         json.loads(line) for line in world.journal("-o", "json", "-u", "fuse-host", "FUSE_EVENT=ready").splitlines()
     ]
     assert [one["PRIORITY"] for one in ready] == ["6"]
+
+
+def test_a_file_with_another_digest_stops_the_installation_and_is_not_kept(world: World, mirror: Path):
+    """The mirror's files are not the pinned ones, and nobody has said that they may differ."""
+    done = world.fuse("host", "install", "--image", "", "--mirror", f"http://127.0.0.1:{PORT}", check=False)
+    assert done.returncode == 2
+    assert RELEASES["x86_64"].sha256 in done.stderr
+    assert world.run("find", "/var/lib/fuse/downloads", "-type", "f").stdout == ""
+    assert not world.exists("/var/lib/fuse/firecracker")
+    assert not world.exists("/etc/systemd/system/fuse-host.service")
+    brought = world.fuse("host", "install", "--image", "", "--from", str(SHARED), check=False)
+    assert brought.returncode == 2
+    assert str(SHARED / RELEASE) in brought.stderr
+
+
+def test_files_that_were_brought_here_need_no_network(world: World, mirror: Path):
+    world.run("systemctl", "stop", "mirror")
+    named = [word for pair in digests(mirror) for word in ("--sha256", pair)]
+    said = world.fuse("host", "install", "--image", "", "--from", str(SHARED), *named)
+    assert "FIRECRACKER_TOKEN=" in said.stdout
+    assert "download http" not in said.stderr
+
+
+def test_who_may_speak_to_an_installed_daemon_is_root_or_has_the_token(world: World, mirror: Path):
+    install(world, mirror, "--driver", "qemu")
+    socket = "/var/lib/fuse/host/firecracker-host.sock"
+    assert world.path(socket).stat().st_mode & 0o077 == 0
+    assert world.path("/var/lib/fuse/host").stat().st_mode & 0o077 in (0, 0o11)
+    ask = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "-k", "https://127.0.0.1:8090/machines"]
+    assert world.run(*ask).stdout == "401"
+    secret = world.read("/var/lib/fuse/host/token").partition(".")[0]
+    assert world.run(*ask, "-H", f"Authorization: Bearer {secret}").stdout == "200"
+    nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    assert world.run(
+        *nobody, "curl", "-s", "--unix-socket", socket, "http://localhost/machines", check=False
+    ).returncode
+
+
+def test_a_new_program_that_does_not_serve_is_taken_back(world: World, mirror: Path):
+    install(world, mirror, "--driver", "qemu")
+    script = world.path("/opt/fuse/new/bin/fuse")
+    script.write_text(
+        script.read_text().replace("main()", "import sys\nsys.exit(9) if 'serve' in sys.argv else main()", 1)
+    )
+    done = world.fuse("host", "upgrade", "--image", "", program="new", check=False)
+    assert done.returncode == 5, done.stderr
+    assert "/opt/fuse/old/bin/fuse is put back" in done.stderr
+    assert str(world.path("/usr/local/bin/fuse").readlink()) == "/opt/fuse/old/bin/fuse"
+    assert world.show("fuse-host", "ActiveState") == "active"
+    assert world.exists("/opt/fuse/old/bin/fuse")
+
+
+def test_the_control_plane_serves_with_a_key_that_only_root_can_read(world: World, mirror: Path):
+    install(world, mirror, "--driver", "qemu")
+    key, cert = "/etc/ssl/private/fuse.key", "/etc/ssl/fuse.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    world.run("mkdir", "-p", "/etc/ssl/private")
+    world.run(*make, "-keyout", key, "-out", cert, *subject)
+    world.path(key).chmod(0o600)
+    clients = lines(world.fuse("host", "install-control", "--tls-cert", cert, "--tls-key", key).stdout)
+    assert clients["FUSE_BASE_URL"] == "https://localhost:8080"
+    listed = world.fuse("host", "list", env={**clients, "FUSE_CA_FILE": cert})
+    assert "default" in listed.stdout
+    pid = world.show("fuse-control", "MainPID")
+    assert world.read(f"/proc/{pid}/status").split("Uid:")[1].split()[0] != "0"
+    # A repetition without the certificate keeps it.
+    assert lines(world.fuse("host", "install-control").stdout) == clients
+    assert world.show("fuse-control", "MainPID") == pid

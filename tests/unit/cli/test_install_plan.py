@@ -286,6 +286,9 @@ def test_an_uninstallation_stops_first_and_leaves_nothing():
     assert kinds(plan)[:3] == ["Stop", "Stop", "EndMachines"]
     assert [step.unit for step in plan if isinstance(step, steps.Stop)] == [CONTROL_UNIT, HOST_UNIT]
     assert full().existing - {PLACES.downloads} <= removed(plan)
+    facts = full()
+    whole = msgspec.structs.replace(facts, existing=facts.existing | {PLACES.programs})
+    assert plan_uninstall(whole, PLACES, keeps_data=False)[-1] == steps.RemovePath(path=PLACES.programs)
     assert plan[-2:] == [steps.RemovePath(path=PLACES.link), steps.RemovePath(path=Path("/opt/fuse/new"))]
 
 

@@ -36,8 +36,6 @@ from fusevm.host.run import PACKAGES, program_environment, run
 from fusevm.host.vmm.firecracker.pins import KERNELS, RELEASES, release_folder
 from fusevm.model.errors import ImageNotFound, KernelCorrupt
 
-#: What `deploy/install.sh` puts programs into, one folder each.
-PROGRAMS: Final = Path("/opt/fuse")
 #: Files that must be there besides the programs of `host.run`, and their packages.
 _FILES: Final = {
     Path("/usr/share/keyrings/debian-archive-keyring.gpg"): "debian-archive-keyring",
@@ -126,7 +124,7 @@ async def observe(wanted: Wanted, places: Places) -> Facts:
                 CONTROL_UNIT, places, [places.control_env, places.tls_drop_in], lambda: is_serving(_control_url(places))
             ),
         },
-        programs=tuple(sorted(path.parent for path in PROGRAMS.glob("*/pyvenv.cfg"))),
+        programs=_find_programs(places),
         existing=_find_existing(places),
     )
 
@@ -165,10 +163,17 @@ async def _has_image(store: ImageStore, name: str) -> bool:
         return False
 
 
+def _find_programs(places: Places) -> tuple[Path, ...]:
+    return tuple(sorted(path.parent for path in places.programs.glob("*/pyvenv.cfg")))
+
+
 def _find_existing(places: Places) -> frozenset[Path]:
     plain = [places.run, places.data_root, places.data, places.settings, places.downloads, places.control_data]
     plain += [places.units / unit for unit in UNITS]
     plain += [places.tls_drop_in.parent, places.control_data.parent.parent / "fuse-control"]
+    if places.programs.is_dir():
+        others = {path for path in places.programs.iterdir() if path.suffix != ".build"} - {*_find_programs(places)}
+        plain += [] if others else [places.programs]
     return frozenset(path for path in plain if os.path.lexists(path))
 
 

@@ -52,6 +52,8 @@ class Places(msgspec.Struct, frozen=True, kw_only=True):
     data_root: Path = Path("/var/lib/fuse/host")
     control_data: Path = Path("/var/lib/private/fuse-control")
     run: Path = Path("/run/fuse")
+    #: What `deploy/install.sh` puts programs into, one folder each.
+    programs: Path = Path("/opt/fuse")
     #: Folders that the administrator has chosen: others may use them, they are not removed.
     chosen: frozenset[Path] = frozenset()
 
@@ -116,9 +118,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     control_env: str = ""
     packages: str = ""
     units: Mapping[str, UnitFacts] = {}
-    #: Folders of programs that `deploy/install.sh` has made.
+    #: Folders of programs that `deploy/install.sh` has made, below `Places.programs`.
     programs: tuple[Path, ...] = ()
-    #: What of the places above exists.
+    #: What of the places above exists; the folder of programs only when nothing else is in it.
     existing: frozenset[Path] = frozenset()
 
 
@@ -343,4 +345,5 @@ def plan_uninstall(facts: Facts, places: Places, *, keeps_data: bool) -> list[St
         steps.append(ReloadSystemd())
     if facts.link_target is not None:
         steps.append(RemovePath(path=places.link))
-    return [*steps, *(RemovePath(path=path) for path in facts.programs)]
+    doomed = [places.programs] if places.programs in facts.existing else [*facts.programs]
+    return [*steps, *(RemovePath(path=path) for path in doomed)]

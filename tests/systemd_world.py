@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-SOURCES = Path(__file__).resolve().parents[2] / "src"
+SOURCES = Path(__file__).resolve().parents[1] / "src"
 PROGRAMS = ("old", "new")
 SHARED = Path("/srv/fuse-test/shared")
 _READY_S = 120.0
@@ -57,6 +57,8 @@ mkdir -p .before
 pivot_root . .before
 umount -l /.before
 rmdir /.before 2>/dev/null || true
+# As on a real machine, where systemd does it: what it mounts for a service must be seen there.
+mount --make-rshared /
 exec env -i container=fuse-test PATH=/usr/sbin:/usr/bin:/sbin:/bin \
   /lib/systemd/systemd --system --log-target=journal --show-status=no
 """
