@@ -1,5 +1,7 @@
 """The daemon is killed (SIGKILL) at every point of a create, a stop and a delete; its next run puts it right."""
 
+import asyncio
+import contextlib
 import json
 
 import pytest
@@ -91,6 +93,64 @@ async def test_a_stop_survives_a_crash_at(host: Host, point: str):
     await host.ask("POST", "/machines/m-1/stop", make_fence(action_seq=2))
     await until(lambda: _nothing_but_disks(host))
     await host.delete("m-1", make_fence(action_seq=3))
+    assert await host.stop() == 0
+
+
+async def _stop(host: Host, action_seq: int) -> None:
+    await host.ask("POST", "/machines/m-1/stop", make_fence(action_seq=action_seq))
+
+
+async def _reach(host: Host, point: str) -> None:
+    """What leads to a point of the other operations; the machine runs."""
+    fence = make_fence(action_seq=3)
+    match point.partition(".")[0]:
+        case "start":
+            await _stop(host, 2)
+            await host.ask("POST", "/machines/m-1/start", fence)
+        case "resize":
+            await host.ask("POST", "/machines/m-1/resize", fence, b'{"storage_bytes":2147483648}')
+        case "visit":
+            await _stop(host, 2)
+            await host.ask("POST", "/machines/m-1/files/ops", fence, b'{"operation":"list"}')
+        case "exit":
+            (line,) = (line for line in host.leftovers() if line.startswith("process"))
+            host.box.run("kill", "-9", line.split()[1])
+            await asyncio.sleep(60)
+        case "network":
+            await host.ask("PUT", "/machines/m-1/network", fence, b'{"internet":false}')
+        case other:
+            raise AssertionError(other)
+
+
+@pytest.mark.parametrize(
+    ("point", "phase"),
+    [
+        # The VMM is in the journal: the boot goes on.
+        ("start.booted", "running"),
+        ("resize.killed", "stopped"),
+        ("visit.booted", "stopped"),
+        ("exit.seen", "failed"),
+        ("network.changed", "running"),
+    ],
+)
+async def test_every_other_operation_survives_a_crash_at(host: Host, point: str, phase: str):
+    await host.start(fault=point)
+    await host.create("m-1", FENCE)
+    await Guest(host, "m-1", FENCE).shell("echo kept > /kept; sync")
+    reaching = asyncio.create_task(_reach(host, point))
+    assert await host.wait_end() == -9
+    reaching.cancel()
+    with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+        await reaching
+
+    await host.start()
+    assert [machine.phase for machine in await _settled(host)] == [phase]
+    if phase != "running":
+        await until(lambda: _nothing_but_disks(host))
+        await _stop(host, 4)
+        await host.ask("POST", "/machines/m-1/start", make_fence(action_seq=5))
+    assert await Guest(host, "m-1", make_fence(action_seq=6)).shell("cat /kept") == "kept\n"
+    await host.delete("m-1", make_fence(action_seq=7))
     assert await host.stop() == 0
 
 
