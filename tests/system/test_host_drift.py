@@ -1,0 +1,100 @@
+"""Registry and host differ, in every kind of thing: what is nobody's goes, what a machine at rest should not have goes,
+what is missing is told. Everything is real but the VMMs, which are small processes."""
+
+import json
+import subprocess
+
+import pytest
+from real_host import Host, make_fence, until
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
+
+SPEC = {"memory_mib": 64, "disk_bytes": 64 << 20}
+
+
+async def drift(host: Host) -> dict[str, list[tuple[str, str]]]:
+    state = json.loads(await host.ask("GET", "/state"))["observed"]["drift"]
+    return {how: sorted((thing["kind"], thing["name"]) for thing in things) for how, things in state.items()}
+
+
+async def gauge(host: Host, kind: str, state: str) -> float:
+    text = (await host.ask("GET", "/metrics")).decode()
+    start = f'fuse_host_drift{{kind="{kind}",state="{state}"}} '
+    return next(float(line.removeprefix(start)) for line in text.splitlines() if line.startswith(start))
+
+
+async def test_what_is_missing_of_a_machine_is_told_by_kind(agent_host: Host):
+    host = agent_host
+    await host.start()
+    await host.create("m-1", make_fence("u1"), **SPEC)
+    await host.create("m-2", make_fence("u2"), **SPEC)
+    slots = json.loads(await host.ask("GET", "/state"))["journal"]["reservations"]
+    slot = next(row["number"] for row in slots if row["kind"] == "slot" and row["machine_id"] == "m-1")
+    disk = next((host.data / "machines/m-1").glob("overlay.*"))
+    # Its processes keep what they have open; others would not find it any more.
+    disk.rename(disk.with_name("elsewhere"))
+    socket = host.data / "machines/m-1/jail/agent.sock"
+    socket.rename(host.data / "hidden.sock")
+    links = host.box.run("ip", "-n", f"{host.instance}-{slot}", "-o", "link", "show")
+    tap = next(line.split()[1].strip(":") for line in links.splitlines() if "tap" in line)
+    host.box.run("ip", "-n", f"{host.instance}-{slot}", "link", "del", tap)
+    wanted = [("disk", "m-1"), ("socket", "m-1"), ("tap", "m-1")]
+
+    async def is_told() -> bool:
+        return (await drift(host))["missing"] == wanted
+
+    await until(is_told, 60)
+    assert [await gauge(host, kind, "missing") for kind, _name in wanted] == [1, 1, 1]
+    assert await gauge(host, "disk", "leftover") == 0
+    assert "thing_missing" in host.tail()
+    # Nobody makes them again, nobody else is affected, and what is put back is there.
+    assert [machine.phase for machine in await host.machines()] == ["running", "running"]
+    disk.with_name("elsewhere").rename(disk)
+    (host.data / "hidden.sock").rename(socket)
+
+    async def is_back() -> bool:
+        return (await drift(host))["missing"] == [("tap", "m-1")]
+
+    await until(is_back, 60)
+    for number in (1, 2):
+        await host.delete(f"m-{number}", make_fence(f"u{number}", action_seq=2))
+    assert await host.stop() == 0
+
+
+async def test_what_a_machine_at_rest_should_not_have_is_removed(agent_host: Host):
+    host = agent_host
+    await host.start()
+    await host.create("m-1", make_fence(), **SPEC)
+    await host.ask("POST", "/machines/m-1/stop", make_fence(action_seq=2))
+    folder = host.data / "machines/m-1"
+    disk = next(folder.glob("overlay.*")).read_bytes()
+    (folder / "jail/root/run").mkdir(parents=True)
+    (host.run_dir / "m-1").mkdir()
+    words = host.box.enter("sh", "-c", "sleep 1000; true", "m-1", f"{folder}/overlay.raw")
+    stray = subprocess.Popen(words)
+    await until(lambda: not (folder / "jail").exists() and not (host.run_dir / "m-1").exists(), 60)
+    assert stray.wait(60) != 0
+    assert "surplus_removed" in host.tail()
+    assert next(folder.glob("overlay.*")).read_bytes() == disk
+    assert (await host.machine("m-1")).phase == "stopped"
+    await host.ask("POST", "/machines/m-1/start", make_fence(action_seq=3))
+    await host.delete("m-1", make_fence(action_seq=4))
+    assert await host.stop() == 0
+
+
+async def test_a_mount_below_a_directory_is_taken_off_before_the_directory_goes(agent_host: Host):
+    """Removing what is below would remove somebody else's files."""
+    host = agent_host
+    await host.start()
+    await host.create("m-1", make_fence(), **SPEC)
+    precious = host.folder / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("not ours")
+    for place in (host.data / "machines/m-1/mnt", host.data / "machines/m-lost/a b", host.run_dir / "m-lost/mnt"):
+        place.mkdir(parents=True)
+        host.box.run("mount", "--bind", precious, place)
+    await until(lambda: not (host.data / "machines/m-lost").exists() and not (host.run_dir / "m-lost").exists(), 60)
+    await host.delete("m-1", make_fence(action_seq=2))
+    assert await host.wait_empty() == []
+    assert (precious / "file").read_text() == "not ours"
+    assert await host.stop() == 0
