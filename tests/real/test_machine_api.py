@@ -49,12 +49,18 @@ class Client:
     """Somebody with a key, who knows the machine by the one that the API has told."""
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir()
         self.key = folder / "id"
         self.known = folder / "known_hosts"
 
     async def make_key(self) -> str:
         await run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "somebody", "-f", str(self.key))
         return self.key.with_suffix(".pub").read_text().strip()
+
+    async def sign(self, other: "Client", name: str) -> None:
+        """As an authority: the other's key is that of the user `name`."""
+        words = ["-q", "-s", str(self.key), "-I", "somebody", "-n", name, str(other.key.with_suffix(".pub"))]
+        await run("ssh-keygen", *words)
 
     async def log_in(self, host: Host, machine: dict[str, Any], *command: str, user: str = "node") -> str:
         """Run a command by SSH through the relay, which is in the daemon's own network namespace."""
@@ -65,9 +71,11 @@ class Client:
 
 
 async def test_a_machine_is_logged_in_to_and_keeps_its_disk_and_key(host: Host, tmp_path: Path):
-    client = Client(tmp_path)
+    client, authority, signed = (Client(tmp_path / name) for name in ("client", "authority", "signed"))
     await host.start()
-    guest = {"hostname": "box", "authorized_keys": [await client.make_key()]}
+    keys, authorities = [await client.make_key()], [await authority.make_key()]
+    await signed.make_key()
+    guest = {"hostname": "box", "authorized_keys": keys, "trusted_user_ca_keys": authorities}
     body = {
         "machine_id": ID,
         "image": IMAGE,
@@ -81,6 +89,11 @@ async def test_a_machine_is_logged_in_to_and_keeps_its_disk_and_key(host: Host, 
     # The real client takes the pinned key and no other.
     assert await client.log_in(host, machine, "id -un; hostname; pwd") == "node\nbox\n/home/node\n"
     assert (await client.log_in(host, machine, "id -u", user="root")).strip() == "0"
+    # Nobody else's key opens it, until an authority that it trusts says whose the key is.
+    with pytest.raises(AssertionError, match="Permission denied"):
+        await signed.log_in(host, machine, "true")
+    await authority.sign(signed, "node")
+    assert await signed.log_in(host, machine, "id -un") == "node\n"
     other = {**machine, "guest_ssh_host_public_key": client.key.with_suffix(".pub").read_text().strip()}
     with pytest.raises(AssertionError, match=r"[Hh]ost key"):
         await client.log_in(host, other, "true")

@@ -195,7 +195,9 @@ class Daemon:
     async def observe_storage(self) -> StorageReport:
         """What takes how much of the disk."""
         now = render_time(self._parts.clock.now_ms())
-        return await asyncio.to_thread(observe_storage, self.config, now)
+        report = await asyncio.to_thread(observe_storage, self.config, now)
+        published = sum(len(machine.ports) for machine in self.machines.records())
+        return msgspec.structs.replace(report, published_ports=published)
 
     # -- by itself --------------------------------------------------------------------------------------------------
 

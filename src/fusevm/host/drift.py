@@ -66,7 +66,8 @@ def claim_of(machine: Machine, *, is_quiet: bool) -> Claim:
             network = _NETWORK if machine.slot >= 0 else frozenset[Kind]()
             return Claim(must=_KEPT | _OF_RUN | network)
         case Phase.STOPPED | Phase.FAILED if machine.slot < 0:
-            return Claim(must=_KEPT, may=_KEPT)
+            # One that has never run, since its guest did not get ready, gets its disk when it is started.
+            return Claim(must=_KEPT if machine.started_at_ms is not None else frozenset(), may=_KEPT)
         case _:
             return Claim()
 

@@ -6,6 +6,7 @@ from fusevm.wire.routes import Payload, Route, Scope
 
 _BOOT = (e.HostFull, e.NoSpace, e.VmmMissing, e.ImageCorrupt, e.CommandFailed, e.Timeout, e.ShuttingDown)
 
+_IMPORT = (e.AddressRefused, e.ArtifactRefused, e.DigestMismatch, e.ImageTooLarge, e.FetchFailed)
 _ORDER = (
     *(e.BadField, e.MachineNotFound, e.WrongCluster, e.MachineExists, e.StaleIncarnation, e.StaleAction),
     *(e.OrderExpired, e.WrongState),
@@ -31,7 +32,7 @@ CREATE_ROUTES: tuple[Route, ...] = (
         answer=host_api.MachineAnswer,
         statuses=(201,),
         limit=1 << 20,
-        errors=(e.BadField, e.MachineExists, e.ImageNotFound, e.Unimplemented, *_BOOT),
+        errors=(e.BadField, e.MachineExists, e.ImageNotFound, e.Unimplemented, *_IMPORT, *_BOOT),
     ),
 )
 

@@ -1,20 +1,27 @@
 """computer-host's machine API: bodies, words, defaults, answers (docs/machine-api.md)."""
 
 import asyncio
+import hashlib
 import json
 import shlex
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "unit" / "host" / "images"))
+import file_server
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from machine_client import KEY, MachineApi
 
 from fusevm.host.admission import Size
 from fusevm.host.contract.handlers import CONTRACT_HANDLERS
-from fusevm.host.images.store import Image, ImageRecord
+from fusevm.host.images.artifact import make_importer
+from fusevm.host.images.store import Image, ImageRecord, ImageStore
+from fusevm.host.run import run
 from fusevm.model.errors import (
     BadField,
     HostFull,
@@ -186,6 +193,32 @@ async def test_the_digest_of_an_artifact_is_passed_on(api: MachineApi, importer:
     body = {**BODY, "artifact": {**ARTIFACT, "rootfs_sha256": "cd" * 32}}
     await api.call("POST", "/machines", body, 201)
     assert importer.asked == [("https://h/rootfs.ext4", "cd" * 32)]
+
+
+async def test_an_artifact_becomes_an_image_or_says_why_not(api: MachineApi, tmp_path: Path):
+    """The importer of the host, and a server on the loopback, which is no public address."""
+    rootfs = tmp_path / "made.ext4"
+    await run(["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", rootfs, "4M"], timeout_s=60)
+    content = rootfs.read_bytes()
+    images = ImageStore(tmp_path / "data")
+    async with file_server.serving(lambda _target, _headers: file_server.ok(content)) as server:
+
+        async def create(**more: Any) -> Any:
+            artifact = {**ARTIFACT, "rootfs_url": server.url("/rootfs.ext4"), **more}
+            return await api.raw("POST", "/machines", {**BODY, "artifact": artifact})
+
+        async def reason(**more: Any) -> str:
+            return json.loads((await create(**more))[1])["details"]["reason"]
+
+        assert await reason() == "address_refused"
+        config = msgspec.structs.replace(api.daemon.config, artifact_networks=("127.0.0.0/8",), disk_reserve_bytes=0)
+        api.daemon.artifacts = make_importer(config, images)
+        assert await reason(rootfs_sha256="ab" * 32) == "digest_mismatch"
+        assert api.world.leftovers == (set(), set(), set())
+        status, answer = await create(rootfs_sha256=hashlib.sha256(content).hexdigest())
+        assert (status, json.loads(answer)["machine"]["phase"]) == (201, "running")
+        (image,) = await images.load_all()
+        assert api.daemon.machines.record("m-1").spec.image == image.digest
 
 
 async def test_a_guest_that_does_not_get_ready_is_a_failed_machine(api: MachineApi):

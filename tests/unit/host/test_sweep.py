@@ -22,6 +22,7 @@ MACHINE = Machine(
     phase=Phase.RUNNING,
     slot=3,
     created_at_ms=0,
+    started_at_ms=1,
     updated_at_ms=0,
 )
 
@@ -189,6 +190,9 @@ def test_a_machine_claims_what_its_phase_needs():
         assert rests.must == rests.may == {Kind.DISK, Kind.MACHINE_DIRECTORY}
         # Its slot is still being given back.
         assert claim_of(msgspec.structs.replace(MACHINE, phase=phase), is_quiet=True) == ANY
+        # One that has never run may be without a disk: it gets one when it is started.
+        never = claim_of(msgspec.structs.replace(MACHINE, phase=phase, slot=-1, started_at_ms=None), is_quiet=True)
+        assert (never.must, never.may) == (frozenset(), rests.may)
     for phase in Phase:
         assert claim_of(msgspec.structs.replace(MACHINE, phase=phase), is_quiet=False) == ANY
 
