@@ -15,7 +15,7 @@ from namespaces import private_network
 from network_lab import namespace_path, sh
 
 from fusevm.host.net.namespace import is_namespace, run_inside
-from fusevm.host.net.tap import ensure_tap, open_tap
+from fusevm.host.net.tap import ensure_tap, lend_tap, open_tap
 from fusevm.model.errors import Timeout
 
 
@@ -126,3 +126,32 @@ async def test_a_tap_is_made_once_and_belongs_to_root():
     made = sh("ip -n a link show tap0")
     await run_inside(namespace_path("a"), lambda: ensure_tap("tap0"))
     assert sh("ip -n a link show tap0") == made
+
+
+#: Attaches to a tap by its name, as Firecracker does, which is no root by then and has a device file of its own.
+OPEN_BY_NAME = """
+import fcntl, os, struct, sys
+fd = os.open("/dev/net/tun", os.O_RDWR)
+os.setgroups([])
+os.setresuid(*[int(sys.argv[1])] * 3)
+fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", b"tap0", 0x0002 | 0x1000 | 0x4000))
+print(os.geteuid())
+"""
+
+
+def open_by_name(uid: int) -> "subprocess.CompletedProcess[str]":
+    words = ["nsenter", f"--net={namespace_path('a')}", "--", sys.executable, "-c", OPEN_BY_NAME, str(uid)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+@private_network
+async def test_a_tap_that_is_lent_can_be_opened_by_that_user_and_by_root_alone():
+    sh("ip netns add a")
+    await run_inside(namespace_path("a"), lambda: ensure_tap("tap0"))
+    assert open_by_name(71_234).returncode != 0
+    await lend_tap(namespace_path("a"), "tap0", 71_234)
+    assert open_by_name(71_234).stdout == "71234\n"
+    assert open_by_name(71_235).returncode != 0
+    await lend_tap(namespace_path("a"), "tap0", 71_235)
+    assert open_by_name(71_234).returncode != 0
+    os.close(await open_tap(namespace_path("a"), "tap0"))

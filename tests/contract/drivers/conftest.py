@@ -20,14 +20,19 @@ from typing import Literal
 import msgspec
 import pytest
 
+from fusevm.host.boot_files import BootFileFinder
+from fusevm.host.cgroup import Cgroups, Limits, observe_mounts
 from fusevm.host.channel import AgentClient
+from fusevm.host.config import HostConfig
 from fusevm.host.disk.overlay import Method, create_overlay
+from fusevm.host.driver_choice import find_refusal
+from fusevm.host.driver_choice import make_firecracker as make_driver
 from fusevm.host.images.blank import ensure_blank
 from fusevm.host.images.debian import build_debian
 from fusevm.host.images.initramfs import agent_path, ensure_initramfs
 from fusevm.host.images.kernel import KernelStore
 from fusevm.host.images.store import ImageStore
-from fusevm.host.vmm.driver import BootPlan, Driver, Vmm
+from fusevm.host.vmm.driver import BootPlan, Confinement, Driver, Vmm
 from fusevm.host.vmm.firecracker.driver import FirecrackerDriver
 from fusevm.host.vmm.qemu import PROGRAM, QemuDriver
 from fusevm.model.errors import VmmMissing
@@ -36,11 +41,14 @@ from fusevm.testing.fake_firecracker.install import install
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from own_world import machines_network
+from own_world import machines_network, run_prefix
 
 #: Generous: two cores, software emulation, and whatever else the machine does.
 BOOT_S = 120
 DISK_BYTES = 1 << 30
+#: The real programs, for the processes of the tests, too; empty for the fake.
+REAL = "FUSE_TEST_REAL_FIRECRACKER"
+DATA = Path(os.environ.get("FUSE_TEST_DATA", "/var/cache/fuse-test"))
 
 
 class Artefacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +57,8 @@ class Artefacts(msgspec.Struct, frozen=True, kw_only=True):
     data: Path
     kernel: Path
     initramfs: Path
+    #: With the modules of the vsock device.
+    vsock_initramfs: Path
     image: Path
     blank: Path
 
@@ -64,8 +74,26 @@ class DriverUnderTest(msgspec.Struct, frozen=True, kw_only=True):
     overlays: Literal[Method.QCOW2, Method.SPARSE_COPY]
 
 
+def look_for_real() -> None:
+    """Note Firecracker and its jailer, where they are installed and boot our kernel: then they are what is tested."""
+    names = [os.environ.get(name) for name in ("FIRECRACKER_BINARY_PATH", "JAILER_BINARY_PATH")]
+    firecracker, jailer = (Path(name) if name else None for name in names)
+    config = HostConfig(data_root=DATA, firecracker_binary=firecracker, jailer_binary=jailer)
+    driver = make_driver(config, lambda _added: None)
+
+    async def look() -> str:
+        refusal = await find_refusal(config, driver, BootFileFinder(config, "firecracker"))
+        print(f"the contract's firecracker is {'a fake: ' + refusal if refusal else 'the real one'}")
+        return "" if refusal else "\n".join(map(str, await driver.find_programs()))
+
+    with machines_network():
+        os.environ[REAL] = asyncio.run(look())
+
+
 def make_firecracker(folder: Path) -> FirecrackerDriver:
-    """The driver on the fake, whose machines are real guests in emulation."""
+    """The driver on the real one, or on the fake, whose machines are real guests in emulation."""
+    if real := os.environ.get(REAL):
+        return FirecrackerDriver(**dict(zip(("firecracker", "jailer"), real.split("\n"), strict=True)))
     programs = folder / "programs"
     if not programs.exists():
         programs.mkdir()
@@ -104,13 +132,15 @@ def under_test(request: pytest.FixtureRequest) -> DriverUnderTest:
     """One driver after the other."""
     if shutil.which(PROGRAM) is None:
         pytest.skip(f"{PROGRAM} is not installed")
+    if request.param == "firecracker":
+        look_for_real()
     return DRIVERS[request.param]
 
 
 @pytest.fixture(scope="session")
 def guest_artefacts() -> Artefacts:
     """Kernel, initramfs, image and blank: found in the data directory of the tests, else made there."""
-    data = Path(os.environ.get("FUSE_TEST_DATA", "/var/cache/fuse-test"))
+    data = DATA
     try:
         data.mkdir(parents=True, exist_ok=True)
         agent_path()
@@ -132,6 +162,7 @@ async def _ensure_artefacts(data: Path) -> Artefacts:
         data=data,
         kernel=kernel.vmlinux,
         initramfs=await ensure_initramfs(data, kernel, Path(agent) if agent else None),
+        vsock_initramfs=await ensure_initramfs(data, kernel, Path(agent) if agent else None, with_vsock=True),
         image=image.rootfs,
         blank=await ensure_blank(data, DISK_BYTES),
     )
@@ -149,12 +180,15 @@ def workshop(guest_artefacts: Artefacts) -> Iterator[Path]:
 class Workbench:
     """Makes plans and machines; everything is killed and removed at the end."""
 
-    def __init__(self, under_test: DriverUnderTest, artefacts: Artefacts, folder: Path) -> None:
+    def __init__(
+        self, under_test: DriverUnderTest, artefacts: Artefacts, folder: Path, cgroups: Cgroups | None = None
+    ) -> None:
         self.under_test = under_test
         self.artefacts = artefacts
         self.folder = folder
         self.driver = under_test.make(folder)
         self._vmms: list[Vmm] = []
+        self._cgroups = cgroups
 
     async def plan(self, *, disks: bool = True, parameters: str = "", **changes) -> BootPlan:
         """Plan a machine of its own; `changes` are fields of BootPlan."""
@@ -166,7 +200,9 @@ class Workbench:
             "cpus": 1,
             "memory_mib": 256,
             "kernel": self.artefacts.kernel,
-            "initramfs": self.artefacts.initramfs,
+            "initramfs": self.artefacts.vsock_initramfs
+            if self.under_test.name == "firecracker"
+            else self.artefacts.initramfs,
             "command_line": f"fuse.nonce={render_nonce(machine_id)} {parameters}".strip(),
             "run_dir": run_dir,
             "console_log": run_dir / "console.log",
@@ -177,6 +213,14 @@ class Workbench:
             )
             fields |= {"image": self.artefacts.image, "overlay": overlay.path, "overlay_format": overlay.format}
         return BootPlan(**(fields | changes))
+
+    async def grouped_plan(self) -> BootPlan:
+        """Plan a machine with control groups, as a daemon that is root does."""
+        plan = await self.plan()
+        if self._cgroups is None:
+            return plan
+        group = await self._cgroups.ensure(plan.machine_id, Limits(memory_bytes=1 << 30, cpus=2))
+        return msgspec.structs.replace(plan, confinement=Confinement(cgroups=group.paths))
 
     async def boot(self, plan: BootPlan | None = None, **changes) -> Vmm:
         """Boot a machine that is killed after the test."""
@@ -190,6 +234,9 @@ class Workbench:
             with contextlib.suppress(ConnectionError):
                 await vmm.kill()
             await vmm.close()
+        if self._cgroups is not None:
+            for name in await self._cgroups.names():
+                await self._cgroups.remove(name)
 
 
 def render_nonce(machine_id: str) -> str:
@@ -268,11 +315,27 @@ def agent(vmm: Vmm) -> Agent:
 
 
 @pytest.fixture
-async def bench(under_test: DriverUnderTest, guest_artefacts: Artefacts, workshop: Path) -> AsyncIterator[Workbench]:
+def machine_groups() -> Iterator[Cgroups | None]:
+    """Control groups below a parent of our own, removed afterwards; None without root."""
+    if os.geteuid() != 0:
+        yield None
+        return
+    parent = f"{run_prefix()}-{secrets.token_hex(3)}"
+    groups = Cgroups(parent, observe_mounts())
+    yield groups
+    for root in groups.roots():
+        with contextlib.suppress(FileNotFoundError):
+            (root / parent).rmdir()
+
+
+@pytest.fixture
+async def bench(
+    under_test: DriverUnderTest, guest_artefacts: Artefacts, workshop: Path, machine_groups: Cgroups | None
+) -> AsyncIterator[Workbench]:
     """Machines of this test alone. Afterwards nothing may be left of them."""
     folder = workshop / secrets.token_hex(3)
     folder.mkdir()
-    made = Workbench(under_test, guest_artefacts, folder)
+    made = Workbench(under_test, guest_artefacts, folder, machine_groups)
     yield made
     await made.close()
     for path in folder.glob("*/overlay"):

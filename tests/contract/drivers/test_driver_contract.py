@@ -1,6 +1,7 @@
 """What every driver does. Machines are real: each test says in its name what a host daemon relies on."""
 
 import asyncio
+import base64
 import hashlib
 import json
 import os
@@ -369,6 +370,50 @@ async def test_a_cancelled_boot_leaves_nothing(bench):
     if starting := asyncio.all_tasks() - {asyncio.current_task()}:
         _, late = await asyncio.wait(starting, timeout=60)
         assert not late
+
+
+# -- pauses ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_paused_machine_stands_still_and_goes_on_where_it_was(bench, agent_of):
+    """Nothing of it runs; streams of before and new ones work afterwards."""
+    vmm = await bench.boot(await bench.grouped_plan())
+    agent = agent_of(vmm)
+    count = json.dumps({"shell": "for i in $(seq 30); do echo $i; sleep 0.1; done"}).encode()
+    counting = asyncio.ensure_future(agent.http.request("POST", "/exec", body=count))
+    assert (await agent.health())["ok"]
+    await vmm.pause()
+    await vmm.pause()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(2):
+            await agent_of(vmm).health()
+    await vmm.resume()
+    await vmm.resume()
+    assert (await agent_of(vmm).health())["ok"]
+    async with asyncio.timeout(BOOT_S):
+        async with await counting as response:
+            answer = json.loads(await response.read())
+    assert base64.b64decode(answer["stdout_b64"]).split()[-1] == b"30"
+
+
+async def test_a_paused_machine_stays_so_for_the_next_daemon_and_can_be_killed(bench, agent_of):
+    plan = await bench.grouped_plan()
+    first = await bench.boot(plan)
+    await agent_of(first).health()
+    await first.pause()
+    await first.close()
+    vmm = await bench.driver.adopt(plan, first.process)
+    try:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(2):
+                await agent_of(vmm).health()
+        await vmm.resume()
+        assert (await agent_of(vmm).health())["ok"]
+        await vmm.pause()
+    finally:
+        await vmm.kill()
+        await vmm.close()
+    assert identify(first.process.pid) is None
 
 
 # -- resources ---------------------------------------------------------------------------------------------------------

@@ -147,7 +147,8 @@ class QemuGuest:
         ended = asyncio.ensure_future(process.wait())
         outcomes: list[asyncio.Future[Any]] = [qmp.ready, ended]
         await asyncio.wait(outcomes, return_when=asyncio.FIRST_COMPLETED)
-        if ended.done():
+        if ended.done() or qmp.ready.exception() is not None:
+            await ended
             raise StartFailed("Cannot load kernel due to invalid memory configuration or invalid kernel image")
         ended.cancel()
         return made

@@ -31,6 +31,10 @@ class Log:
         self._descriptor = open_sink(path)
         self._level = level
 
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
     def write(self, level: str, text: str) -> None:
         """Write a line; a full pipe loses it."""
         if self._descriptor >= 0 and LEVELS.index(level) <= LEVELS.index(self._level):
@@ -51,6 +55,10 @@ class Counts:
     def open(self, path: Path) -> None:
         """Write there from now on."""
         self._descriptor = open_sink(path)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
 
     def add(self, section: str, field: str, amount: int = 1) -> None:
         """Count something."""
@@ -82,6 +90,10 @@ class Serial:
         self._tokens = float(self._size)
         self._burst = self._limit.get("one_time_burst", 0)
         self._refilled = time.monotonic()
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
 
     def write(self, data: bytes) -> None:
         """Write what the bucket and the reader allow."""

@@ -8,6 +8,7 @@ that also lifts the 107 bytes that a socket's path may have.
 import asyncio
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -19,12 +20,26 @@ _BUFFER: Final = 1 << 18
 _MAX_ANSWER: Final = 32
 
 
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
 class SocketRefused(ConnectionError):
     """What is there is not the socket of this machine."""
 
 
 class GuestConnection(SocketStream):
     """A stream to the guest; each has a connection of its own."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        super().__init__(reader, writer)
+        #: Called once it is closed.
+        self.on_close: Callable[[], None] = _nothing
+
+    async def close(self) -> None:
+        """Drop the connection."""
+        await super().close()
+        self.on_close()
 
     @property
     def is_usable(self) -> bool:

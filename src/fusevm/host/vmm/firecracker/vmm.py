@@ -5,6 +5,7 @@ import contextlib
 import logging
 import signal
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -64,6 +65,8 @@ class FirecrackerVmm:
         self._patience = patience
         self._pipe = pipe_of(plan)
         self._readers: list[FifoReader] = []
+        #: To the guest; they break with the VMM, and when it is let go.
+        self._streams: set[GuestConnection] = set()
         self._api = ApiClient(jail.outside(inside.api), self._uid)
         self._killed = ""
         self._overseeing: asyncio.Task[None] | None = None
@@ -89,12 +92,16 @@ class FirecrackerVmm:
             if self._handle.has_ended:
                 raise VmmGone(await self.wait_exit())
             try:
-                return await connect_guest(socket, self._uid, AGENT_PORT)
+                stream = await connect_guest(socket, self._uid, AGENT_PORT)
             except SocketRefused:
                 raise
             except OSError:
                 await self._pause(pause_s)
                 pause_s = min(2 * pause_s, _MAX_LOOK_S)
+            else:
+                self._streams.add(stream)
+                stream.on_close = partial(self._streams.discard, stream)
+                return stream
 
     async def pause(self) -> None:
         """Freeze the machine's control group: no API call, so that 1.16.1 keeps its vsock connections."""
@@ -235,6 +242,8 @@ class FirecrackerVmm:
 
     async def _release(self) -> None:
         await self._api.close()
+        for stream in list(self._streams):
+            await stream.close()
         for reader in self._readers:
             reader.close()
         self._console.close()

@@ -1,0 +1,58 @@
+"""The whole daemon on the Firecracker driver, with real guests: the fake boots them in emulation, from a real jail."""
+
+import asyncio
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from real_host import Guest, Host, make_fence, make_jail_host
+
+from own_world import run_prefix
+
+pytestmark = [pytest.mark.real, pytest.mark.root, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def jail_host(artefacts: Path) -> Iterator[Host]:
+    """A host without a daemon, in a box of its own; at the end nothing of machines may be left."""
+    host = make_jail_host(artefacts, f"{run_prefix()}f", "qemu")
+    try:
+        yield host
+        left = asyncio.run(host.wait_empty())
+        assert not left, (left, host.tail())
+    finally:
+        host.close()
+
+
+async def test_a_whole_machine_on_its_tap_with_its_limits_until_it_stops_in_order(jail_host: Host):
+    host = jail_host
+    await host.start("--disk-bytes-per-s", "200000000")
+    await host.create("m-1", make_fence("u1", 1, 1), memory_mib=384)
+    guest = Guest(host, "m-1", make_fence("u1", 1, 2))
+    assert (await guest.shell("hostname")).strip() == "box"
+    assert "bookworm" in await guest.shell("cat /etc/os-release")
+    kib = int(await guest.shell("df -k --output=size / | tail -1"))
+    assert kib > 900_000
+
+    # Its tap is the slot's, opened by the machine's own user in the slot's namespace.
+    words = dict(word.partition("=")[::2] for word in (await guest.shell("cat /proc/cmdline")).split())
+    address = words["fuse.ip"].partition("/")[0]
+    state = json.loads(await host.ask("GET", "/state"))
+    machine = state["journal"]["entries"][0]["machine"]
+    namespace = Path(f"/proc/{machine['vmm']['pid']}/ns/net")
+    ping = host.box.enter("nsenter", f"--net={namespace}", "--", "ping", "-c", "1", "-W", "60", address)
+    assert (await asyncio.to_thread(subprocess.run, ping, capture_output=True, check=False)).returncode == 0
+    owner = host.box.run("stat", "-c", "%u", f"/proc/{machine['vmm']['pid']}").strip()
+    assert int(owner) == machine["uid"] >= 200_000
+
+    # What it has written is there after an orderly end and another start.
+    await guest.shell("echo kept > /root/file")
+    await host.ask("POST", "/machines/m-1/stop", make_fence("u1", 1, 3))
+    assert (await host.machine("m-1")).phase == "stopped"
+    await host.ask("POST", "/machines/m-1/start", make_fence("u1", 1, 4))
+    assert await Guest(host, "m-1", make_fence("u1", 1, 5)).shell("cat /root/file") == "kept\n"
+    await host.delete("m-1", make_fence("u1", 1, 6))
+    assert await host.wait_empty() == []
+    assert await host.stop() == 0
