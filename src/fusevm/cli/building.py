@@ -13,6 +13,7 @@ from fusevm.host.images.debian import RECIPES, build_debian, check_rootless
 from fusevm.host.images.initramfs import ensure_initramfs
 from fusevm.host.images.kernel import Kernel, KernelStore
 from fusevm.host.images.progress import ProgressEvent
+from fusevm.host.images.recipe import build_recipe
 from fusevm.host.images.store import Image, ImageConfig, ImageStore
 
 T = TypeVar("T")
@@ -57,9 +58,13 @@ async def ensure_parts(data: Path, kernel: Path | None, image: str, narrator: Na
     return made, found or await store.resolve(image)
 
 
-async def build(data: Path, name: str, source: Path | None, narrator: Narrator, *, force: bool) -> Image:
-    """Build an image by its recipe, or from a folder or tar."""
+async def build(
+    data: Path, name: str, source: Path | None, recipe: Path | None, narrator: Narrator, *, force: bool
+) -> Image:
+    """Build an image by our recipe of that name or one's own, or from a folder or tar."""
     store = ImageStore(data)
+    if recipe is not None:
+        return (await build_recipe(store, recipe, name=name, progress=narrator.hear, force=force)).image
     if source is not None:
         return await build_from_tree(store, name, source, config=ImageConfig(), progress=narrator.hear)
     return (await build_debian(store, name, progress=narrator.hear, force=force)).image

@@ -38,20 +38,27 @@ def is_healthy(path: Path) -> bool:
 
 def read_state(path: Path) -> Any:
     """What `GET /state` answers. Raises CliError when nobody listens."""
-    connection = _UnixConnection(path)
     try:
-        connection.request("GET", "/state")
-        answer = connection.getresponse()
-        body = answer.read()
-    except (OSError, http.client.HTTPException) as error:
-        problem = getattr(error, "strerror", None) or str(error)
+        return ask(path, "GET", "/state")
+    except OSError as error:
         raise CliError(
-            f"no host daemon answers at {path} ({problem})",
+            f"no host daemon answers at {path} ({error.strerror or error})",
             hint="`fuse up` or `fuse host serve` starts one; --data names another folder",
             code=UNAVAILABLE,
         ) from error
+
+
+def ask(path: Path, method: str, target: str, body: Any = None) -> Any:
+    """The JSON of an answer; errors are raised as what they are. Raises OSError when nobody listens."""
+    connection = _UnixConnection(path)
+    try:
+        connection.request(method, target, body=msgspec.json.encode(body) if body is not None else None)
+        answer = connection.getresponse()
+        content = answer.read()
+    except http.client.HTTPException as error:
+        raise ConnectionError(str(error)) from error
     finally:
         connection.close()
-    if answer.status != 200:
-        raise parse_error(answer.status, body)
-    return msgspec.json.decode(body)
+    if answer.status >= http.client.BAD_REQUEST:
+        raise parse_error(answer.status, content)
+    return msgspec.json.decode(content) if content else None

@@ -214,7 +214,7 @@ class Daemon:
             removed = await self._sweeper.sweep(is_start=is_start)
             await self.journal.purge()
             await self.journal.ensure_ballast()
-            await self.images.collector.relieve()
+            await self.images.relieve()
         except Exception:
             log.exception("sweep_failed")
             return

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+
+import structlog
 
 from fusevm.host.config import HostConfig
 from fusevm.host.images.artifact import make_importer
@@ -22,6 +24,8 @@ from fusevm.host.render import render_image
 from fusevm.model.errors import BadField, Error
 from fusevm.wire.errors import FlatError
 from fusevm.wire.host_api import CollectedImage, CollectedImages, CollectImages, ImageList, PullImage, PullLine
+
+log = structlog.get_logger()
 
 #: At most this often the same step is reported.
 _INTERVAL_S = 0.2
@@ -73,12 +77,19 @@ class ImageService:
 
     async def remove(self, name: str, *, is_forced: bool) -> CollectedImage:
         """Remove an image, or one of its names. Raises ImageNotFound, ImageInUse."""
-        return _render_removed(await self.collector.remove(name, is_forced=is_forced))
+        removed = await self.collector.remove(name, is_forced=is_forced)
+        _note([removed], why="asked for")
+        return _render_removed(removed)
 
     async def collect(self, order: CollectImages) -> CollectedImages:
         """Remove what nobody uses."""
         removed = await self.collector.collect(is_all=order.all)
+        _note(removed, why="unused")
         return CollectedImages(removed=[_render_removed(one) for one in removed])
+
+    async def relieve(self) -> None:
+        """Remove images that can be had again when the disk is nearly full."""
+        _note(await self.collector.relieve(), why="the disk is nearly full")
 
     async def _last_line(self, pulling: asyncio.Task[Image]) -> PullLine:
         try:
@@ -106,6 +117,11 @@ async def _reports(heard: asyncio.Queue[ProgressEvent], pulling: asyncio.Task[Im
         if event.step != step or event.detail or loop.time() - told_at >= _INTERVAL_S:
             step, told_at = event.step, loop.time()
             yield event
+
+
+def _note(removed: Sequence[Removed], *, why: str) -> None:
+    for one in removed:
+        log.info("image_removed", image=one.digest, names=one.names, bytes=one.bytes, why=why)
 
 
 def _credentials(text: str) -> bytes:

@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 import msgspec
-import structlog
 
 from fusevm.host.images.store import Image, ImageStore, Origin
 from fusevm.host.journal import Journal
 from fusevm.host.storage import allocated_tree
 from fusevm.model.errors import ImageInUse
-
-log = structlog.get_logger()
 
 #: Digest of an image to the ids of what needs it.
 Users: TypeAlias = Mapping[str, Sequence[str]]
@@ -153,10 +150,7 @@ class Collector:
             if room.percent < self._marks.high:
                 return []
             images, candidates = await self._survey()
-            removed = await self._take(images, plan_relief(candidates, room, self._marks, self._now_s()))
-            if not removed:
-                log.warning("disk_nearly_full", path=str(self._store.root), percent=round(room.percent), free=room.free)
-            return removed
+            return await self._take(images, plan_relief(candidates, room, self._marks, self._now_s()))
 
     async def _survey(self) -> tuple[dict[str, Image], list[Candidate]]:
         images = {image.digest: image for image in await self._store.load_all()}
@@ -176,7 +170,6 @@ class Collector:
     async def _discard(self, image: Image) -> Removed:
         size = await asyncio.to_thread(allocated_tree, image.directory)
         await self._store.discard(image)
-        log.info("image_removed", image=image.digest, names=image.names, bytes=size)
         return Removed(digest=image.digest, names=image.names, bytes=size)
 
 

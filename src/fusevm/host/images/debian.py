@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -88,10 +88,8 @@ async def build_debian(
         if image is not None and image.record.inputs == inputs and not force:
             progress(ProgressEvent(step="Image ready", detail=up_to_date_text(image, time.time())))
             return Built(image=image, is_new=False)
-        await asyncio.to_thread(check_rootless)
         async with workspace(store.root, _NEEDED_BYTES) as folder:
-            async with _scratch(folder) as scratch:
-                tar = await debootstrap(recipe, folder, scratch, progress)
+            tar = await build_system(recipe, folder, progress)
             source = f"mmdebstrap {recipe.suite}"
             image = await finish(store, name, tar, folder, recipe.config, source, inputs, progress)
     return Built(image=image, is_new=True)
@@ -103,11 +101,20 @@ def _inputs(recipe: Recipe) -> msgspec.Raw:
     return msgspec.Raw(encoded.replace(b',"cmd":[]', b""))
 
 
-async def debootstrap(recipe: Recipe, folder: Path, scratch: Path, progress: Progress) -> Path:
+async def build_system(recipe: Recipe, folder: Path, progress: Progress, hooks: Sequence[str] = ()) -> Path:
+    """Make the system of a recipe in a workspace and return its tar. `hooks`: shell lines of mmdebstrap, in order."""
+    await asyncio.to_thread(check_rootless)
+    async with _scratch(folder) as scratch:
+        return await debootstrap(recipe, folder, scratch, progress, hooks)
+
+
+async def debootstrap(
+    recipe: Recipe, folder: Path, scratch: Path, progress: Progress, hooks: Sequence[str] = ()
+) -> Path:
     """Install the recipe's packages into a new root file system below `scratch` and return its tar in `folder`."""
     tar = folder / "root.tar"
     lines = mirror_lines(await read_sources(), await asyncio.to_thread(_host_codename), recipe.suite)
-    words = mmdebstrap_command(recipe, tar, lines, await read_network_settings())
+    words = mmdebstrap_command(recipe, tar, lines, await read_network_settings(), hooks)
     archives = "mmdebstrap.*/var/cache/apt/archives"
 
     def downloaded() -> int:
@@ -123,13 +130,16 @@ async def debootstrap(recipe: Recipe, folder: Path, scratch: Path, progress: Pro
     return tar
 
 
-def mmdebstrap_command(recipe: Recipe, tar: Path, mirrors: list[str], network_settings: list[str]) -> list[str]:
+def mmdebstrap_command(
+    recipe: Recipe, tar: Path, mirrors: list[str], network_settings: list[str], hooks: Sequence[str] = ()
+) -> list[str]:
     """Build the mmdebstrap command line. Pure."""
     words = ["mmdebstrap", "--variant=minbase", "--format=tar", f"--include={','.join(recipe.packages)}"]
     words += ['--aptopt=APT::Install-Recommends "false"']
     words += [f"--aptopt={line}" for line in network_settings]
     words += [f"--dpkgopt=path-exclude={pattern}" for pattern in recipe.excluded]
     words += [f"--dpkgopt=path-include={pattern}" for pattern in recipe.included]
+    words += [f"--customize-hook={hook}" for hook in hooks]
     # What names this machine or its network stays out of the image.
     forgotten = "etc/apt/apt.conf.d/99mmdebstrap etc/hostname etc/resolv.conf etc/machine-id"
     forgotten += " var/lib/dbus/machine-id var/log/apt var/log/dpkg.log var/log/bootstrap.log var/log/alternatives.log"

@@ -69,6 +69,7 @@ from fusevm.model.errors.conflict import (
 from fusevm.model.errors.image import (
     AddressRefused,
     ArtifactRefused,
+    BadRecipe,
     BadReference,
     DigestMismatch,
     FetchFailed,
@@ -132,6 +133,7 @@ __all__ = [
     "BadJson",
     "BadPath",
     "BadRange",
+    "BadRecipe",
     "BadReference",
     "BadRequest",
     "BadSetting",

@@ -66,6 +66,13 @@ class BadReference(InvalidArgument):
     problem: str
 
 
+class BadRecipe(InvalidArgument):
+    reason = "bad_recipe"
+    template = "The recipe cannot be built: {path}: {problem}"
+    path: str
+    problem: str
+
+
 class ImageRefused(InvalidArgument):
     """What an image holds cannot be taken over safely or exactly."""
 
