@@ -67,6 +67,7 @@ type imageBody struct {
 	Env     map[string]string `json:"env"`
 	Workdir string            `json:"workdir"`
 	User    string            `json:"user"`
+	Command []string          `json:"command"`
 }
 
 // configure applies a body once: a retry of the same one must not turn the
@@ -107,6 +108,7 @@ func (a *Agent) applyOnce(digest [32]byte, wanted configureBody) error {
 	a.names = names
 	if wanted.Image != nil {
 		a.defaults.ImageEnv, a.defaults.Workdir, a.defaults.User = wanted.Image.Env, wanted.Image.Workdir, wanted.Image.User
+		a.defaults.Command = wanted.Image.Command
 	}
 	if wanted.Env != nil {
 		a.defaults.Env = wanted.Env

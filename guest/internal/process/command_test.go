@@ -486,6 +486,22 @@ func TestWhatCannotBeStarted(t *testing.T) {
 	})
 }
 
+func TestTheImagesOwnCommandIsRunWhenAskedFor(t *testing.T) {
+	d := Defaults{Command: []string{"true", "of", "the image"}}
+	r := Request{ImageCommand: true}
+	spec, err := r.Resolve(d, account.System)
+	if err != nil || strings.Join(spec.Argv, " ") != "true of the image" {
+		t.Fatalf("%v %v", spec.Argv, err)
+	}
+	text := "true"
+	for _, bad := range []Request{{ImageCommand: true, Cmd: []string{"true"}}, {ImageCommand: true, Shell: &text}, {}} {
+		_, err := bad.Resolve(d, account.System)
+		wantReason(t, err, "bad_request")
+	}
+	_, err = r.Resolve(Defaults{}, account.System)
+	wantReason(t, err, "bad_request")
+}
+
 func TestTheEnvironmentIsLayered(t *testing.T) {
 	d := Defaults{
 		ImageEnv: map[string]string{"A": "image", "B": "image", "C": "image", "PATH": "/bin:/usr/bin"},

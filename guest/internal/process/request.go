@@ -28,6 +28,7 @@ const (
 type Request struct {
 	Cmd            []string          `json:"cmd"`
 	Shell          *string           `json:"shell"`
+	ImageCommand   bool              `json:"image_command"` // the image's own entrypoint and command
 	Env            map[string]string `json:"env"`
 	Cwd            string            `json:"cwd"`
 	User           string            `json:"user"`
@@ -47,6 +48,7 @@ type Defaults struct {
 	Workdir  string
 	User     string
 	Env      map[string]string
+	Command  []string
 }
 
 // Spec is a request with every name resolved.
@@ -79,8 +81,13 @@ func (r *Request) Resolve(d Defaults, accounts account.Database) (Spec, error) {
 		return Spec{}, err
 	}
 	spec := Spec{Argv: r.Cmd, User: user}
-	if r.Shell != nil {
+	switch {
+	case r.Shell != nil:
 		spec.Argv = []string{shell, "-lc", *r.Shell}
+	case r.ImageCommand && len(d.Command) == 0:
+		return Spec{}, fault.BadRequest("image_command", "the image has no command of its own; give cmd or shell")
+	case r.ImageCommand:
+		spec.Argv = d.Command
 	}
 	env := r.environment(d, user)
 	if spec.Dir, err = r.folder(d, user); err != nil {
@@ -94,9 +101,15 @@ func (r *Request) Resolve(d Defaults, accounts account.Database) (Spec, error) {
 }
 
 func (r *Request) check() error {
+	given := 0
+	for _, is := range []bool{r.Shell != nil, len(r.Cmd) > 0, r.ImageCommand} {
+		if is {
+			given++
+		}
+	}
 	switch {
-	case (r.Shell == nil) == (len(r.Cmd) == 0):
-		return fault.BadRequest("cmd", "give exactly one of cmd (a list with the program first) and shell (a text)")
+	case given != 1:
+		return fault.BadRequest("cmd", "give exactly one of cmd (a list with the program first), shell (a text) and image_command")
 	case r.Shell != nil && strings.ContainsRune(*r.Shell, 0):
 		return fault.BadRequest("shell", "shell must not contain NUL")
 	case r.TimeoutMS < 0 || r.TimeoutMS > maxTimeoutMS:

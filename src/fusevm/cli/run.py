@@ -17,7 +17,7 @@ from fusevm.cli.failures import report
 from fusevm.cli.options import State, api_options, variables
 from fusevm.cli.output import is_terminal, say
 from fusevm.cli.shell import open_shell
-from fusevm.model.errors import Error, NotFound, Timeout
+from fusevm.model.errors import BadRequest, Error, NotFound, Timeout
 from fusevm.sdk.choices import make_task_id
 from fusevm.sdk.client import Fuse
 from fusevm.sdk.failures import ConnectionLost
@@ -52,10 +52,9 @@ def run(
 ) -> int:
     """Run COMMAND in a fresh machine made of IMAGE and destroy the machine afterwards, also on Ctrl-C.
 
-    The exit code is the command's. Without COMMAND, on a terminal: a shell.
+    The exit code is the command's. Without COMMAND the image's own runs, its entrypoint and command; if it has none,
+    on a terminal: a shell.
     """
-    if not command and not os.isatty(0):
-        raise click.UsageError("give a command: fuse run IMAGE -- COMMAND")
     task = task_id or make_task_id("run")
     is_chatty = is_terminal(sys.stderr) and not state.is_json
     with state.client() as fuse, Ephemeral(fuse, f"fuse-{task}", keep=keep, is_ours=task_id is None) as environment:
@@ -64,20 +63,26 @@ def run(
         environment.is_certain = True
         if is_chatty:
             say(f"{made.id} runs on host {made.host_id} after {(time.perf_counter() - began) * 1000:.0f} ms")
-        if not command:
+        try:
+            return run_command(
+                fuse,
+                made.id,
+                command,
+                image_command=not command,
+                tty=tty or (not command and os.isatty(0) and os.isatty(1)),
+                user=user,
+                cwd=cwd,
+                env=env,
+                timeout=timeout,
+                no_stdin=no_stdin,
+                is_json=state.is_json,
+            )
+        except BadRequest as error:
+            if command:
+                raise
+            if not os.isatty(0):
+                raise click.UsageError(f"{image} has no command of its own: fuse run {image} -- COMMAND") from error
             return open_shell(fuse, made.id, user=user, cwd=cwd, env=variables(env))
-        return run_command(
-            fuse,
-            made.id,
-            command,
-            tty=tty,
-            user=user,
-            cwd=cwd,
-            env=env,
-            timeout=timeout,
-            no_stdin=no_stdin,
-            is_json=state.is_json,
-        )
 
 
 class Ephemeral:

@@ -33,6 +33,7 @@ from fusevm.host.disk.room import DiskRoom
 from fusevm.host.disk.superblock import is_cleanly_left
 from fusevm.host.faults import Fault
 from fusevm.host.images.store import Image, ImageStore
+from fusevm.host.images.store import ImageConfig as StoredConfig
 from fusevm.host.mounts import detach_below
 from fusevm.host.net.terms import Terms
 from fusevm.host.rows import Numbers
@@ -342,7 +343,7 @@ def _render_configure(machine: Machine, image: Image | None, hostname: str, wire
     return Configure(
         hostname=hostname,
         env=dict(machine.spec.env),
-        image=ImageConfig(env=dict(config.env), workdir=config.workdir, user=config.user) if config else None,
+        image=_image_config(config) if config is not None else None,
         nameservers=list(wire.nameservers),
     )
 
@@ -351,6 +352,11 @@ async def _timed(name: str, work: Coroutine[Any, Any, None], seconds: dict[str, 
     began = time.monotonic()
     await work
     seconds[name] = time.monotonic() - began
+
+
+def _image_config(config: StoredConfig) -> ImageConfig:
+    command = [*config.entrypoint, *config.cmd]
+    return ImageConfig(env=dict(config.env), workdir=config.workdir, user=config.user, command=command)
 
 
 def _read_tail(path: Path) -> bytes:

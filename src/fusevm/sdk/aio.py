@@ -153,6 +153,7 @@ class AsyncEnvironments:
         cmd: Argv | None = None,
         *,
         shell: str = "",
+        image_command: bool = False,
         env: dict[str, str] | None = None,
         cwd: str = "",
         user: str = "",
@@ -161,10 +162,14 @@ class AsyncEnvironments:
         rows: int = 24,
         cols: int = 80,
     ) -> AbstractAsyncContextManager[AsyncSession]:
-        """Run a command with its streams, within an `async with` block. `timeout_ms` 0: no limit."""
+        """Run a command with its streams, within an `async with` block. `timeout_ms` 0: no limit.
+
+        `image_command`: the image's own entrypoint and command, instead of `cmd` and `shell`.
+        """
         request = ExecRequest(
             cmd=cmd or [],
             shell=shell,
+            image_command=image_command,
             env=env or {},
             cwd=cwd,
             user=user,

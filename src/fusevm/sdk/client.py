@@ -167,6 +167,7 @@ class Environments:
         cmd: Argv | None = None,
         *,
         shell: str = "",
+        image_command: bool = False,
         env: dict[str, str] | None = None,
         cwd: str = "",
         user: str = "",
@@ -175,10 +176,14 @@ class Environments:
         rows: int = 24,
         cols: int = 80,
     ) -> "Session":
-        """Run a command with its streams: input, output as it comes, signals, terminal. `timeout_ms` 0: no limit."""
+        """Run a command with its streams: input, output as it comes, signals, terminal. `timeout_ms` 0: no limit.
+
+        `image_command`: the image's own entrypoint and command, instead of `cmd` and `shell`.
+        """
         request = ExecRequest(
             cmd=cmd or [],
             shell=shell,
+            image_command=image_command,
             env=env or {},
             cwd=cwd,
             user=user,

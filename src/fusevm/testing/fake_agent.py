@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 import h11
 import msgspec
 
-from fusevm.model.errors import CommandNotFound, Error, RouteNotFound
+from fusevm.model.errors import BadRequest, CommandNotFound, Error, RouteNotFound
 from fusevm.testing.fake_answer import decode
 from fusevm.testing.fake_duties import FakeDuties
 from fusevm.testing.fake_files import FakeFiles
@@ -227,6 +227,12 @@ class FakeAgent:
         match frame.type:
             case FrameType.START:
                 request = msgspec.json.decode(frame.payload, type=ExecRequest)
+                command = self.configured[-1].image.command if self.configured and self.configured[-1].image else []
+                if request.image_command and not command:
+                    refusal = BadRequest(field="image_command")
+                    await stream.write(encode_frame(Frame(FrameType.ERROR, render_flat(refusal))))
+                    await stream.close_write()
+                    return True
                 if request.cmd == ["missing"]:
                     error = render_flat(CommandNotFound(command="missing"))
                     await stream.write(encode_frame(Frame(FrameType.ERROR, error)))

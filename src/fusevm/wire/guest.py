@@ -12,11 +12,13 @@ MAX_OUTPUT_BYTES = 16 << 20
 
 
 class ExecRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A command to run. Exactly one of `cmd` and `shell`."""
+    """A command to run. Exactly one of `cmd`, `shell` and `image_command`."""
 
     cmd: list[str] = []
     #: Text for `sh -lc`.
     shell: str = ""
+    #: The image's own entrypoint and command; an image without them is refused with `bad_request`.
+    image_command: bool = False
     env: dict[str, str] = {}
     cwd: str = ""
     #: Name, uid, or uid:gid; empty: the image's user, else root.
@@ -136,6 +138,8 @@ class ImageConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     env: dict[str, str] = {}
     workdir: str = ""
     user: str = ""
+    #: Entrypoint and command, one after the other; what `image_command` runs.
+    command: list[str] = []
 
 
 class LoginKeys(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
