@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import os
+import shutil
 import socket
 import subprocess
 import time
@@ -10,7 +12,11 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-PROGRAM = "docker-registry"
+#: Where `tools/setup.sh dev` unpacks it.
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fuse/docker-registry"
+PROGRAM = shutil.which("docker-registry", path=f"{_CACHE}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
+#: Why its tests cannot be run, or nothing.
+MISSING = "" if PROGRAM and shutil.which("skopeo") else "docker-registry or skopeo is not installed"
 _CONFIG = """
 version: 0.1
 log: {{level: error, accesslog: {{disabled: true}}}}
@@ -76,6 +82,7 @@ def registry(folder: Path, *, auth: str = "") -> Iterator[Registry]:
     root.mkdir(parents=True)
     config = folder / "config.yml"
     config.write_text(_CONFIG.format(root=root, port=port, auth=auth))
+    assert PROGRAM is not None
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([PROGRAM, "serve", config], stdout=log, stderr=log)
     try:

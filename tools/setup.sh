@@ -29,6 +29,7 @@ ip iproute2
 depmod kmod
 xz xz-utils
 zstd zstd
+skopeo skopeo
 lz4 lz4
 setpriv util-linux
 unshare util-linux
@@ -38,6 +39,7 @@ newuidmap uidmap
 '
 # The same for checks and tests: the browser in which the console is tested, and what drives it.
 test_needs='
+/bin/busybox busybox-static
 chromium chromium
 chromedriver chromium-driver
 '
@@ -113,26 +115,31 @@ Run this as root, then repeat:  apt-get update && $install"
     [ -z "$missing" ] || fail "still missing after the installation: $missing"
 }
 
-# fetch_prometheus: a test asks a real one. Unpacked beside other caches, since the package itself would start a service.
-fetch_prometheus() {
-    folder=${XDG_CACHE_HOME:-$HOME/.cache}/fuse/prometheus
-    [ -x "$folder/prometheus" ] && [ -x "$folder/promtool" ] && return
-    command -v prometheus >/dev/null && command -v promtool >/dev/null && return
+# fetch_server PACKAGE PROGRAM...: tests ask real servers. Unpacked beside other caches: the packages would start services.
+fetch_server() {
+    package=$1
+    shift
+    folder=${XDG_CACHE_HOME:-$HOME/.cache}/fuse/$package
+    is_there=yes
+    for program; do
+        [ -x "$folder/$program" ] || command -v "$program" >/dev/null || is_there=no
+    done
+    [ $is_there = no ] || return 0
     if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
-        say "setup: there is no apt-get to fetch Prometheus with; its test will be skipped"
+        say "setup: there is no apt-get to fetch $package with; its tests will be skipped"
         return
     fi
-    if [ "$(id -u)" = 0 ] && ! apt-cache show prometheus >/dev/null 2>&1; then
+    if [ "$(id -u)" = 0 ] && ! apt-cache show "$package" >/dev/null 2>&1; then
         step "reading the package lists" apt-get -q update
     fi
     fresh=$(mktemp -d)
-    say "setup: fetching Prometheus for its test ..."
+    say "setup: fetching $package for its tests ..."
     mkdir -p "${log%/*}"
-    if (cd "$fresh" && apt-get -q download prometheus && dpkg-deb -x prometheus_*.deb .) >>"$log" 2>&1 </dev/null; then
+    if (cd "$fresh" && apt-get -q download "$package" && dpkg-deb -x "$package"_*.deb .) >>"$log" 2>&1 </dev/null; then
         mkdir -p "$folder"
-        mv -f "$fresh/usr/bin/prometheus" "$fresh/usr/bin/promtool" "$folder/"
+        for program; do mv -f "$fresh/usr/bin/$program" "$folder/"; done
     else
-        say "setup: Prometheus cannot be fetched; its test will be skipped (output: $log)"
+        say "setup: $package cannot be fetched; its tests will be skipped (output: $log)"
     fi
     rm -rf "$fresh"
 }
@@ -185,5 +192,8 @@ install_system_packages
 make_venv
 install_requirements
 install_project
-if [ "$mode" = dev ]; then fetch_prometheus; fi
+if [ "$mode" = dev ]; then
+    fetch_server prometheus prometheus promtool
+    fetch_server docker-registry docker-registry
+fi
 say "setup: ready ($mode)"

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,11 +20,9 @@ from fusevm.wire.host_api import CollectedImage, CollectedImages, ImageList, Pul
 from fusevm.wire.http1 import Connection
 from fusevm.wire.streams import open_unix
 from image_factory import ImageFiles, entry, make_tar
-from oci_registry import PROGRAM, registry
+from oci_registry import MISSING, registry
 
-pytestmark = pytest.mark.skipif(
-    shutil.which(PROGRAM) is None or shutil.which("skopeo") is None, reason="docker-registry or skopeo is not installed"
-)
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
 class Api:

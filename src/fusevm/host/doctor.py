@@ -30,7 +30,7 @@ from fusevm.host.net.foreign import find_blocking_chains, parse_ruleset
 from fusevm.host.net.plan import NetworkPlan, check_range
 from fusevm.host.net.uplink import observe_routes, observe_uplinks
 from fusevm.host.quarters import check_reachable
-from fusevm.host.run import program_environment, run
+from fusevm.host.run import PACKAGES, program_environment, run
 from fusevm.host.vmm.firecracker.pins import RELEASES
 from fusevm.model.errors import Error, KernelCorrupt
 
@@ -172,6 +172,16 @@ async def _tools(_config: HostConfig) -> Finding:
     return ok(", ".join(packages))
 
 
+async def _image_tools(_config: HostConfig) -> Finding:
+    path = program_environment()["PATH"]
+    wanted = ("mke2fs", "debugfs", "e2fsck", "setpriv", "prlimit", "mmdebstrap", "skopeo", "zstd")
+    missing = [name for name in wanted if shutil.which(name, path=path) is None]
+    if missing:
+        packages = sorted({PACKAGES[name] for name in missing})
+        return degraded(f"missing: {', '.join(missing)}", f"apt-get install {' '.join(packages)}")
+    return ok(", ".join(wanted))
+
+
 async def _data_root(config: HostConfig) -> Finding:
     folder = next(path for path in (config.data_root, *config.data_root.parents) if path.exists())
     if os.geteuid() == 0:
@@ -269,6 +279,7 @@ CHECKS: tuple[Check, ...] = (
     Check(name="architecture", purpose="What the VMMs were built for", observe=_architecture),
     Check(name="qemu", purpose="Runs machines without KVM", observe=_qemu),
     Check(name="tools", purpose="Networks, disks and confinement", observe=_tools),
+    Check(name="image_tools", purpose="Images are built, pulled and unpacked with them", observe=_image_tools),
     Check(name="data_root", purpose="VMMs run as users of their own and must reach their files", observe=_data_root),
     Check(name="run_dir", purpose="Paths of sockets are short", observe=_run_dir),
     Check(name="agent", purpose="Serves commands and files inside of machines", observe=_agent),

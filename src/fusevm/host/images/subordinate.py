@@ -99,6 +99,6 @@ def _ids_in_use() -> list[range]:
     """Ids of people and groups, and those that a host daemon gives to its machines."""
     people = [entry.pw_uid for entry in pwd.getpwall()] + [entry.gr_gid for entry in grp.getgrall()]
     config = HostConfig(data_root=Path("/"))
-    # One below is the control plane's (`fuse up`).
-    machines = range(config.uid_base - 1, config.uid_base + config.uid_count)
+    # One below is the control plane's (`fuse up`), and one more below unpacks images (`confine`).
+    machines = range(config.uid_base - 2, config.uid_base + config.uid_count)
     return [machines, *(range(number, number + 1) for number in people)]
