@@ -31,7 +31,7 @@ from fusevm.model.errors import (
     WrongCluster,
     WrongState,
 )
-from fusevm.model.machine import Fence
+from fusevm.model.machine import Fence, Isolation
 from fusevm.testing.host_world import SPEC, World, fence, order, until
 from fusevm.wire.contract_routes import CONTRACT_ROUTES
 from fusevm.wire.host_api import MachineList, fence_headers
@@ -173,6 +173,15 @@ async def test_relays_are_ports_of_the_host(api: MachineApi):
     started = (await api.call("POST", "/machines/m-1/start"))["machine"]
     assert {port["name"]: port["host_port"] for port in started["ports"]} == again
     assert isinstance(await api.fails("POST", "/machines/none/exec-relay"), MachineNotFound)
+
+
+async def test_without_root_all_relays_are_there_from_the_start(api: MachineApi):
+    """QEMU's user network forwards what it was told at its start."""
+    known = api.daemon._identification
+    api.daemon._identification = msgspec.structs.replace(known, isolation=Isolation.USER_NETWORK)
+    ports = (await api.create())["ports"]
+    assert all(20_000 <= port["host_port"] <= 39_999 for port in ports)
+    assert (await api.call("POST", "/machines/m-1/exec-relay"))["machine"]["ports"] == ports
 
 
 async def test_a_second_machine_of_an_id_is_a_conflict(api: MachineApi, importer: Importer):

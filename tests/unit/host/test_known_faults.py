@@ -206,7 +206,7 @@ async def _quarters(root: Path, monkeypatch) -> AsyncIterator[HostQuarters]:
         HostConfig(data_root=root / "data", run_dir=root / "run"),
         images=_Images(image),
         boot_files=_Files(),
-        wiring=UserWiring(user_network=False),
+        wiring=UserWiring(user_network=False, ports=(20_000, 20_099)),
         cgroups=None,
         driver="fake",
         overhead_mib=1,

@@ -14,7 +14,7 @@ from fusevm.host.bodies import decode_noting, read_body, render_json
 from fusevm.host.contract.agent_files import AgentFiles
 from fusevm.host.contract.create import plan_create
 from fusevm.host.contract.operations import Reading, perform
-from fusevm.host.contract.relays import exec_relay, first_relays
+from fusevm.host.contract.relays import exec_relay, first_relays, is_published
 from fusevm.host.contract.render import render_body
 from fusevm.host.daemon import Daemon
 from fusevm.host.quarantine import Quarantine
@@ -106,8 +106,10 @@ async def _read(reading: Reading, stack: AsyncExitStack) -> AsyncIterator[bytes]
 
 async def _exec_relay(daemon: Daemon, request: Request, _route: Route) -> Response:
     machine_id, fence = _machine_id(request), parse_fence(request.headers)
-    draft = exec_relay(daemon.machines.owned(machine_id, fence))
-    await daemon.machines.publish(machine_id, fence, draft)
+    machine = daemon.machines.owned(machine_id, fence)
+    draft = exec_relay(machine)
+    if not is_published(machine, draft):
+        await daemon.machines.publish(machine_id, fence, draft)
     return render_one(daemon.machines.record(machine_id))
 
 

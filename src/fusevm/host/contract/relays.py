@@ -5,26 +5,31 @@ is asked for. They are published ports like any other, under ids of their own.
 from __future__ import annotations
 
 from fusevm.host.port_rows import PortDraft, exposed_id
-from fusevm.model.machine import Isolation, Machine
+from fusevm.model.machine import Isolation, Machine, Phase
 from fusevm.model.network import Exposure, PublishedPort
 from fusevm.wire.contract import PortBody
 
 #: By name, the guest's ports (computer-host.md 3.6).
 GUEST_PORTS = {"ssh": 2222, "vnc": 6080, "exec": 49983}
+#: Of a machine whose daemon has root; without, nothing can be forwarded later (`host.rewiring`).
 _FROM_THE_START = ("ssh", "vnc")
 
 
 def first_relays(isolation: Isolation) -> tuple[Exposure, ...]:
-    """What is forwarded from the start; nothing by a daemon without root, which can forward nothing."""
-    if isolation is not Isolation.NAMESPACE:
-        return ()
-    return tuple(_exposure(name) for name in _FROM_THE_START)
+    """What is forwarded from the start."""
+    names = _FROM_THE_START if isolation is Isolation.NAMESPACE else tuple(GUEST_PORTS)
+    return tuple(_exposure(name) for name in names)
 
 
 def exec_relay(machine: Machine) -> PortDraft:
     """The relay to a guest's exec daemon."""
     exposure = _exposure("exec")
     return PortDraft(id=exposed_id(machine.id, exposure), exposure=exposure)
+
+
+def is_published(machine: Machine, draft: PortDraft) -> bool:
+    """Does the host forward it already, to a machine that runs?"""
+    return machine.phase is Phase.RUNNING and any(port.id == draft.id for port in machine.ports)
 
 
 def render_ports(machine: Machine) -> list[PortBody]:
