@@ -143,6 +143,26 @@ async def test_what_happened_while_no_daemon_ran_is_told_afterwards(host: Host):
     assert await host.stop() == 0
 
 
+async def test_a_guest_that_shuts_down_while_no_daemon_runs_is_known_by_its_disk(host: Host):
+    """Nobody has seen its VMM end; but its disks were made read-only before, as a shutdown does."""
+    await host.start()
+    await host.create("m-1", FENCE)
+    end = "sleep 6; for key in s u; do echo $key > /proc/sysrq-trigger; sleep 2; done; echo b > /proc/sysrq-trigger"
+    await Guest(host, "m-1", FENCE).shell(f"setsid sh -c '{end}' >/dev/null 2>&1 </dev/null &")
+    await host.kill()
+    await until(lambda: not any(line.startswith("process") for line in host.leftovers()))
+    await host.start()
+
+    async def is_over() -> bool:
+        return (await host.machine("m-1")).phase != "running"
+
+    await until(is_over)
+    machine = await host.machine("m-1")
+    assert (machine.phase, machine.error) == ("stopped", "the guest shut down while the daemon was away")
+    await host.delete("m-1", make_fence(action_seq=2))
+    assert await host.stop() == 0
+
+
 async def test_a_guest_that_powers_off_is_stopped(host: Host):
     await host.start()
     await host.create("m-1", FENCE)

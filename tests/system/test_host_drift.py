@@ -1,11 +1,16 @@
 """Registry and host differ, in every kind of thing: what is nobody's goes, what a machine at rest should not have goes,
 what is missing is told. Everything is real but the VMMs, which are small processes."""
 
+import contextlib
 import json
+import shutil
+import sqlite3
 import subprocess
 
 import pytest
 from real_host import Host, make_fence, until
+
+from fusevm.host.process import boot_id
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
 
@@ -98,3 +103,45 @@ async def test_a_mount_below_a_directory_is_taken_off_before_the_directory_goes(
     assert await host.wait_empty() == []
     assert (precious / "file").read_text() == "not ours"
     assert await host.stop() == 0
+
+
+async def test_after_a_reboot_of_the_host_every_machines_fate_is_stated(agent_host: Host):
+    """Processes, namespaces, rules, groups and sockets are gone at once; what the disk holds is still there."""
+    host = agent_host
+    await host.start()
+    for number in (1, 2, 3):
+        await host.create(f"m-{number}", make_fence(f"u{number}"), **SPEC)
+    await host.ask("POST", "/machines/m-2/stop", make_fence("u2", action_seq=2))
+    disks = {number: next((host.data / f"machines/m-{number}").glob("overlay.*")) for number in (1, 2)}
+    await host.kill()
+    _reboot(host)
+
+    await host.start()
+    await until(lambda: _are(host, {"m-1": "failed", "m-2": "stopped", "m-3": "failed"}), 60)
+    told = {machine.id: machine.error for machine in await host.machines()}
+    assert told == {"m-1": "host rebooted", "m-2": "", "m-3": "host rebooted"}
+    assert all(disk.exists() for disk in disks.values())
+    # What failed may be started again with its disk, or deleted; the host takes new machines.
+    await host.ask("POST", "/machines/m-1/stop", make_fence("u1", action_seq=2))
+    await host.ask("POST", "/machines/m-1/start", make_fence("u1", action_seq=3))
+    await host.create("m-4", make_fence("u4"), **SPEC)
+    for number in (1, 2, 3, 4):
+        await host.delete(f"m-{number}", make_fence(f"u{number}", action_seq=9))
+    assert await host.wait_empty() == []
+    assert await host.stop() == 0
+
+
+async def _are(host: Host, phases: dict[str, str]) -> bool:
+    return {machine.id: machine.phase for machine in await host.machines()} == phases
+
+
+def _reboot(host: Host) -> None:
+    """Take away what a reboot takes, and give the host another boot id than the machines' VMMs had."""
+    for line in [line for line in host.leftovers() if line.startswith("process")]:
+        host.box.run("kill", "-9", line.split()[1])
+    host.box.run("sh", "-c", "for name in $(ip netns list | cut -d' ' -f1); do ip netns del $name; done")
+    host.box.run("nft", "flush", "ruleset")
+    shutil.rmtree(host.run_dir)
+    with contextlib.closing(sqlite3.connect(host.data / "journal.db", isolation_level=None)) as db:
+        record = "replace(CAST(record AS TEXT), ?, ?)"
+        db.execute(f"UPDATE machines SET record = CAST({record} AS BLOB)", (boot_id(), "another-boot"))
