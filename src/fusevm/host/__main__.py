@@ -49,6 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--instance", help="prefix of all kernel objects")
     parser.add_argument("--user-network", action="store_const", const=True, help="without root: open user network")
     parser.add_argument("--console-bytes", type=int, help="console output kept per machine")
+    parser.add_argument("--disk-bytes-per-s", type=int, help="limit of each disk of a machine; 0: none")
+    parser.add_argument("--disk-ops-per-s", type=int, help="limit of each disk of a machine; 0: none")
     parser.add_argument("--max-machines", type=int, help="machines at the same time")
     parser.add_argument("--cpu-ratio", type=float, help="virtual CPUs given out per CPU of the host")
     parser.add_argument("--disk-ratio", type=float, help="bytes of disk given out per byte of the file system")

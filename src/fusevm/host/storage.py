@@ -7,10 +7,12 @@ Owns: nothing. Must not: remove anything.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 from fusevm.host.config import HostConfig
+from fusevm.host.vmm.driver import JAIL
 from fusevm.wire.host_api import MachineStorage, StoragePool, StorageReport
 
 _BLOCK_BYTES = 512
@@ -45,8 +47,19 @@ def allocated_tree(root: Path) -> int:
 
 def _machine(folder: Path, run_dir: Path) -> MachineStorage:
     disk = sum(_allocated(path) for path in folder.glob("overlay.*"))
-    rest = allocated_tree(folder) - disk + allocated_tree(run_dir / folder.name)
+    # A jail's files are links, to the disk above and to what all machines share.
+    rest = allocated_tree(folder) - disk - _linked(folder / JAIL) + allocated_tree(run_dir / folder.name)
     return MachineStorage(machine_id=folder.name, system_bytes=disk, runtime_bytes=rest)
+
+
+def _linked(root: Path) -> int:
+    """Bytes of the files below a directory that have another name, too."""
+    total = 0
+    for folder, _names, files in os.walk(root, onerror=lambda _error: None):
+        for path in (Path(folder, name) for name in files):
+            with contextlib.suppress(OSError):
+                total += _allocated(path) if path.lstat().st_nlink > 1 else 0
+    return total
 
 
 def _folders(root: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from fusevm.host.images.store import ImageConfig, ImageStore, make_record
 from fusevm.host.quarters import HostQuarters, check_reachable, remove_tree
 from fusevm.host.storage import observe_storage
 from fusevm.host.strays import _named
+from fusevm.host.vmm.driver import JAIL
 from fusevm.host.wiring import UserWiring
 from fusevm.model.errors import BadSetting, Error, ImageCorrupt, Internal
 from fusevm.model.machine import Fence, Isolation, Machine, MachineSpec, Phase
@@ -187,6 +188,13 @@ async def test_storage_is_counted_in_blocks(quarters: HostQuarters, tmp_path: Pa
     assert (found.machine_id, found.user_bytes) == ("m-1", 0)
     assert 0 < found.system_bytes < 64 << 20
     assert report.total_bytes < 1 << 30
+    jail = plan.overlay.parent / JAIL
+    jail.mkdir()
+    (jail / "overlay").hardlink_to(plan.overlay)
+    (jail / "own").write_bytes(bytes(8192))
+    (with_jail,) = observe_storage(config, "now").machines
+    assert with_jail.system_bytes == found.system_bytes
+    assert with_jail.runtime_bytes - found.runtime_bytes in range(8192, 64 << 10)
     assert observe_storage(HostConfig(data_root=tmp_path / "none", run_dir=tmp_path / "r"), "now").total_bytes == 0
 
 
