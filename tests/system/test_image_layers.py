@@ -6,17 +6,23 @@ import json
 import os
 import shutil
 import struct
+import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from fusevm.host.images.ext4 import EPOCH_S
+import fusevm
+from fusevm.host.images.confine import WORKER_UID, make_workplace
+from fusevm.host.images.ext4 import EPOCH_S, Extent
+from fusevm.host.images.file_system import take_file, write_file_system
 from fusevm.host.images.pull import Limits, load_image
 from fusevm.host.images.store import Image, ImageStore
 from fusevm.host.run import run
 from fusevm.model.errors import (
     BadReference,
+    CommandFailed,
     DigestMismatch,
     ImageRefused,
     ImageTooLarge,
@@ -30,6 +36,8 @@ pytestmark = pytest.mark.skipif(
 )
 #: cap_net_bind_service=ep, as the kernel keeps it (linux/capability.h, VFS_CAP_REVISION_2).
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 10, 0, 0, 0)
+
+NOBODY = 65534
 
 
 async def load(tmp_path: Path, *tars: bytes, limits: Limits | None = None, **config: object) -> Image:
@@ -383,3 +391,98 @@ async def test_a_cancelled_load_leaves_nothing(tmp_path: Path):
         assert nothing_left(tmp_path), glob
         for lock in images.glob(".lock*"):
             lock.unlink()
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights to give up")
+async def test_layers_are_read_by_a_program_without_rights(tmp_path: Path):
+    layout = ImageFiles(bomb(300 << 20)).write_layout(tmp_path / "layout")
+    images = tmp_path / "data" / "images"
+    work = asyncio.create_task(load_image(ImageStore(tmp_path / "data"), layout, name="made"))
+    try:
+        while not (found := list(images.glob(".build-*/work/content/0"))):
+            assert not work.done()
+            await asyncio.sleep(0.005)
+        assert found[0].stat().st_uid == WORKER_UID
+        folder = found[0].parents[1]
+        reader = next(path.parent for path in Path("/proc").glob("[0-9]*/cwd") if _leads_to(path, folder))
+        status = dict(line.split(":\t", 1) for line in (reader / "status").read_text().splitlines())
+        assert status["Uid"].split() == [str(WORKER_UID)] * 4
+        assert status["Groups"].split() == []
+        assert [status[name] for name in ("CapEff", "CapPrm", "CapInh")] == ["0" * 16] * 3
+        assert status["NoNewPrivs"] == "1"
+        assert (reader / "ns/net").readlink() != Path("/proc/self/ns/net").readlink()
+    finally:
+        work.cancel()
+        await asyncio.wait({work})
+    assert nothing_left(tmp_path)
+
+
+def _leads_to(link: Path, folder: Path) -> bool:
+    try:
+        return link.readlink() == folder
+    except OSError:
+        return False
+
+
+async def test_what_debugfs_cannot_do_fails_the_image(tmp_path: Path):
+    """It ends with status 0 all the same."""
+    folder = tmp_path / "work"
+    make_workplace(folder)
+    for script in (b"write content/none ./x\n", b"sif ./x mode 0100644\n", b"nonsense\n", b"cd ./nowhere\n"):
+        (folder / "script").write_bytes(script)
+        with pytest.raises(CommandFailed, match="debugfs"):
+            await write_file_system(folder, Extent(inodes=1, bytes=4096))
+
+
+async def test_what_the_worker_leaves_is_taken_only_if_it_is_a_plain_file(tmp_path: Path):
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    for name, make in (
+        ("link", lambda path: path.symlink_to(secret)),
+        ("name", lambda path: path.hardlink_to(secret)),
+        ("pipe", os.mkfifo),
+        ("folder", os.mkdir),
+    ):
+        made = tmp_path / name
+        make(made)
+        with pytest.raises(OSError, match=r"plain file|symbolic links"):
+            take_file(made, tmp_path / "taken")
+    assert not (tmp_path / "taken").exists()
+    assert secret.stat().st_mode & 0o777 == 0o644
+
+
+LOAD = """
+import asyncio, sys
+from pathlib import Path
+from fusevm.host.images.pull import load_image
+from fusevm.host.images.store import ImageStore
+print(asyncio.run(load_image(ImageStore(Path(sys.argv[1])), Path(sys.argv[2]), name="made")).digest)
+"""
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+async def test_an_ordinary_user_makes_the_same_image(tmp_path: Path):
+    """Owners, modes and capabilities are words: nobody needs a right for them."""
+    tar = make_tar(
+        entry("bin/su", b"x", mode=0o4755),
+        entry("home/file", b"y", uid=1000, gid=1001),
+        entry("bin/ping", b"z", xattrs={"security.capability": CAPABILITY}),
+        hard_link("bin/ping6", "bin/ping"),
+    )
+    here = await load(tmp_path, tar)
+    data = Path(tempfile.mkdtemp(prefix="fuse-rootless-", dir="/var/tmp"))
+    try:
+        shutil.copytree(tmp_path / "layout", data / "layout")
+        for path in (data, *data.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+        source = str(Path(fusevm.__file__).parents[1])
+        words = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+        if (await run([*words, "test", "-r", f"{source}/fusevm"], timeout_s=30, check=False)).returncode:
+            pytest.skip("the source folder cannot be read by other users")
+        words += [sys.executable, "-c", LOAD, str(data / "data"), str(data / "layout")]
+        done = await run(words, timeout_s=120, env={"PYTHONPATH": source, "HOME": str(data)})
+        assert done.text.strip() == here.digest
+    finally:
+        shutil.rmtree(data)

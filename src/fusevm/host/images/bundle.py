@@ -157,7 +157,7 @@ def _from_layout(files: Files, tag: str, image: str) -> Bundle:
 def _from_saved(files: Files, tag: str, image: str) -> Bundle:
     try:
         saved = msgspec.json.decode(_document(files, "manifest.json", image), type=list[_Saved])
-    except msgspec.DecodeError as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ImageRefused(image=image, problem=f"its manifest.json cannot be read ({e})") from e
     found = [one for one in saved if not tag or tag in (one.repo_tags or [])]
     if len(found) != 1:

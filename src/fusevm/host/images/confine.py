@@ -12,12 +12,14 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import signal
 from pathlib import Path
 from typing import Final
 
 #: Below the users of machines and the control plane (`HostConfig.uid_base`).
 WORKER_UID: Final = 199_998
 #: linux/prctl.h, linux/sched.h
+_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _CLONE_NEWNET: Final = 0x4000_0000
 _CLONE_NEWIPC: Final = 0x0800_0000
@@ -29,7 +31,8 @@ def without_rights(words: list[str | Path]) -> list[str | Path]:
     if os.geteuid() != 0:
         return words
     ids = [f"--reuid={WORKER_UID}", f"--regid={WORKER_UID}", "--clear-groups"]
-    return ["setpriv", *ids, "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--", *words]
+    ending = ["--pdeathsig", "KILL"]  # nothing goes on when a daemon is killed
+    return ["setpriv", *ids, *ending, "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--", *words]
 
 
 def make_workplace(folder: Path) -> None:
@@ -52,8 +55,10 @@ def drop_rights(*, max_file_bytes: int) -> None:
         os.setresgid(WORKER_UID, WORKER_UID, WORKER_UID)
         os.setresuid(WORKER_UID, WORKER_UID, WORKER_UID)
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
+    # After the change of user, which would undo it.
+    for option, value in ((_PR_SET_PDEATHSIG, signal.SIGKILL), (_PR_SET_NO_NEW_PRIVS, 1)):
+        if libc.prctl(option, value, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))

@@ -173,7 +173,7 @@ def _decode(data: bytes, kind: type[msgspec.Struct], image: str, what: str) -> A
         raise ImageRefused(image=image, problem=f"its {what} has more than {MAX_DOCUMENT_BYTES} bytes")
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, RecursionError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ImageRefused(image=image, problem=f"its {what} cannot be read ({e})") from e
 
 
