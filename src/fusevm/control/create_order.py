@@ -1,7 +1,7 @@
 """From the body of a create to what is asked for: complete, checked, and its secrets sealed."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from msgspec.structs import replace
 
@@ -12,13 +12,13 @@ from fusevm.core.setup import Prepared, complete_healthcheck, prepare
 from fusevm.core.spec import complete
 from fusevm.model.environment import Spec
 from fusevm.model.errors import BadField, SnapshotNotFound, Unimplemented
+from fusevm.model.network import Exposure, Network, Rule, Transport, Verdict
 from fusevm.model.setup import AGENT_PATH, AgentSpec, Healthcheck, HttpCheck, Restart, SetupFile
 from fusevm.model.snapshot import Snapshot
 from fusevm.wire import rest
 
 #: Fields that are part of the API and not honoured. Empty values mean unset and pass.
 _LATER = {
-    "expose": "publishing ports comes with the network policy; run a command in the machine, or leave it out",
     "desktop": "images with a desktop are not built yet; leave it out",
 }
 _LATER_IN_SPEC = {
@@ -37,8 +37,8 @@ async def read_order(plane: Plane, tenant: str, uid: str, body: rest.CreateReque
     """
     _refuse_later(body)
     seed = await _seed(plane, tenant, body.seed_snapshot_id or "")
-    spec = _spec(plane, body, seed)
     prepared = _prepare(plane.config, body)
+    spec = _spec(plane, body, seed, prepared.duties.port)
     sealed = plane.vault.seal(uid, prepared.setup) if prepared.duties.setup else None
     pinned_to = seed.host_id if seed is not None else ""
     return Asked(spec=spec, duties=prepared.duties, sealed=sealed, pinned_to=pinned_to)
@@ -56,8 +56,6 @@ def _refuse_later(body: rest.CreateRequest) -> None:
     for name, why in _LATER_IN_SPEC.items():
         if getattr(body.spec, name, None):
             raise Unimplemented(feature=f"the field spec.{name}", why=why)
-    if body.network is not None and body.network.rules:
-        raise Unimplemented(feature="the field network.rules", why="only network.internet is honoured yet")
     _check_on_host_loss(body.on_host_loss or "fail")
     if body.egress is not None and body.egress.mode not in ("", "direct"):
         raise Unimplemented(feature=f"egress mode {body.egress.mode!r}", why="only direct egress is available")
@@ -80,9 +78,8 @@ async def _seed(plane: Plane, tenant: str, id: str) -> Snapshot | None:  # noqa:
     return found
 
 
-def _spec(plane: Plane, body: rest.CreateRequest, seed: Snapshot | None) -> Spec:
+def _spec(plane: Plane, body: rest.CreateRequest, seed: Snapshot | None, agent_port: int) -> Spec:
     asked = body.spec or rest.SpecInput()
-    network = body.network or rest.NetworkInput()
     return complete(
         plane.config.policy,
         cpus=asked.cpus,
@@ -95,10 +92,39 @@ def _spec(plane: Plane, body: rest.CreateRequest, seed: Snapshot | None) -> Spec
         labels=asked.labels,
         max_runtime_seconds=asked.max_runtime_seconds,
         idle_timeout_seconds=asked.idle_timeout_seconds,
-        internet=network.internet,
+        network=read_network(body.network),
+        expose=_exposures(body.expose or (), agent_port),
         seed=seed,
         queue_seconds=body.queue_seconds,
     )
+
+
+def read_network(asked: rest.NetworkInput | None) -> Network:
+    """The policy that a request asks for, not checked yet."""
+    if asked is None:
+        return Network()
+    rules = tuple(asked.rules or ())
+    # Whoever names what may be reached does not mean the rest, too.
+    internet = asked.internet if asked.internet is not None else not any(_narrows(rule) for rule in rules)
+    return Network(
+        internet=internet, rules=rules, ingress_kbit=asked.ingress_kbit or 0, egress_kbit=asked.egress_kbit or 0
+    )
+
+
+def _narrows(rule: Rule) -> bool:
+    return rule.action is Verdict.ALLOW
+
+
+def _exposures(asked: Iterable[rest.ExposeInput], agent_port: int) -> list[Exposure]:
+    """What is published: what was asked for, and the port of the daemon."""
+    found = [
+        Exposure(
+            port=one.port, protocol=one.protocol or Transport.TCP, name=one.name or "", host_port=one.host_port or 0
+        )
+        for one in asked
+    ]
+    has_agent = any((one.port, one.protocol) == (agent_port, Transport.TCP) for one in found)
+    return found if has_agent or not agent_port else [*found, Exposure(port=agent_port)]
 
 
 def _prepare(config: ControlConfig, body: rest.CreateRequest) -> Prepared:

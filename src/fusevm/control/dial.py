@@ -47,6 +47,8 @@ class Endpoint:
         self._path = parts.path if parts.scheme == "unix" else ""
         self._host = parts.hostname or ""
         self._port = parts.port or _PORTS.get(parts.scheme, 0)
+        #: Where ports of its machines are; a Unix socket is of this machine.
+        self.address = self._host or "127.0.0.1"
         self.authority = parts.netloc or "localhost"
         self._tls = _tls_context() if self.is_tls else None
 

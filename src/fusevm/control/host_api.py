@@ -8,6 +8,7 @@ import msgspec
 
 from fusevm.model.errors import HostUnreachable
 from fusevm.model.machine import Fence, Moment
+from fusevm.model.network import Network
 from fusevm.wire.host_api import (
     CreateMachine,
     HostFacts,
@@ -107,6 +108,15 @@ class HostApi(Protocol):
 
     async def create(self, fence: Fence, body: CreateMachine) -> MachineBody:
         """Make a machine and wait for its agent. Idempotent by (uid, incarnation)."""
+        ...
+
+    @property
+    def address(self) -> str:
+        """Name or address under which published ports of its machines are reached."""
+        ...
+
+    async def set_network(self, fence: Fence, machine_id: str, network: Network) -> None:
+        """Hold a machine to another policy. Idempotent. Raises PolicyNotEnforceable, NotSupported."""
         ...
 
     async def destroy(self, fence: Fence, machine_id: str) -> None:

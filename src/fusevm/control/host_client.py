@@ -25,6 +25,7 @@ from fusevm.model.errors import (
     Unauthorized,
 )
 from fusevm.model.machine import Fence
+from fusevm.model.network import Network
 from fusevm.wire.errors import parse_error
 from fusevm.wire.host_api import (
     CLUSTER_HEADER,
@@ -85,6 +86,19 @@ class HttpHost:
         headers = {**fence_headers(fence), "content-type": "application/json"}
         answer = await self._call("POST", "/machines", headers=headers, body=payload, timeout_s=limit_s)
         return self._decode(answer, MachineAnswer).machine
+
+    @property
+    def address(self) -> str:
+        return self._endpoint.address
+
+    async def set_network(self, fence: Fence, machine_id: str, network: Network) -> None:
+        headers = {**fence_headers(fence), "content-type": "application/json"}
+        payload = msgspec.json.encode(network)
+        path = f"/machines/{machine_id}/network"
+        try:
+            await self._call("PUT", path, headers=headers, body=payload, timeout_s=READ_TIMEOUT_S)
+        except RouteNotFound as error:
+            raise NotSupported(feature=f"changing a network on host {self._endpoint.host_id}") from error
 
     async def destroy(self, fence: Fence, machine_id: str) -> None:
         await self._call("DELETE", f"/machines/{machine_id}", headers=fence_headers(fence), timeout_s=DESTROY_TIMEOUT_S)

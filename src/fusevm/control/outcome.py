@@ -6,7 +6,8 @@ from fusevm.model.environment import Action, BootMachine, DestroyMachine, Enviro
 from fusevm.model.errors import BadSetting, Error, HostRejected, MachineNotFound, StaleIncarnation, WrongCluster
 from fusevm.model.event import ActionRefused, BootRefused, BootSucceeded, DestroyConfirmed, Event, OutcomeUnknown
 from fusevm.model.machine import Fence, MachineSpec, Moment, Phase
-from fusevm.wire.host_api import CreateMachine, MachineBody
+from fusevm.model.network import PublishedPort
+from fusevm.wire.host_api import CreateMachine, MachineBody, PublishedPortBody
 
 GIB = 1 << 30
 
@@ -31,6 +32,7 @@ def machine_order(env: Environment, action: BootMachine, left_s: float) -> Creat
         disk_bytes=env.spec.storage_gb * GIB,
         hostname=host_name(env.task_id),
         network=env.spec.network,
+        expose=env.spec.expose,
     )
     return CreateMachine(
         machine_id=action.machine_id,
@@ -46,15 +48,25 @@ def host_name(task_id: str) -> str:
     return label[:63].rstrip("-") or "fuse"
 
 
-def boot_outcome(action: BootMachine, machine: MachineBody, host_ms: float) -> Event:
+def boot_outcome(action: BootMachine, machine: MachineBody, host_ms: float, host_address: str) -> Event:
     """The host answered a create."""
     cause = f"action {action.seq}"
     if machine.phase is Phase.RUNNING:
-        return BootSucceeded(cause=cause, seq=action.seq, timings=replace(machine.timings, host_ms=host_ms))
+        return BootSucceeded(
+            cause=cause,
+            seq=action.seq,
+            timings=replace(machine.timings, host_ms=host_ms),
+            host_address=host_address,
+            ports=tuple(map(_published, machine.published_ports)),
+        )
     if machine.phase is Phase.CREATING:
         return OutcomeUnknown(cause=cause, seq=action.seq, message="the host is still making the machine")
     message = machine.error or f"the host reports the machine as {machine.phase}"
     return BootRefused(cause=cause, seq=action.seq, reason="boot_failed", message=message)
+
+
+def _published(port: PublishedPortBody) -> PublishedPort:
+    return PublishedPort(id=port.id, name=port.name, port=port.port, host_port=port.host_port, protocol=port.protocol)
 
 
 def error_outcome(action: Action, error: Error) -> Event:

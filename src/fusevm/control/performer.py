@@ -24,6 +24,7 @@ from fusevm.core.redaction import Redactor
 from fusevm.model.environment import (
     Action,
     BootMachine,
+    ChangeNetwork,
     DestroyMachine,
     DrainAgent,
     Environment,
@@ -39,6 +40,7 @@ from fusevm.model.event import (
     DestroyConfirmed,
     Event,
     HostLost,
+    NetworkChanged,
     OutputSeen,
     SetUpSucceeded,
     SnapshotRestored,
@@ -65,6 +67,7 @@ _NAMES: dict[type[Action], str] = {
     SetUpMachine: "setup",
     DrainAgent: "drain",
     RotateToken: "rotate_token",
+    ChangeNetwork: "change_network",
     SnapshotMachine: "snapshot",
     RestoreMachine: "restore",
     DestroyMachine: "destroy",
@@ -128,7 +131,10 @@ class Performer:
         match action:
             case BootMachine():
                 machine = await host.create(fence, machine_order(record, action, left_s))
-                return boot_outcome(action, machine, _since(began))
+                return boot_outcome(action, machine, _since(began), host.address)
+            case ChangeNetwork():
+                await host.set_network(fence, action.machine_id, action.network)
+                return NetworkChanged(cause=cause, seq=seq)
             case SnapshotMachine():
                 order = TakeSnapshot(snapshot_id=action.snapshot.id, live=action.snapshot.kind is SnapshotKind.LIVE)
                 taken = await host.take_snapshot(fence, action.machine_id, order)

@@ -9,6 +9,7 @@ from fusevm.model.errors import error_classes
 from fusevm.model.fact import Fact, Kind
 from fusevm.model.host import Host
 from fusevm.model.ids import environment_id
+from fusevm.model.network import Network, PublishedPort, Transport
 from fusevm.model.setup import AgentStatus, HealthStatus
 from fusevm.model.snapshot import Snapshot
 from fusevm.wire import rest, rest_fleet
@@ -33,7 +34,8 @@ def render_environment(env: Environment) -> rest.EnvironmentBody:
         state=env.state,
         task_id=env.task_id,
         host_id=env.host_id,
-        url="",
+        url=_url(env),
+        endpoints=[_endpoint(env, port) for port in env.ports] if not env.is_terminal else [],
         spec=rest.SpecBody(
             cpus=spec.cpus,
             ram_mb=spec.ram_mb,
@@ -48,7 +50,7 @@ def render_environment(env: Environment) -> rest.EnvironmentBody:
             seed_snapshot_id=spec.seed_snapshot_id,
             queue_seconds=spec.queue_seconds,
         ),
-        network=rest.NetworkBody(internet=spec.network.internet),
+        network=render_network(spec.network),
         egress=rest.EgressBody(),
         on_host_loss="fail",
         created_at=render_time(env.created_at_ms),
@@ -66,6 +68,31 @@ def render_environment(env: Environment) -> rest.EnvironmentBody:
         health=_health(env.health) if env.health is not None else None,
         agent=_agent(env.agent) if env.agent is not None else None,
     )
+
+
+def render_network(network: Network) -> rest.NetworkBody:
+    """A policy."""
+    return rest.NetworkBody(
+        internet=network.internet,
+        rules=list(network.rules),
+        ingress_kbit=network.ingress_kbit,
+        egress_kbit=network.egress_kbit,
+    )
+
+
+def _url(env: Environment) -> str:
+    """Where the user's daemon is reached; empty where it has no port or is not there."""
+    port = next((port for port in env.ports if port.protocol is Transport.TCP and port.port == env.duties.port), None)
+    return _authority(env, port) if port is not None and not env.is_terminal else ""
+
+
+def _endpoint(env: Environment, port: PublishedPort) -> rest.EndpointBody:
+    return rest.EndpointBody(name=port.name, url=_authority(env, port), port=port.port, protocol=port.protocol)
+
+
+def _authority(env: Environment, port: PublishedPort) -> str:
+    host = f"[{env.host_address}]" if ":" in env.host_address else env.host_address
+    return f"{host}:{port.host_port}"
 
 
 def _health(status: HealthStatus) -> rest.HealthBody:

@@ -15,10 +15,12 @@ import msgspec
 
 from fusevm.control.host_api import Duplex, GuestRequest, Reading, read_now
 from fusevm.control.pretended_guest import PretendedGuest
+from fusevm.control.pretended_ports import pretended_ports
 from fusevm.model.errors import MachineNotFound, NotSupported, SnapshotNotFound, WrongCluster
 from fusevm.model.fencing import Seen, check_new, check_number, check_valid
 from fusevm.model.host import Resources
 from fusevm.model.machine import Fence, Moment, Phase
+from fusevm.model.network import Network
 from fusevm.model.snapshot import SnapshotKind
 from fusevm.wire.guest import ExecRequest, ExecResult, StreamTotals
 from fusevm.wire.host_api import (
@@ -84,11 +86,22 @@ class StubHost:
                 phase=Phase.RUNNING,
                 spec=body.spec,
                 driver="stub",
+                published_ports=pretended_ports(body),
                 created_at=self._created_at,
             )
             self._machines[body.machine_id] = found
         self._note(fence)
         return found
+
+    @property
+    def address(self) -> str:
+        return "127.0.0.1"
+
+    async def set_network(self, fence: Fence, machine_id: str, network: Network) -> None:
+        self._order(fence, machine_id)
+        found = self._machines[machine_id]
+        spec = msgspec.structs.replace(found.spec, network=network)
+        self._machines[machine_id] = msgspec.structs.replace(found, spec=spec)
 
     async def destroy(self, fence: Fence, machine_id: str) -> None:
         self._check_cluster(fence)

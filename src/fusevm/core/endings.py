@@ -12,6 +12,7 @@ from fusevm.core.record import Step, after, enter, give, tell_snapshot
 from fusevm.core.snapshots import given_up
 from fusevm.model.environment import (
     BootMachine,
+    ChangeNetwork,
     Desired,
     DestroyMachine,
     DrainAgent,
@@ -31,6 +32,7 @@ TIMEOUTS: dict[type[TimedAction], tuple[str, str]] = {
     SetUpMachine: ("setup_timeout", "the setup was not done in time"),
     DrainAgent: ("drain_timeout", "the daemon was not drained in time"),
     RotateToken: ("rotate_timeout", "the new token was not delivered in time"),
+    ChangeNetwork: ("network_timeout", "the network was not changed in time"),
     SnapshotMachine: ("snapshot_timeout", "the snapshot was not taken in time"),
     RestoreMachine: ("restore_timeout", "the snapshot was not restored in time"),
 }

@@ -20,6 +20,7 @@ from fusevm.model.environment import (
     TERMINAL,
     Action,
     BootMachine,
+    ChangeNetwork,
     Desired,
     DestroyMachine,
     DrainAgent,
@@ -40,7 +41,7 @@ _NONE: frozenset[type[Action] | None] = frozenset({None})
 #: What may be under way, by state. Which of them, depends on the duties (`_permitted`).
 _ACTIONS: dict[State, frozenset[type[Action] | None]] = {
     State.PROVISIONING: frozenset({BootMachine, SetUpMachine}),
-    State.RUNNING: frozenset({None, RotateToken, SnapshotMachine, RestoreMachine}),
+    State.RUNNING: frozenset({None, RotateToken, ChangeNetwork, SnapshotMachine, RestoreMachine}),
     State.PAUSED: _NONE,
     State.DRAINING: frozenset({None, DrainAgent}),
     State.DESTROYING: frozenset({DestroyMachine}),

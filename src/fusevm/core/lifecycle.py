@@ -49,6 +49,8 @@ from fusevm.model.event import (
     HostLost,
     MachineExited,
     MachineMissing,
+    NetworkChanged,
+    NetworkRequested,
     OutcomeUnknown,
     OutputSeen,
     Placed,
@@ -138,6 +140,7 @@ def step(env: Environment, event: Event, now_ms: int, policy: Policy) -> Step:
             DestroyRequested()
             | DrainRequested()
             | RotateRequested()
+            | NetworkRequested()
             | SnapshotRequested()
             | RestoreRequested()
             | Placed()
@@ -155,7 +158,15 @@ def step(env: Environment, event: Event, now_ms: int, policy: Policy) -> Step:
             return _outcome(env, event, now_ms, policy)
 
 
-_Request = DestroyRequested | DrainRequested | RotateRequested | SnapshotRequested | RestoreRequested | Placed
+_Request = (
+    DestroyRequested
+    | DrainRequested
+    | RotateRequested
+    | NetworkRequested
+    | SnapshotRequested
+    | RestoreRequested
+    | Placed
+)
 _Observation = AgentSeen | HealthSeen | MachineExited | MachineMissing | HostLost
 _Report = Reported | OutputSeen | CommandsEnded
 _Outcome = (
@@ -165,6 +176,7 @@ _Outcome = (
     | ActionRefused
     | AgentDrained
     | TokenRotated
+    | NetworkChanged
     | SnapshotTaken
     | SnapshotRestored
     | DestroyConfirmed
@@ -182,6 +194,8 @@ def _request(env: Environment, event: _Request, now_ms: int, policy: Policy) -> 
             return operations.request_drain(env, event, now_ms, policy)
         case RotateRequested():
             return operations.request_rotation(env, event, now_ms, policy)
+        case NetworkRequested():
+            return operations.request_network(env, event, now_ms, policy)
         case SnapshotRequested():
             return operations.request_snapshot(env, event, now_ms, policy)
         case RestoreRequested():
@@ -202,6 +216,8 @@ def _outcome(env: Environment, event: _Outcome, now_ms: int, policy: Policy) -> 
             return operations.agent_drained(env, event, now_ms)
         case TokenRotated():
             return operations.token_rotated(env, event, now_ms)
+        case NetworkChanged():
+            return operations.network_changed(env, event, now_ms)
         case SnapshotTaken():
             return operations.snapshot_taken(env, event, now_ms)
         case SnapshotRestored():
@@ -276,7 +292,15 @@ def _boot_succeeded(env: Environment, event: BootSucceeded, now_ms: int, policy:
     if not isinstance(env.pending, BootMachine) or env.pending.seq != event.seq:
         return Step(env)
     timings = replace(event.timings, schedule_ms=env.timings.schedule_ms)
-    record = replace(env, pending=None, timings=timings, error="", updated_at_ms=now_ms)
+    record = replace(
+        env,
+        pending=None,
+        timings=timings,
+        host_address=event.host_address,
+        ports=event.ports,
+        error="",
+        updated_at_ms=now_ms,
+    )
     if not env.duties.setup:
         return _run(record, event.cause, now_ms)
     setup = SetUpMachine(

@@ -12,6 +12,7 @@ from fusevm.core.policy import Policy
 from fusevm.core.record import Step, action_name, enter, give, tell, tell_snapshot
 from fusevm.core.snapshots import check_restorable, given_up, made, restored, restoring
 from fusevm.model.environment import (
+    ChangeNetwork,
     Desired,
     DrainAgent,
     Environment,
@@ -24,6 +25,8 @@ from fusevm.model.errors import ActionUnderWay, WrongState
 from fusevm.model.event import (
     AgentDrained,
     DrainRequested,
+    NetworkChanged,
+    NetworkRequested,
     RestoreRequested,
     RotateRequested,
     SnapshotRequested,
@@ -35,7 +38,7 @@ from fusevm.model.fact import Kind
 from fusevm.model.setup import AgentState, AgentStatus
 from fusevm.model.snapshot import SnapshotState
 
-Operation = DrainAgent | RotateToken | SnapshotMachine | RestoreMachine
+Operation = DrainAgent | RotateToken | ChangeNetwork | SnapshotMachine | RestoreMachine
 
 # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -70,6 +73,21 @@ def request_rotation(env: Environment, event: RotateRequested, now_ms: int, poli
         machine_id=env.machine_id,
         incarnation=env.incarnation,
         deadline_ms=now_ms + policy.rotate_deadline_ms,
+    )
+    return give(Step(replace(env, updated_at_ms=now_ms)), action)
+
+
+def request_network(env: Environment, event: NetworkRequested, now_ms: int, policy: Policy) -> Step:
+    """Hold the machine to another policy."""
+    _must_be_free(env, "only the network of a running environment can be changed")
+    action = ChangeNetwork(
+        seq=env.action_seq + 1,
+        cause=event.cause,
+        host_id=env.host_id,
+        machine_id=env.machine_id,
+        incarnation=env.incarnation,
+        deadline_ms=now_ms + policy.network_deadline_ms,
+        network=event.network,
     )
     return give(Step(replace(env, updated_at_ms=now_ms)), action)
 
@@ -149,6 +167,14 @@ def token_rotated(env: Environment, event: TokenRotated, now_ms: int) -> Step:
     return tell(_free(env, now_ms), Kind.AGENT, event.cause, now_ms, reason="token_rotated", data=data)
 
 
+def network_changed(env: Environment, event: NetworkChanged, now_ms: int) -> Step:
+    """The machine is held to the new policy."""
+    if not isinstance(env.pending, ChangeNetwork) or env.pending.seq != event.seq:
+        return Step(env)
+    record = replace(_free(env, now_ms), spec=replace(env.spec, network=env.pending.network))
+    return tell(record, Kind.HOST, event.cause, now_ms, reason="network_changed", data=_about(env.pending))
+
+
 def snapshot_taken(env: Environment, event: SnapshotTaken, now_ms: int) -> Step:
     """The snapshot is complete."""
     if not isinstance(env.pending, SnapshotMachine) or env.pending.seq != event.seq:
@@ -169,6 +195,8 @@ def snapshot_restored(env: Environment, event: SnapshotRestored, now_ms: int) ->
 def give_up(env: Environment, action: Operation, reason: str, message: str, cause: str, now_ms: int) -> Step:
     """The action failed for good; the environment goes on without it."""
     record = replace(_free(env, now_ms), error=message)
+    if isinstance(action, ChangeNetwork):
+        return tell(record, Kind.HOST, cause, now_ms, message=message, reason=reason, data=_about(action))
     if isinstance(action, DrainAgent | RotateToken):
         return tell(record, Kind.AGENT, cause, now_ms, message=message, reason=reason, data=_about(action))
     snapshot = given_up(action.snapshot, message, now_ms)
@@ -188,6 +216,6 @@ def _free(env: Environment, now_ms: int) -> Environment:
     return replace(env, pending=None, action_seq=env.action_seq + 1, error="", last_activity_ms=last_ms)
 
 
-def _about(action: DrainAgent | RotateToken) -> dict[str, str]:
+def _about(action: DrainAgent | RotateToken | ChangeNetwork) -> dict[str, str]:
     """Which action a fact speaks of: its attempts have different numbers, but one that asked for it."""
     return {"action": action_name(action), "asked_by": action.cause}

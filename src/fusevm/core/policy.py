@@ -31,6 +31,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     #: How long the drain command and the daemon's end may take together.
     drain_deadline_ms: int = 30_000
     rotate_deadline_ms: int = 30_000
+    network_deadline_ms: int = 30_000
     snapshot_deadline_ms: int = 600_000
     restore_deadline_ms: int = 600_000
     #: Longest wait for a place that a request may ask for.

@@ -198,6 +198,7 @@ def _duties(setup: Setup) -> Duties:
         setup=True,
         startup_timeout_s=setup.startup_timeout_s if setup.startup_script else 0,
         agent=setup.agent is not None,
+        port=setup.agent.port if setup.agent is not None else 0,
         healthcheck=setup.healthcheck is not None,
     )
 

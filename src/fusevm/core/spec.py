@@ -5,14 +5,14 @@ books reserve and what the host is asked to make: there is no second place that 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from fusevm.core.policy import Policy
 from fusevm.core.snapshots import check_seed
 from fusevm.model.environment import Spec
 from fusevm.model.errors import BadField
 from fusevm.model.host import Resources
-from fusevm.model.network import Network
+from fusevm.model.network import Exposure, Network, check_exposures, check_network
 from fusevm.model.snapshot import Snapshot
 
 UNLIMITED = -1
@@ -28,6 +28,9 @@ _GRAMMAR = "is not 1 to 63 letters, digits, '.', '_' and '-' that start and end 
 ARCHITECTURES = {"amd64": "amd64", "x86_64": "amd64", "arm64": "arm64", "aarch64": "arm64"}
 
 
+_DEFAULT_NETWORK = Network()
+
+
 def complete(
     policy: Policy,
     *,
@@ -41,7 +44,8 @@ def complete(
     labels: Mapping[str, str] | None = None,
     max_runtime_seconds: int | str | None = None,
     idle_timeout_seconds: int | None = None,
-    internet: bool = True,
+    network: Network = _DEFAULT_NETWORK,
+    expose: Iterable[Exposure] = (),
     seed: Snapshot | None = None,
     queue_seconds: int | None = None,
 ) -> Spec:
@@ -66,7 +70,8 @@ def complete(
             MIN_IDLE_SECONDS,
             MAX_SECONDS,
         ),
-        network=Network(internet=internet),
+        network=check_network(network),
+        expose=check_exposures(expose),
         seed_snapshot_id=seed.id if seed is not None else "",
         queue_seconds=_amount("queue_seconds", queue_seconds, 0, 1, policy.max_queue_seconds),
     )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fusevm.model.environment import (
     Action,
     BootMachine,
+    ChangeNetwork,
     DestroyMachine,
     DrainAgent,
     Environment,
@@ -38,6 +39,7 @@ _TODO: dict[type[Action], str] = {
     SetUpMachine: "set up {machine}",
     DrainAgent: "drain the daemon of {machine}",
     RotateToken: "give a new token to {machine}",
+    ChangeNetwork: "change the network of {machine}",
     SnapshotMachine: "take a snapshot of {machine}",
     RestoreMachine: "put {machine} back to a snapshot",
     DestroyMachine: "destroy {machine}",

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 import msgspec
 
-from fusevm.model.network import Network
+from fusevm.model.network import Exposure, Network, PublishedPort
 from fusevm.model.setup import AgentStatus, Duties, HealthStatus
 from fusevm.model.snapshot import Snapshot
 
@@ -65,6 +65,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     #: Seconds without activity to the end; 0: never.
     idle_timeout_seconds: int = 0
     network: Network = Network()
+    #: Ports of the machine that its host publishes.
+    expose: tuple[Exposure, ...] = ()
     #: Snapshot whose disk the machine starts from; empty: the image alone.
     seed_snapshot_id: str = ""
     #: How long it may wait for a place when none fits; 0: refuse at once.
@@ -145,6 +147,16 @@ class RotateToken(ActionHeader, frozen=True, kw_only=True, tag="rotate_token"):
     deadline_ms: int
 
 
+class ChangeNetwork(ActionHeader, frozen=True, kw_only=True, tag="change_network"):
+    """Hold the machine to another network policy. Idempotent."""
+
+    host_id: str
+    machine_id: str
+    incarnation: int
+    deadline_ms: int
+    network: Network
+
+
 class SnapshotMachine(ActionHeader, frozen=True, kw_only=True, tag="snapshot_machine"):
     """Take a snapshot. Idempotent by the snapshot's id."""
 
@@ -166,9 +178,18 @@ class RestoreMachine(ActionHeader, frozen=True, kw_only=True, tag="restore_machi
     snapshot: Snapshot
 
 
-Action = BootMachine | SetUpMachine | DrainAgent | RotateToken | SnapshotMachine | RestoreMachine | DestroyMachine
+Action = (
+    BootMachine
+    | SetUpMachine
+    | DrainAgent
+    | RotateToken
+    | ChangeNetwork
+    | SnapshotMachine
+    | RestoreMachine
+    | DestroyMachine
+)
 #: Actions that are given up at their deadline; a destroy never is.
-TimedAction = BootMachine | SetUpMachine | DrainAgent | RotateToken | SnapshotMachine | RestoreMachine
+TimedAction = BootMachine | SetUpMachine | DrainAgent | RotateToken | ChangeNetwork | SnapshotMachine | RestoreMachine
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
@@ -207,6 +228,9 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     #: Last problem, for people; empty when all is well.
     error: str = ""
     timings: Timings = Timings()
+    #: Under which name or address its host is reached, and the ports there that lead to its machine.
+    host_address: str = ""
+    ports: tuple[PublishedPort, ...] = ()
     #: The user's daemon and the health check, as last seen; None: not seen yet, or there is none.
     agent: AgentStatus | None = None
     health: HealthStatus | None = None

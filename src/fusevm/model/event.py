@@ -7,6 +7,7 @@ import msgspec
 
 from fusevm.model.environment import Timings
 from fusevm.model.fact import Kind
+from fusevm.model.network import Network, PublishedPort
 from fusevm.model.setup import AgentStatus, HealthStatus
 from fusevm.model.snapshot import Snapshot
 
@@ -21,6 +22,8 @@ class EventHeader(msgspec.Struct, frozen=True, kw_only=True):
 class BootSucceeded(EventHeader, frozen=True, kw_only=True, tag="boot_succeeded"):
     seq: int
     timings: Timings = Timings()
+    host_address: str = ""
+    ports: tuple[PublishedPort, ...] = ()
 
 
 class BootRefused(EventHeader, frozen=True, kw_only=True, tag="boot_refused"):
@@ -62,6 +65,12 @@ class TokenRotated(EventHeader, frozen=True, kw_only=True, tag="token_rotated"):
     seq: int
 
 
+class NetworkChanged(EventHeader, frozen=True, kw_only=True, tag="network_changed"):
+    """The host holds the machine to the new policy."""
+
+    seq: int
+
+
 class SnapshotTaken(EventHeader, frozen=True, kw_only=True, tag="snapshot_taken"):
     seq: int
     size_bytes: int
@@ -93,6 +102,11 @@ class DrainRequested(EventHeader, frozen=True, kw_only=True, tag="drain_requeste
 
 class RotateRequested(EventHeader, frozen=True, kw_only=True, tag="rotate_requested"):
     """The new token is in the sealed setup that is saved with this event."""
+
+
+class NetworkRequested(EventHeader, frozen=True, kw_only=True, tag="network_requested"):
+    #: Checked.
+    network: Network
 
 
 class SnapshotRequested(EventHeader, frozen=True, kw_only=True, tag="snapshot_requested"):
@@ -189,6 +203,7 @@ Event = (
     | ActionRefused
     | AgentDrained
     | TokenRotated
+    | NetworkChanged
     | SnapshotTaken
     | SnapshotRestored
     | DestroyConfirmed
@@ -196,6 +211,7 @@ Event = (
     | DestroyRequested
     | DrainRequested
     | RotateRequested
+    | NetworkRequested
     | SnapshotRequested
     | RestoreRequested
     | AgentSeen

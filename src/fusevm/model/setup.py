@@ -99,6 +99,8 @@ class Duties(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     startup_timeout_s: int = 0
     #: A daemon is to be tracked, restarted and drained.
     agent: bool = False
+    #: On which it serves; 0: on none.
+    port: int = 0
     #: A verdict is to be fetched.
     healthcheck: bool = False
 

@@ -29,6 +29,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fusevm.control.host_api import Body, GuestRequest, Reading, ReplyLost, read_now
 from fusevm.control.pretended_guest import PretendedGuest
+from fusevm.control.pretended_ports import pretended_ports
 from fusevm.control.race import first_of
 from fusevm.model.errors import (
     BadRange,
@@ -45,6 +46,7 @@ from fusevm.model.errors import (
 from fusevm.model.fencing import Seen, check_new, check_number, check_valid
 from fusevm.model.host import Resources
 from fusevm.model.machine import Fence, Moment, Phase
+from fusevm.model.network import Network
 from fusevm.model.snapshot import SnapshotKind
 from fusevm.wire.errors import render_flat
 from fusevm.wire.frames import Frame, FrameType, decode_message, encode_frame
@@ -57,6 +59,7 @@ from fusevm.wire.host_api import (
     MachineBody,
     MachineEvent,
     MachineList,
+    NetworkAnswer,
     RestoreInPlace,
     SnapshotAnswer,
     SnapshotBody,
@@ -177,6 +180,7 @@ class FakeHost:
                 phase=self.boot_phase,
                 spec=body.spec,
                 driver="fake",
+                published_ports=pretended_ports(body),
                 created_at=CREATED_AT,
             )
             self.table[found.id] = found
@@ -185,6 +189,17 @@ class FakeHost:
         self._note(fence)
         self._maybe_lose(lost)
         return found
+
+    @property
+    def address(self) -> str:
+        return "127.0.0.1"
+
+    async def set_network(self, fence: Fence, machine_id: str, network: Network) -> None:
+        lost = await self._arrive("set_network", (fence, machine_id, network))
+        self._accept(fence, machine_id)
+        found = self.table[machine_id]
+        self.table[machine_id] = replace(found, spec=replace(found.spec, network=network))
+        self._maybe_lose(lost)
 
     async def destroy(self, fence: Fence, machine_id: str) -> None:
         lost = await self._arrive("destroy", (fence, machine_id))
@@ -447,6 +462,7 @@ def fake_host_app(host: FakeHost, secret: str = "") -> Starlette:
             Route("/info", fake.info),
             Route("/machines", fake.machines, methods=["GET", "POST"]),
             Route("/machines/{id}", fake.machine, methods=["DELETE"]),
+            Route("/machines/{id}/network", fake.set_network, methods=["PUT"]),
             Route("/machines/{id}/snapshots", fake.take_snapshot, methods=["POST"]),
             Route("/machines/{id}/restore", fake.restore_snapshot, methods=["POST"]),
             Route("/snapshots/{id}", fake.delete_snapshot, methods=["DELETE"]),
@@ -490,6 +506,13 @@ class _HttpFake:
         self._check(request.headers)
         await self._host.destroy(_fence(request.headers), request.path_params["id"])
         return Response(status_code=204)
+
+    async def set_network(self, request: Request) -> Response:
+        self._check(request.headers)
+        network = msgspec.json.decode(await request.body(), type=Network)
+        machine_id = request.path_params["id"]
+        await self._host.set_network(_fence(request.headers), machine_id, network)
+        return _body(NetworkAnswer(network=network))
 
     async def take_snapshot(self, request: Request) -> Response:
         self._check(request.headers)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from fusevm.model.ids import TASK_ID
+from fusevm.model.network import Rule, Transport
 from fusevm.wire.guest import StreamFlags, StreamTotals
 
 PAGE_DEFAULT, PAGE_MAX = 50, 200
@@ -39,8 +40,26 @@ class SpecInput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NetworkInput(msgspec.Struct, frozen=True, kw_only=True):
-    internet: bool = True
-    rules: list[dict[str, Any]] = []
+    """What a machine may reach. Other machines, its host, link-local and private ranges are denied whatever it says."""
+
+    #: May it reach what no rule is about? Default: true, or false if a rule allows something.
+    internet: bool | None = None
+    #: In order; the first that matches decides.
+    rules: list[Rule] | None = None
+    #: Bandwidth to and from the machine in kbit/s; 0: no limit.
+    ingress_kbit: int | None = None
+    egress_kbit: int | None = None
+
+
+class ExposeInput(msgspec.Struct, frozen=True, kw_only=True):
+    """A port of the machine that its host publishes."""
+
+    port: int
+    #: Its name in the answer.
+    name: str | None = msgspec.field(default=None, name="as")
+    protocol: Transport | None = None
+    #: Wanted on the host, within the range that it publishes; 0: any.
+    host_port: int | None = None
 
 
 class EgressInput(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,7 +125,7 @@ class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
     startup_script_timeout_seconds: int | None = None
     gateway_url: str | None = None
     gateway_token: str | None = None
-    expose: list[dict[str, Any]] | None = None
+    expose: list[ExposeInput] | None = None
     healthcheck: HealthcheckInput | None = None
     egress: EgressInput | None = None
     desktop: dict[str, Any] | None = None
@@ -143,8 +162,24 @@ class EgressBody(msgspec.Struct, frozen=True, kw_only=True):
     mode: Literal["direct"] = "direct"
 
 
-class NetworkBody(msgspec.Struct, frozen=True, kw_only=True):
-    internet: bool = True
+class NetworkBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The policy in force. `internet` is never omitted."""
+
+    internet: bool = msgspec.field()
+    rules: list[Rule] = []
+    ingress_kbit: int = 0
+    egress_kbit: int = 0
+
+
+class EndpointBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A published port of the machine."""
+
+    name: str = msgspec.field(default="", name="as")
+    #: host:port
+    url: str = msgspec.field()
+    #: Of the machine.
+    port: int
+    protocol: Transport
 
 
 class TimingsBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,9 +223,10 @@ class EnvironmentBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     state: str
     task_id: str
     host_id: str = ""
-    #: host:port under which the port of the daemon (`agent.port`) is reached; "" as long as it is not published, which
-    #: no port is yet. Never omitted.
+    #: host:port under which the port of the daemon (`agent.port`) is reached; "" without one. Never omitted.
     url: str | None = None
+    #: All published ports.
+    endpoints: list[EndpointBody] = []
     spec: SpecBody
     network: NetworkBody
     egress: EgressBody | None = None

@@ -87,13 +87,11 @@ async def test_unlimited_runtime_is_possible() -> None:
 @pytest.mark.parametrize(
     ("body", "field"),
     [
-        ({"expose": [{"port": 1}]}, "expose"),
         ({"desktop": {"width": 640, "height": 480}}, "desktop"),
         # {"version": "1", "services": {"db": {}}}
         ({"manifest_inline": "eyJ2ZXJzaW9uIjogIjEiLCAic2VydmljZXMiOiB7ImRiIjoge319fQ=="}, "services"),
         ({"spec": {"gpus": 1}}, "spec.gpus"),
         ({"spec": {"huge_pages": True}}, "spec.huge_pages"),
-        ({"network": {"rules": [{}]}}, "network.rules"),
         ({"egress": {"mode": "proxy"}}, "proxy"),
         ({"on_host_loss": "restore"}, "snapshots cannot leave their host yet"),
     ],

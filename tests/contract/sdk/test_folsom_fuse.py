@@ -164,7 +164,6 @@ def test_what_cannot_be_meant_is_an_invalid_argument(client: fuse.Client, wrong:
 
 
 LATER: list[dict[str, Any]] = [
-    {"expose": [types.ExposeSpec(port=80, as_="web", protocol="tcp")]},
     {"desktop": types.DesktopSpec(width=640, height=480, wm="mutter")},
     {"egress": types.EgressSpec(mode="proxy", provider="mock", protocol="http")},
     {"spec": types.Spec(gpus=1)},

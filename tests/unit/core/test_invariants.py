@@ -133,7 +133,8 @@ ENDING = Ending(state=State.DESTROYED, reason="deleted")
     [
         (
             replace(running(), pending=BOOT),
-            "running with boot_machine pending instead of RestoreMachine or RotateToken or SnapshotMachine or nothing",
+            "running with boot_machine pending instead of "
+            "ChangeNetwork or RestoreMachine or RotateToken or SnapshotMachine or nothing",
         ),
         (replace(destroyed(), pending=DESTROY), "destroyed with destroy_machine pending instead of nothing"),
         (replace(provisioning(), pending=None), "provisioning with nothing pending instead of BootMachine"),

@@ -104,7 +104,7 @@ def test_the_record_knows_what_there_is_to_do():
         agent=AgentSpec(command=("daemon",), port=9000),
         healthcheck=Healthcheck(exec=("true",)),
     ).duties
-    assert duties == Duties(setup=True, startup_timeout_s=7, agent=True, healthcheck=True)
+    assert duties == Duties(setup=True, startup_timeout_s=7, agent=True, port=9000, healthcheck=True)
     assert prepared(secrets={"a": "b"}).duties == Duties(setup=True)
 
 

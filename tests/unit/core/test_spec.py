@@ -54,7 +54,7 @@ def test_what_is_asked_within_bounds_is_kept():
         labels={"gpu": "no", "a.b_c-d": "1"},
         max_runtime_seconds=1,
         idle_timeout_seconds=60,
-        internet=False,
+        network=Network(internet=False),
     )
     assert spec == Spec(
         cpus=32,

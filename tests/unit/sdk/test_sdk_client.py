@@ -42,7 +42,7 @@ def test_create_returns_the_running_environment(api: FakeApi, fuse: Fuse) -> Non
     assert msgspec.json.decode(body) == {
         "task_id": "build",
         "spec": {"image": "debian-12", "ram_mb": 256},
-        "network": {"internet": False, "rules": []},
+        "network": {"internet": False},
         "files": {"/a": "AA=="},
     }
     assert len(headers["idempotency-key"]) == 32

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from starlette.responses import Response
 
 from fusevm.control.call import Call, empty, reply
-from fusevm.control.create_order import new_token, read_order
+from fusevm.control.create_order import new_token, read_network, read_order
 from fusevm.control.handlers.pages import page_limit, parse_cursor, render_cursor
 from fusevm.control.handlers.told import ended, error_of, find_fact
 from fusevm.control.plane import Plane
@@ -14,10 +14,11 @@ from fusevm.control.resolve import any_environment, live_environment, usable_env
 from fusevm.control.signals import Subscription
 from fusevm.control.store.protocol import Query, SealedRow
 from fusevm.core.setup import with_token
-from fusevm.model.environment import TERMINAL, Desired, DrainAgent, Environment, RotateToken, State
+from fusevm.model.environment import TERMINAL, ChangeNetwork, Desired, DrainAgent, Environment, RotateToken, State
 from fusevm.model.errors import BadField, Timeout
-from fusevm.model.event import DestroyRequested, DrainRequested, Event, RotateRequested
+from fusevm.model.event import DestroyRequested, DrainRequested, Event, NetworkRequested, RotateRequested
 from fusevm.model.ids import environment_id, parse_task_id
+from fusevm.model.network import check_network
 from fusevm.wire import rest
 from fusevm.wire.errors import ending_error
 from fusevm.wire.routes import errors_of
@@ -129,6 +130,26 @@ async def rotate_token(plane: Plane, call: Call) -> Response:
     if told.reason != "token_rotated":
         raise error_of(told, errors_of(call.route), id=env.id)
     return empty()
+
+
+async def change_network(plane: Plane, call: Call) -> Response:
+    """Hold a running machine to another policy; waits until its host does."""
+    env = await usable_environment(plane, call.caller, call.params["id"])
+    body, _ = await call.json(rest.NetworkInput)
+    network = check_network(read_network(body))
+    event = NetworkRequested(cause=_cause(call), network=network)
+    before, after = await _until(plane, call, env, event, lambda seen: not isinstance(seen.pending, ChangeNetwork))
+    if isinstance(after.pending, ChangeNetwork):
+        return _shown(call, after, 202)
+    told = await find_fact(plane, before, lambda fact: fact.data.get("asked_by") == event.cause)
+    if told is None:
+        raise ended(after)
+    if told.reason == "network_timeout":
+        limit_s = plane.config.policy.network_deadline_ms // 1000
+        raise Timeout(what=f"changing the network of {env.id} ({told.message})", limit_s=limit_s)
+    if told.reason != "network_changed":
+        raise error_of(told, errors_of(call.route), id=env.id)
+    return _shown(call, after)
 
 
 async def _until(

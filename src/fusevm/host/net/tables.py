@@ -242,9 +242,6 @@ def _endings(table: Table) -> list[Json]:
         table.rule(NOTHING_OUT, goto(REFUSE_OUT)),
         table.chain(NOTHING_IN),
         table.rule(NOTHING_IN, DROP),
-        table.chain("arrival"),
-        table.rule("arrival", has_state("new"), equals(meta("oifname"), "@accepted")),
-        table.rule("arrival", ACCEPT),
     ]
 
 
@@ -267,7 +264,7 @@ def _host_policy_chains(table: Table) -> list[Json]:
         table.rule("from_machine", {"vmap": {"key": meta("iifname"), "data": "@outward"}}),
         table.rule("from_machine", goto(ALLOW_OUT)),
         table.chain("to_machine"),
-        table.rule("to_machine", *_published("oifname"), goto("arrival")),
+        table.rule("to_machine", *_published("oifname"), ACCEPT),
         table.rule("to_machine", has_direction("original"), COUNT, DROP),
         table.rule("to_machine", has_state("new", "invalid", "untracked"), COUNT, DROP),
         table.rule("to_machine", {"vmap": {"key": meta("oifname"), "data": "@inward"}}),
@@ -292,8 +289,8 @@ def _host_base_chains(table: Table, plan: NetworkPlan) -> list[Json]:
         table.rule("input", from_machine, has_state("established", "related"), ACCEPT),
         table.rule("input", from_machine, equals(meta("iifname"), "@refused")),
         table.rule("input", from_machine, COUNT, REJECT),
+        # What goes to a published port is still on its way to the host's own address here.
         table.chain("output", "output", BEFORE_FILTER),
-        table.rule("output", to_machine, *_published("oifname"), goto("arrival")),
         table.rule("output", to_machine, has_state("new"), differs(meta("skuid"), 0), COUNT, REJECT),
     ]
 
@@ -311,6 +308,9 @@ def _host_nat_chains(table: Table, plan: NetworkPlan) -> list[Json]:
     to_host: Json = equals({"fib": {"result": "type", "flags": ["daddr"]}}, "local")
     to_machine = equals(meta("oifname"), plan.veth_pattern)
     return [
+        # What the host itself sends is on its way to a machine only here: it was translated on the way out.
+        table.chain("arrivals", "postrouting", FILTER),
+        table.rule("arrivals", to_machine, has_state("new"), has_status("dnat"), equals(meta("oifname"), "@accepted")),
         table.chain("publish", "prerouting", DSTNAT, kind="nat"),
         # No machine reaches another one, not even by way of the host.
         table.rule("publish", differs(meta("iifname"), plan.veth_pattern), to_host, is_tcp_or_udp(), translate),

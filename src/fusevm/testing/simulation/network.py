@@ -9,6 +9,7 @@ from fusevm.control.host_api import GuestRequest, Reading, ReplyLost, Upstream, 
 from fusevm.control.host_client import READING_S
 from fusevm.model.errors import HostRejected, HostUnreachable, NotSupported, OrderExpired
 from fusevm.model.machine import Fence
+from fusevm.model.network import Network as Policy
 from fusevm.testing.fake_host import FakeTerminal
 from fusevm.testing.simulation.host import DisguisedRefusal, SimHost, Spawn
 from fusevm.testing.simulation.scale import NO_FAULTS
@@ -99,6 +100,13 @@ class Way:
 
     async def destroy(self, fence: Fence, machine_id: str) -> None:
         await self._order("destroy", fence, lambda: self._host.destroy(fence, machine_id))
+
+    @property
+    def address(self) -> str:
+        return self._host.address
+
+    async def set_network(self, fence: Fence, machine_id: str, network: Policy) -> None:
+        await self._order("set_network", fence, lambda: self._host.set_network(fence, machine_id, network))
 
     async def take_snapshot(self, fence: Fence, machine_id: str, body: TakeSnapshot) -> SnapshotBody:
         return await self._order("snapshot", fence, lambda: self._host.take_snapshot(fence, machine_id, body))
