@@ -7,12 +7,13 @@ import click
 
 from fusevm.cli.bringing import BRINGING, bringing_options, brought_fields
 from fusevm.cli.failures import OTHER, USAGE, CliError, report
+from fusevm.cli.networking import network_options, policy_options, read_policy, read_ports
 from fusevm.cli.options import Duration, Size, State, api_options, environment_argument, environment_id, variables
 from fusevm.cli.output import print_json, print_json_line, print_record, print_table, say
 from fusevm.model.environment import TERMINAL
 from fusevm.model.environment import State as EnvironmentState
 from fusevm.sdk.choices import make_task_id
-from fusevm.sdk.words import format_age, record
+from fusevm.sdk.words import describe_network, format_age, record
 from fusevm.wire.rest import EnvironmentBody, EventBody
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ def sizing_options(function: Any) -> Any:
             help="End after this long: 30m, 2h or unlimited. Default 2h.",
         ),
         click.option("--idle-timeout", type=Duration(minimum_s=60), metavar="TIME", help="End after this idle time."),
-        click.option("--no-internet", is_flag=True, help="No connections to the Internet."),
     )
+    function = network_options(function)
     for option in reversed(options):
         function = option(function)
     return function
@@ -61,6 +62,9 @@ def create_fields(
     max_runtime: float | str | None,
     idle_timeout: float | None,
     no_internet: bool,
+    allow: tuple[str, ...],
+    deny: tuple[str, ...],
+    publish: tuple[str, ...],
 ) -> "CreateFields":
     """The sizing options as the client's keywords."""
     return {
@@ -73,7 +77,8 @@ def create_fields(
         "labels": variables(labels, "--label"),
         "max_runtime_seconds": max_runtime if isinstance(max_runtime, str) else round(max_runtime or 0),
         "idle_timeout_seconds": round(idle_timeout or 0),
-        "internet": not no_internet,
+        "network": read_policy(no_internet=no_internet, allow=allow, deny=deny),
+        "expose": read_ports(publish),
     }
 
 
@@ -193,6 +198,23 @@ def drain(*, state: State, env_id: str) -> int:
     if one.error:
         report(f"{one.id} was not drained well: {one.error}")
     return OTHER if one.error else 0
+
+
+@env.command()
+@environment_argument
+@click.option("--internet", is_flag=True, help="Everything but what is denied.")
+@policy_options
+@api_options
+def network(*, state: State, env_id: str, internet: bool, **options: Any) -> None:
+    """Change what a running environment may reach; without options, show it."""
+    name = environment_id(env_id)
+    policy = read_policy(**options) | ({"internet": True} if internet else {})
+    with state.client() as fuse:
+        one = fuse.environments.change_network(name, policy) if policy else fuse.environments.get(name)
+    if state.is_json:
+        print_json(one.network)
+        return
+    print_record([("environment", one.id), *describe_network(one)])
 
 
 @env.command(name="rotate-token")

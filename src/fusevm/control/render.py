@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 
+import msgspec
 from msgspec.structs import asdict
 
 from fusevm.model.environment import Environment
@@ -74,9 +75,9 @@ def render_network(network: Network) -> rest.NetworkBody:
     """A policy."""
     return rest.NetworkBody(
         internet=network.internet,
-        rules=list(network.rules),
-        ingress_kbit=network.ingress_kbit,
-        egress_kbit=network.egress_kbit,
+        rules=list(network.rules) or msgspec.UNSET,
+        ingress_kbit=network.ingress_kbit or msgspec.UNSET,
+        egress_kbit=network.egress_kbit or msgspec.UNSET,
     )
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 from fusevm.model.environment import State
 from fusevm.model.errors import NotFound
@@ -120,6 +120,13 @@ class AsyncEnvironments:
         `error` says what went wrong with the drain command, if anything did.
         """
         return await self._channel.get(core.drain_environment(env_id))
+
+    async def change_network(self, env_id: str, policy: dict[str, Any]) -> EnvironmentBody:
+        """Hold a running environment to another network policy (docs/network.md), open connections included.
+
+        Raises BadField for a policy that cannot be held, PolicyNotEnforceable where its host cannot hold it.
+        """
+        return await self._channel.get(core.change_network(env_id, policy))
 
     async def rotate_token(self, env_id: str) -> bool:
         """Give machine and daemon a new token. True: the old one is refused; False: that is still under way.

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from fusevm.model.environment import State
 from fusevm.model.errors import NotFound, Timeout
@@ -130,6 +130,13 @@ class Environments:
         `error` says what went wrong with the drain command, if anything did.
         """
         return self._channel.get(core.drain_environment(env_id))
+
+    def change_network(self, env_id: str, policy: dict[str, Any]) -> EnvironmentBody:
+        """Hold a running environment to another network policy (docs/network.md), open connections included.
+
+        Raises BadField for a policy that cannot be held, PolicyNotEnforceable where its host cannot hold it.
+        """
+        return self._channel.get(core.change_network(env_id, policy))
 
     def rotate_token(self, env_id: str) -> bool:
         """Give machine and daemon a new token. True: the old one is refused; False: that is still under way.

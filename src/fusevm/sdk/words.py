@@ -1,6 +1,7 @@
 """How environments and events read to people: shared by the command line and the web console. Pure, plain text."""
 
 from fusevm.model.environment import State
+from fusevm.model.network import Protocol, Rule
 from fusevm.wire.rest import EnvironmentBody, EventBody
 
 _SENTENCES: dict[str, str] = {
@@ -35,7 +36,7 @@ def record(one: EnvironmentBody) -> list[tuple[str, str]]:
         ("error", one.error),
         ("image", spec.image),
         ("size", f"{spec.cpus} vCPU, {spec.ram_mb} MiB memory, {spec.storage_gb} GiB disk"),
-        ("internet", "yes" if one.network.internet else "no"),
+        *describe_network(one),
         ("host", one.host_id),
         ("tenant", one.tenant),
         ("waits until", one.queued_until),
@@ -50,6 +51,28 @@ def record(one: EnvironmentBody) -> list[tuple[str, str]]:
         ("ended", one.ended_at),
         ("start", ", ".join(f"{name} {value:.0f} ms" for name, value in start if value)),
     ]
+
+
+def describe_network(one: EnvironmentBody) -> list[tuple[str, str]]:
+    """What it may reach, and its published ports, as names and values."""
+    network = one.network
+    rules = network.rules if isinstance(network.rules, list) else []
+    limits = [
+        f"{kbit} kbit/s {way}" for kbit, way in ((network.ingress_kbit, "in"), (network.egress_kbit, "out")) if kbit
+    ]
+    ports = [f"{entry.port}/{entry.protocol} at {entry.url}" for entry in one.endpoints]
+    return [
+        ("internet", "yes" if network.internet else "no"),
+        ("rules", "; ".join(_rule(rule) for rule in rules)),
+        ("bandwidth", ", ".join(limits)),
+        ("ports", ", ".join(ports)),
+    ]
+
+
+def _rule(rule: Rule) -> str:
+    ports = ", ".join(map(str, rule.ports))
+    protocol = "" if rule.protocol is Protocol.ANY else f" {rule.protocol}"
+    return f"{rule.action} {rule.domain or rule.cidr}{protocol}" + (f" port {ports}" if ports else "")
 
 
 def _daemon(one: EnvironmentBody) -> str:

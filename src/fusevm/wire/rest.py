@@ -162,13 +162,13 @@ class EgressBody(msgspec.Struct, frozen=True, kw_only=True):
     mode: Literal["direct"] = "direct"
 
 
-class NetworkBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The policy in force. `internet` is never omitted."""
+class NetworkBody(msgspec.Struct, frozen=True, kw_only=True):
+    """The policy in force; only `internet` is always there."""
 
-    internet: bool = msgspec.field()
-    rules: list[Rule] = []
-    ingress_kbit: int = 0
-    egress_kbit: int = 0
+    internet: bool = True
+    rules: list[Rule] | msgspec.UnsetType = msgspec.UNSET
+    ingress_kbit: int | msgspec.UnsetType = msgspec.UNSET
+    egress_kbit: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class EndpointBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -71,6 +71,10 @@ def broken(found: World) -> str:
     return sentence
 
 
+#: What may be under way in a running environment.
+IDLE = "ChangeNetwork or RestoreMachine or RotateToken or SnapshotMachine or nothing"
+
+
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_a_sound_world_breaks_no_rule(situation: str):
     assert violations(world(SITUATIONS[situation]()), POLICY) == []
@@ -133,8 +137,7 @@ ENDING = Ending(state=State.DESTROYED, reason="deleted")
     [
         (
             replace(running(), pending=BOOT),
-            "running with boot_machine pending instead of "
-            "ChangeNetwork or RestoreMachine or RotateToken or SnapshotMachine or nothing",
+            f"running with boot_machine pending instead of {IDLE}",
         ),
         (replace(destroyed(), pending=DESTROY), "destroyed with destroy_machine pending instead of nothing"),
         (replace(provisioning(), pending=None), "provisioning with nothing pending instead of BootMachine"),

@@ -8,7 +8,18 @@ import msgspec
 
 from fusevm.model.environment import State
 from fusevm.model.errors import NotFound
-from fusevm.sdk.core.exchange import WAIT_TIMEOUT_S, Call, Request, Retry, get, json_reader, make_target, post, to_b64
+from fusevm.sdk.core.exchange import (
+    WAIT_TIMEOUT_S,
+    Call,
+    Request,
+    Retry,
+    get,
+    json_reader,
+    make_target,
+    post,
+    to_b64,
+    to_json,
+)
 from fusevm.wire.errors import ending_error
 from fusevm.wire.rest import (
     CreateRequest,
@@ -16,6 +27,7 @@ from fusevm.wire.rest import (
     EnvironmentPage,
     ExecAnswer,
     ExecBody,
+    ExposeInput,
     FileInput,
     NetworkInput,
     SpecInput,
@@ -45,6 +57,10 @@ class CreateFields(TypedDict, total=False):
     max_runtime_seconds: int | str
     idle_timeout_seconds: int
     internet: bool
+    #: As in the API (docs/network.md): `{"rules": [{"domain": "pypi.org", "ports": [443]}]}`.
+    network: dict[str, Any]
+    #: Ports to publish: numbers, or as in the API `{"port": 53, "protocol": "udp"}`.
+    expose: list[int | dict[str, Any]]
     secrets: dict[str, str]
     #: Run by `sh -lc` as root before the environment runs.
     startup_script: str
@@ -76,10 +92,33 @@ def make_create_request(task_id: str, fields: CreateFields) -> CreateRequest:
         given["files"] = {path: _file(content) for path, content in given["files"].items()}
     if "manifest" in given:
         given["manifest_inline"] = to_b64(given.pop("manifest"))
-    internet = fields.get("internet", True)
     given.pop("internet", None)
-    network = None if internet else NetworkInput(internet=False)
+    policy = dict(given.pop("network", {}))
+    if not fields.get("internet", True):
+        policy["internet"] = False
+    network = make_network(policy) if policy else None
+    expose = [port if isinstance(port, dict) else {"port": port} for port in given.pop("expose", [])]
+    given |= {"expose": msgspec.convert(expose, list[ExposeInput])} if expose else {}
     return CreateRequest(task_id=task_id, spec=SpecInput(**spec), network=network, **given)
+
+
+def make_network(policy: dict[str, Any]) -> NetworkInput:
+    """A policy as the API has it. Raises msgspec.ValidationError, a ValueError, for what is none."""
+    return msgspec.convert(policy, NetworkInput)
+
+
+def change_network(env_id: str, policy: dict[str, Any]) -> Call[EnvironmentBody]:
+    """Hold a running environment to another policy. Safe to repeat."""
+    body = to_json(make_network(policy))
+    headers = {"Content-Type": "application/json"}
+    return Call(
+        request=Request(
+            method="PUT", target=make_target("environments", env_id, "network"), headers=headers, body=body
+        ),
+        read=json_reader(EnvironmentBody),
+        retry=Retry.ALWAYS,
+        timeout_s=WAIT_TIMEOUT_S,
+    )
 
 
 def _file(content: bytes | tuple[bytes, str]) -> str | FileInput:
