@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_host import Host
+from real_host import Host, until
 
 from artefacts import IMAGE
 
@@ -117,6 +117,17 @@ async def test_a_machine_is_logged_in_to_and_keeps_its_disk_and_key(host: Host, 
     assert again["guest_ssh_host_public_key"] == machine["guest_ssh_host_public_key"]
     assert await client.log_in(host, again, "cat workspace/b.txt") == "by API\n"
     assert int(await shell(host, "df --output=size -B1 / | tail -1")) > size + (200 << 20)
+
+    # A machine that was cut off keeps what it had synced; its own agent repairs the rest.
+    await shell(host, "echo kept > /home/node/workspace/c.txt; sync; head -c 1M /dev/urandom > /home/node/workspace/d")
+    (vmm,) = (line.split()[1] for line in host.leftovers() if line.startswith("process") and "qemu-system" in line)
+    host.box.run("kill", "-9", vmm)
+
+    async def has_failed() -> bool:
+        return (await ask(host, "GET", f"/machines/{ID}"))["machine"]["phase"] == "failed"
+
+    await until(has_failed)
+    assert await files(host, "read_text", path="c.txt") == {"content": "kept\n"}
     await host.delete(ID, None)
 
 

@@ -339,4 +339,7 @@ HOST_ROUTES: tuple[Route, ...] = (
 
 def render_host_openapi(version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document of the host daemon as plain data."""
-    return render_openapi(version, HOST_ROUTES, title="Fuse host daemon", failure=FlatError)
+    document = render_openapi(version, HOST_ROUTES, title="Fuse host daemon", failure=FlatError)
+    # The contract's word for `creating`, which its own machines are shown with.
+    document["components"]["schemas"]["Phase"]["enum"].append("starting")
+    return document

@@ -24,6 +24,7 @@ from fusevm.model.errors import (
     MachineNotFound,
     WrongState,
 )
+from fusevm.testing.fake_answer import FakeAnswer
 from fusevm.testing.host_world import until
 from fusevm.wire.contract import FilesOperation
 from fusevm.wire.decode import decode_body
@@ -170,6 +171,28 @@ async def test_what_is_too_large_for_json_is_refused(api: MachineApi, monkeypatc
     bomb = [{"find": "1", "replace": "1" * 20}]
     assert (await api.files_fail("patch", path="g", edits=bomb)).reason == "file_too_large"
     assert await api.files("read_text", path="g") == {"content": "1"}
+
+
+async def test_a_guest_that_answers_nothing_or_nonsense_costs_one_request(
+    api: MachineApi, monkeypatch: pytest.MonkeyPatch
+):
+    await api.create()
+    agent = api.world.driver.processes["m-1"].agent
+    for content in (b"{", b'{"entries": 5}'):
+        nonsense = FakeAnswer(200, content)
+        monkeypatch.setattr(agent._disk, "answer", lambda *_words, nonsense=nonsense: nonsense)
+        assert (await api.files_fail("list")).reason == "agent_failure"
+    evil = {"path": "", "name": "../../x", "type": "directory"}
+    loop = FakeAnswer(200, msgspec.json.encode({"entries": [evil, {**evil, "path": "relative"}]}))
+    monkeypatch.setattr(agent._disk, "answer", lambda *_words: loop)
+    monkeypatch.setattr(operations, "MAX_ENTRIES", 50)
+    assert isinstance(await api.files_fail("list", recursive=True), BadField)
+    assert [item["path"] for item in (await api.files("list"))["entries"]] == [".", "relative"]
+    monkeypatch.setattr(operations, "OPERATION_S", 0.05)
+    api.world.driver.holds.hold("agent")
+    fresh = await api.daemon.machines.guest("m-1", None)
+    await fresh.close()
+    assert (await api.files_fail("list")).reason == "timeout"
 
 
 async def test_every_operation_of_the_contract_is_served(api: MachineApi):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlencode
@@ -20,6 +21,8 @@ T = TypeVar("T")
 #: A folder of a hundred thousand entries is some twenty of these.
 _MAX_ANSWER_BYTES = 64 << 20
 _MAX_ERROR_BYTES = 1 << 20
+#: Between two pieces of a file that is read.
+SILENCE_S = 60
 _OWNER = f"{USER_ID}:{USER_ID}"
 
 
@@ -125,9 +128,18 @@ class Reader:
         #: None: of a file without a known size, such as those of /proc.
         self.size = _length(response.headers)
 
-    def chunks(self) -> AsyncIterator[bytes]:
-        """The content as it arrives."""
-        return self._response.chunks()
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The content as it arrives. Raises ConnectionError, also for a guest that falls silent."""
+        chunks = self._response.chunks()
+        while True:
+            try:
+                async with asyncio.timeout(SILENCE_S):
+                    chunk = await anext(chunks, b"")
+            except TimeoutError as e:
+                raise ConnectionResetError(f"the guest has sent nothing for {SILENCE_S} s") from e
+            if not chunk:
+                return
+            yield chunk
 
     async def read(self, limit: int) -> bytes:
         """All of it. Raises ConnectionError beyond the limit."""

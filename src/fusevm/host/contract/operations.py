@@ -9,6 +9,7 @@ Owns: the meaning of operations. Must not: know machines or HTTP.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import codecs
@@ -20,12 +21,14 @@ import msgspec
 
 from fusevm.host.contract.agent_files import AgentFiles, Reader
 from fusevm.host.contract.paths import relative, resolve, resolve_below
-from fusevm.model.errors import BadField, BadRange, FileNotFound, FileTooLarge
+from fusevm.model.errors import BadField, BadRange, FileNotFound, FileTooLarge, Timeout
 from fusevm.wire.contract import WORKSPACE, FileHit, FileItem, FilesAnswer, FilesOperation
 from fusevm.wire.guest import FileEntry
 
 #: A file that is edited is in memory, as it was and as it will be.
 MAX_PATCH_BYTES = 16 << 20
+#: A search of a whole disk in software emulation takes its time; what is read afterwards is not counted.
+OPERATION_S = 300
 #: Entries of one recursive list.
 MAX_ENTRIES = 20_000
 #: Beyond what any file system of a guest can have.
@@ -50,8 +53,12 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def perform(files: AgentFiles, asked: FilesOperation) -> FilesAnswer | Reading:
-    """Carry out one operation. Raises BadField, and what the agent answers."""
-    return await OPERATIONS[asked.operation](files, asked)
+    """Carry out one operation. Raises BadField, what the agent answers, Timeout for one that does not."""
+    try:
+        async with asyncio.timeout(OPERATION_S):
+            return await OPERATIONS[asked.operation](files, asked)
+    except TimeoutError as e:
+        raise Timeout(what=f"the guest's answer to {asked.operation}", limit_s=OPERATION_S) from e
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

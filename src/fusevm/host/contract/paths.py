@@ -35,5 +35,5 @@ def resolve_below(path: str, field: str = "path") -> str:
 
 
 def relative(path: str) -> str:
-    """A path of the guest as answers show it; the workspace is `.`."""
-    return posixpath.relpath(path, WORKSPACE)
+    """A path of the guest as answers show it; the workspace is `.`. Whatever the guest says becomes some path."""
+    return posixpath.relpath(posixpath.join(WORKSPACE, path), WORKSPACE)
