@@ -1,5 +1,6 @@
 """A machine of an image that is one static program: no shell, no Python, no /etc/passwd."""
 
+import json
 import os
 from urllib.parse import quote
 
@@ -53,4 +54,22 @@ async def test_everything_that_needs_nothing_of_the_image_works(bare_host: Host)
         status, _ = await host.call("HEAD", guest.path(f"/files?path={path}"), FENCE)
         assert status == 404, path
     await host.delete("m-1", make_fence(action_seq=2))
+    assert await host.stop() == 0
+
+
+async def test_the_contracts_machines_need_nothing_of_the_image_either(bare_host: Host):
+    """Its user is made, its keys are there; nobody listens for them, since the image has no sshd."""
+    host = bare_host
+    await host.start()
+    body = {"machine_id": "m-1", "image": "bare", "memory_mib": 128, "storage_bytes": 64 << 20}
+    made = json.loads(await host.ask("POST", "/machines", None, json.dumps(body).encode()))["machine"]
+    assert made["phase"] == "running", made["error"]
+    command = json.dumps({"command": ["tool", "version"]}).encode()
+    answer = json.loads(await host.ask("POST", "/machines/m-1/exec", None, command))
+    assert answer["exit_code"] == 0
+    operation = json.dumps({"operation": "write_text", "path": "f", "content": "x"}).encode()
+    await host.ask("POST", "/machines/m-1/files/ops", None, operation)
+    key = await host.ask("GET", "/machines/m-1/guest/files?path=/etc/ssh/ssh_host_ed25519_key.pub")
+    assert key.decode().strip() == made["guest_ssh_host_public_key"]
+    await host.delete("m-1", None)
     assert await host.stop() == 0

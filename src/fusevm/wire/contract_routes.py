@@ -16,8 +16,9 @@ _FILES = (
     *(e.PermissionDenied, e.NoSpaceInGuest, e.NotSupported, e.BadRequest, e.GuestUnreachable, e.AgentFailure),
 )
 _MACHINE = "/machines/{id}"
-#: JSON with a content: base64 of some 48 MiB. What is larger goes through `/guest/files`, streamed.
-FILES_LIMIT = 64 << 20
+#: JSON with a content: base64 of some 24 MiB, and several times that in memory. What is larger goes in ranges, or
+#: through `/guest/files`, streamed.
+FILES_LIMIT = 32 << 20
 NO_MOUNTS = "guests of this host mount no object storage; copy files with files/ops or the guest's own tools"
 
 CREATE_ROUTES: tuple[Route, ...] = (

@@ -31,7 +31,7 @@ from fusevm.model.errors import (
     WrongCluster,
     WrongState,
 )
-from fusevm.model.machine import Fence, Isolation
+from fusevm.model.machine import Contract, Fence, Isolation, Login
 from fusevm.testing.host_world import SPEC, World, fence, order, until
 from fusevm.wire.contract_routes import CONTRACT_ROUTES
 from fusevm.wire.host_api import MachineList, fence_headers
@@ -300,6 +300,20 @@ async def test_secrets_are_in_no_answer_and_in_no_file_that_others_read(api: Mac
     journal = api.world.root / "data" / "journal.db"
     assert stat.S_IMODE(journal.stat().st_mode) == 0o600
     assert b"PRIVATE KEY" in journal.read_bytes() + (journal.parent / "journal.db-wal").read_bytes()
+
+
+async def test_a_daemon_that_starts_again_knows_its_machines_by_their_keys(world: World):
+    login = Login(host_key="private", host_public_key="ssh-ed25519 public")
+    async with world.daemon() as daemon:
+        await daemon.machines.create(order("m-1"), None, Contract(login=login))
+        await daemon.machines.create(order("m-2"), None, Contract(login=login))
+    world.driver.processes["m-2"].agent.host_public_key = "ssh-ed25519 other"
+    async with world.daemon() as daemon:
+        await until(lambda: daemon.machines.record("m-2").phase.value == "failed")
+        assert "SSH host key" in daemon.machines.record("m-2").error
+        await daemon.machines.guest("m-1", None)
+        assert daemon.machines.record("m-1").contract == Contract(login=login)
+        assert await daemon.machines.stop("m-1", None)
 
 
 # -- whose machines ----------------------------------------------------------------------------------------------------
