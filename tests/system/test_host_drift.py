@@ -145,3 +145,24 @@ def _reboot(host: Host) -> None:
     with contextlib.closing(sqlite3.connect(host.data / "journal.db", isolation_level=None)) as db:
         record = "replace(CAST(record AS TEXT), ?, ?)"
         db.execute(f"UPDATE machines SET record = CAST({record} AS BLOB)", (boot_id(), "another-boot"))
+
+
+async def test_a_machine_whose_policy_cannot_be_enforced_costs_the_start_nothing(agent_host: Host):
+    """Its record is of another version, or damaged: that machine reaches nothing, the others what they may."""
+    host = agent_host
+    await host.start()
+    for number in (1, 2):
+        await host.create(f"m-{number}", make_fence(f"u{number}"), **SPEC)
+    await host.kill()
+    with contextlib.closing(sqlite3.connect(host.data / "journal.db", isolation_level=None)) as db:
+        (record,) = db.execute("SELECT record FROM machines WHERE id = 'm-1'").fetchone()
+        changed = json.loads(record)
+        changed["spec"]["network"] = {"internet": True, "rules": [{"action": "deny", "cidr": "999.1.1.1/99"}]}
+        db.execute("UPDATE machines SET record = ? WHERE id = 'm-1'", (json.dumps(changed).encode(),))
+    await host.start()
+    assert [machine.phase for machine in await host.machines()] == ["running", "running"]
+    # Slot 0 was the first machine's.
+    assert '"slot": 0' in next(line for line in host.tail().splitlines() if "slot_not_taken_over" in line)
+    for number in (1, 2):
+        await host.delete(f"m-{number}", make_fence(f"u{number}", action_seq=2))
+    assert await host.stop() == 0

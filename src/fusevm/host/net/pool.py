@@ -23,12 +23,15 @@ from fusevm.host.net.links import Objects, ensure_links, observe_objects, remove
 from fusevm.host.net.plan import NetworkPlan, Slot, plan_slot
 from fusevm.host.net.shaping import reshape, shape
 from fusevm.host.net.terms import DEFAULT_TERMS, Terms
-from fusevm.model.errors import Error, ShuttingDown, SlotFailed, SlotInUse
+from fusevm.model.errors import CommandFailed, Error, ShuttingDown, SlotFailed, SlotInUse
+from fusevm.model.network import Network
 
 log = structlog.get_logger()
 
 #: Slots made or destroyed in one go: bounds how long an `acquire` waits behind other work.
 _BATCH = 8
+#: Of a machine whose own terms cannot be enforced.
+_NOTHING = Terms(policy=Network(internet=False))
 #: After a failure in the background, seconds until the next attempt.
 _RETRY_S = 5.0
 
@@ -69,14 +72,33 @@ class Pool:
         beyond = [index for index in keep if index >= self._plan.capacity]
         slots = {index: plan_slot(self._plan, index) for index in keep if index not in beyond}
         # First of all the rules: from here on nobody but the kept machines reaches anything.
-        await self._firewall.open(uplinks, {index: keep[index] for index in slots})
+        failures = await self._open_rules(uplinks, {index: keep[index] for index in slots})
         await self._remove_others(slots)
-        failures = await ensure_links(self._plan, list(slots.values()))
+        failures |= await ensure_links(self._plan, list(slots.values()))
         problem = f"{self._plan.range} has only {self._plan.capacity} slots"
         failures |= {index: SlotFailed(index=index, problem=problem) for index in beyond}
         failures |= await self._reshape({index: keep[index] for index in slots.keys() - failures.keys()})
         self._used = slots
         self._task = asyncio.create_task(self._work(), name="network pool")
+        return failures
+
+    async def _open_rules(self, uplinks: Sequence[str], terms: Mapping[int, Terms]) -> dict[int, Exception]:
+        """Open the firewall for all. One whose terms it refuses reaches nothing, and keeps no other from its own."""
+        try:
+            await self._firewall.open(uplinks, terms)
+        except (CommandFailed, ValueError) as e:
+            log.warning("rules_refused", problem=str(e), remedy="each machine's are tried by themselves")
+        else:
+            return {}
+        accepted: dict[int, Terms] = {}
+        failures: dict[int, Exception] = {}
+        for index, wanted in terms.items():
+            try:
+                await self._firewall.open(uplinks, {**accepted, index: wanted})
+                accepted[index] = wanted
+            except (CommandFailed, ValueError) as e:
+                failures[index] = e
+        await self._firewall.open(uplinks, {**accepted, **dict.fromkeys(failures, _NOTHING)})
         return failures
 
     async def close(self) -> None:
