@@ -23,12 +23,14 @@ from fusevm.host.net.namespace import run_inside
 from fusevm.host.net.network import HostNetwork
 from fusevm.host.net.plan import plan_slot
 from fusevm.host.process import identify
-from fusevm.host.quarters import remove_tree
+from fusevm.host.removal import remove_tree
 from fusevm.host.strays import find_strays, kill_strays
 from fusevm.host.vmm.driver import JAIL
 from fusevm.model.errors import Error
 from fusevm.model.machine import Machine
 
+#: `jail/<program>/<id>/root/run` is the deepest place of a VMM's socket.
+_SOCKET_DEPTH = 5
 Records = Callable[[], list[Machine]]
 
 
@@ -207,8 +209,10 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def _has_socket(folder: Path) -> bool:
-    """Is there a socket in it or below? Links are not followed: a jail belongs to its machine's user."""
-    for place, _names, files in os.walk(folder):
+    """Is there a socket in it or below, where a VMM has its own? Links are not followed, nor folders without end."""
+    for place, names, files in os.walk(folder):
+        if len(Path(place).parts) - len(folder.parts) >= _SOCKET_DEPTH:
+            names.clear()
         for name in files:
             try:
                 if stat.S_ISSOCK(Path(place, name).lstat().st_mode):

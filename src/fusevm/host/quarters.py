@@ -34,8 +34,8 @@ from fusevm.host.disk.superblock import is_cleanly_left
 from fusevm.host.faults import Fault
 from fusevm.host.images.store import Image, ImageStore
 from fusevm.host.images.store import ImageConfig as StoredConfig
-from fusevm.host.mounts import detach_below
 from fusevm.host.net.terms import Terms
+from fusevm.host.removal import remove_tree
 from fusevm.host.rows import Numbers
 from fusevm.host.strays import kill_strays
 from fusevm.host.surroundings import Blueprint, Lodging, Remains
@@ -320,17 +320,6 @@ def check_reachable(path: Path) -> None:
         if not folder.stat().st_mode & 0o001:
             problem = f"the users that machines run as cannot enter {folder}; run `chmod o+x {folder}`"
             raise BadSetting(setting="data_root", problem=problem)
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a directory with all that is in it. Idempotent; follows no links, and enters nothing that is mounted."""
-    detach_below(path)
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
-        path.unlink(missing_ok=True)
 
 
 def total_memory_mib() -> int:

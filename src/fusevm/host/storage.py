@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from fusevm.host.config import HostConfig
@@ -16,6 +17,7 @@ from fusevm.host.vmm.driver import JAIL
 from fusevm.wire.host_api import MachineStorage, StoragePool, StorageReport
 
 _BLOCK_BYTES = 512
+_MAX_DEPTH = 32
 _ARTEFACTS = ("images", "kernels", "initramfs", "blanks")
 _STATE = ("journal.db", "journal.db-wal", "journal.db-shm", "ballast")
 
@@ -39,10 +41,7 @@ def observe_storage(config: HostConfig, generated_at: str) -> StorageReport:
 
 def allocated_tree(root: Path) -> int:
     """Bytes that a directory takes with all below it; 0 when it does not exist. Links are not followed."""
-    total = _allocated(root)
-    for folder, _names, files in os.walk(root, onerror=lambda _error: None):
-        total += sum(_allocated(Path(folder, name)) for name in files)
-    return total
+    return _allocated(root) + sum(map(_allocated, _files(root)))
 
 
 def _machine(folder: Path, run_dir: Path) -> MachineStorage:
@@ -55,11 +54,19 @@ def _machine(folder: Path, run_dir: Path) -> MachineStorage:
 def _linked(root: Path) -> int:
     """Bytes of the files below a directory that have another name, too."""
     total = 0
-    for folder, _names, files in os.walk(root, onerror=lambda _error: None):
-        for path in (Path(folder, name) for name in files):
-            with contextlib.suppress(OSError):
-                total += _allocated(path) if path.lstat().st_nlink > 1 else 0
+    for path in _files(root):
+        with contextlib.suppress(OSError):
+            total += _allocated(path) if path.lstat().st_nlink > 1 else 0
     return total
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """All files below a directory, down to a depth that nothing of ours has: a jail's may be its user's work."""
+    least = len(root.parts)
+    for folder, names, files in os.walk(root, onerror=lambda _error: None):
+        if len(Path(folder).parts) - least >= _MAX_DEPTH:
+            names.clear()
+        yield from (Path(folder, name) for name in files)
 
 
 def _folders(root: Path) -> list[Path]:

@@ -10,7 +10,7 @@ import pytest
 from fusevm.host.api import make_router
 from fusevm.host.boundary import Boundary
 from fusevm.host.listeners import bind_unix, serving
-from fusevm.host.quarters import remove_tree
+from fusevm.host.removal import remove_tree
 from fusevm.testing.host_world import World, fence, order
 from fusevm.wire.host_api import fence_headers
 from fusevm.wire.host_routes import HOST_ROUTES

@@ -12,7 +12,8 @@ from fusevm.host.boot_files import BootFileFinder, BootFiles
 from fusevm.host.config import HostConfig
 from fusevm.host.faults import NoFault
 from fusevm.host.images.store import ImageConfig, ImageStore, make_record
-from fusevm.host.quarters import HostQuarters, check_reachable, remove_tree
+from fusevm.host.quarters import HostQuarters, check_reachable
+from fusevm.host.removal import remove_tree
 from fusevm.host.storage import observe_storage
 from fusevm.host.strays import _named
 from fusevm.host.vmm.driver import JAIL

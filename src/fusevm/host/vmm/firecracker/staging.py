@@ -3,14 +3,13 @@
 Links share the file: what is shared (kernel, initramfs, image) is never given to the machine's user, only readable.
 """
 
-import contextlib
 import os
-import shutil
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from fusevm.host.removal import remove_tree
 from fusevm.host.vmm.driver import BootPlan
 from fusevm.host.vmm.firecracker.jail import Inside, Jail
 from fusevm.model.errors import BadSetting
@@ -63,8 +62,7 @@ def linked_files(plan: BootPlan, inside: Inside) -> dict[Path, str]:
 
 def remove(base: Path) -> None:
     """Remove a machine's jail; its process has ended. Idempotent; follows no links."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(base)
+    remove_tree(base)
 
 
 def _link(source: Path, target: Path) -> None:

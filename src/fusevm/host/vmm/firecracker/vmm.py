@@ -203,14 +203,20 @@ class FirecrackerVmm:
         return error
 
     async def _oversee(self) -> None:
-        await wait_hung(self._api.info, lambda: freezer.is_frozen(self._cgroups), self._patience)
+        await wait_hung(self._ask, lambda: freezer.is_frozen(self._cgroups), self._patience)
         _log.error("the VMM hangs and is ended", extra={"machine": self._id, "limit_s": self._patience.limit_s})
         await asyncio.to_thread(self._end, f"the VMM hung: its API was silent for {self._patience.limit_s:g} s")
+
+    async def _ask(self) -> None:
+        """Any answer is a sign of life, also a refusal."""
+        with contextlib.suppress(Fault):
+            await self._api.send(Call("GET", "/"))
 
     def _end(self, reason: str) -> None:
         self._killed = self._killed or reason
         self._handle.send(signal.SIGKILL)
-        freezer.thaw(self._cgroups)  # where a frozen process cannot die (cgroup v1)
+        with contextlib.suppress(OSError):  # it was fast, and its group is gone
+            freezer.thaw(self._cgroups)  # where a frozen process cannot die (cgroup v1)
 
     async def _watch(self) -> None:
         """Wait for the end, hear the last words, and clean up."""
@@ -237,8 +243,12 @@ class FirecrackerVmm:
             self._exit.set_result(explain_exit(words))
 
     def _remove(self) -> None:
-        staging.remove(self._jail.base)
-        self._pipe.unlink(missing_ok=True)
+        """What cannot be removed is left to the machine's own end: this one's must be told."""
+        try:
+            staging.remove(self._jail.base)
+            self._pipe.unlink(missing_ok=True)
+        except OSError as e:
+            _log.warning("the jail is not removed", extra={"machine": self._id, "problem": str(e)})
 
     async def _release(self) -> None:
         await self._api.close()

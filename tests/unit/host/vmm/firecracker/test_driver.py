@@ -226,3 +226,20 @@ async def test_sockets_are_where_the_daemon_looks_for_them(bench):
     root = plan.run_dir / "jail/firecracker" / plan.machine_id / "root"
     for path in (Inside().api, Inside().vsock):
         assert (root / path.removeprefix("/")).is_socket()
+
+
+async def test_a_jail_is_removed_however_deep_its_user_has_made_it(bench):
+    """A VMM that was broken into may make it deeper than paths and stacks can follow."""
+    vmm = await bench.boot(plan := await bench.plan())
+    root = plan.run_dir / "jail/firecracker" / plan.machine_id / "root"
+    descriptor = os.open(root, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=descriptor)
+        deeper = os.open("d", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = deeper
+    os.close(descriptor)
+    os.kill(vmm.process.pid, signal.SIGKILL)
+    async with asyncio.timeout(LIMIT_S):
+        assert "SIGKILL" in await vmm.wait_exit()
+    assert not (plan.run_dir / "jail").exists()
