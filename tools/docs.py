@@ -154,6 +154,8 @@ NEWS = {
     "drain_failed": "the drain command failed, or the daemon had to be killed; `message` says which",
     "drain_timeout": "the drain was given up at its deadline",
     "token_rotated": "the daemon runs with the new token; the old one is refused",
+    "network_changed": "the machine is held to its new network policy",
+    "network_timeout": "the network was not changed before the deadline",
     "rotate_timeout": "the new token was not delivered before the deadline",
     "creating": "a snapshot is being taken",
     "ready": "a snapshot is complete",

@@ -92,7 +92,7 @@ def test_every_reason_of_other_news_is_told(docs: ModuleType):
 
 def test_every_metric_of_both_programs_is_told(docs: ModuleType):
     page = docs.render_metrics()
-    for module in ("control/metrics", "control/fleet_gauges", "host/metrics"):
+    for module in ("control/metrics", "control/fleet_gauges", "host/metrics", "host/traffic_metrics"):
         source = (ROOT / f"src/fusevm/{module}.py").read_text()
         names = re.findall(r'"((?:orchestrator|fuse_host)_\w+)"', source)
         assert names
