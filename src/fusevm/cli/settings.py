@@ -177,8 +177,11 @@ def default_file(environ: Mapping[str, str]) -> Path | None:
     """The settings file: $FUSE_CONFIG, else the user's, else the system's; None when none is there."""
     if environ.get("FUSE_CONFIG"):
         return Path(environ["FUSE_CONFIG"])
-    base = environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
-    for path in (Path(base) / "fuse" / "fuse.toml", Path("/etc/fuse/fuse.toml")):
-        if path.is_file():
-            return path
-    return None
+    folders = [Path("/etc")]
+    if environ.get("XDG_CONFIG_HOME"):
+        folders.insert(0, Path(environ["XDG_CONFIG_HOME"]))
+    else:
+        with contextlib.suppress(RuntimeError):  # a user without an entry or a home, as a service may run as
+            folders.insert(0, Path.home() / ".config")
+    paths = [folder / "fuse" / "fuse.toml" for folder in folders]
+    return next((path for path in paths if path.is_file()), None)

@@ -432,3 +432,13 @@ def test_durations(text: str, seconds: float) -> None:
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(ValueError, match=r"duration|range|unit"):
         parse_duration(text)
+
+
+def test_a_user_without_a_home_has_the_settings_of_the_system_or_none(monkeypatch: pytest.MonkeyPatch):
+    """As a service's own user (DynamicUser=) where libnss-systemd is not installed."""
+
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    assert settings.default_file({}) in (None, Path("/etc/fuse/fuse.toml"))
