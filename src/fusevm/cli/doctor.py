@@ -33,9 +33,12 @@ def doctor(*, state: State, data: str | None, config_file: Path | None, **flags:
     Exit code 0: fit; 1: degraded, machines run but something is worse than it could be; 2: unfit.
     """
     from fusevm.cli.host_settings import host_config  # noqa: PLC0415 - the daemon's parts are only for this command
+    from fusevm.cli.install.env_file import read_installed  # noqa: PLC0415 - as below
     from fusevm.host.doctor import examine, exit_status, judge  # noqa: PLC0415 - as above
 
-    loaded = settings.load("host", flags, os.environ, config_file)
+    # Those of the installed daemon, unless another folder is asked about.
+    installed = {} if data else read_installed()
+    loaded = settings.load("host", flags, {**installed, **os.environ}, config_file)
     with loaded.naming_sources():
         config = host_config(loaded, os.environ, data)
         config.check()

@@ -9,6 +9,7 @@ Owns: the search. Must not: boot machines.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import platform
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ import structlog
 
 from fusevm.host.config import HostConfig
 from fusevm.host.images.initramfs import agent_path, ensure_initramfs
-from fusevm.host.images.kernel import Kernel, KernelStore
+from fusevm.host.images.kernel import FOR_FIRECRACKER, Kernel, KernelStore
 from fusevm.host.images.progress import ProgressEvent
 from fusevm.host.vmm.firecracker.pins import KERNELS
 from fusevm.model.errors import Error, KernelCorrupt
@@ -67,12 +68,11 @@ class BootFileFinder:
         """The one of the settings; for Firecracker the one that it is tested with, if installed; else Debian's."""
         if self._driver == "firecracker" and self._config.kernel is None:
             pin = KERNELS.get(platform.machine())
-            try:
-                if pin is not None:
-                    return await self._kernels.resolve(pin.key)
-            except KernelCorrupt as e:
-                remedy = "`fuse host install` fetches it; until then Debian's cloud kernel serves"
-                log.warning("pinned_kernel_missing", problem=e.message, remedy=remedy)
+            for name in (FOR_FIRECRACKER, *([pin.key] if pin is not None else [])):
+                with contextlib.suppress(KernelCorrupt):
+                    return await self._kernels.resolve(name)
+            remedy = "`fuse host install` fetches it; until then Debian's cloud kernel serves"
+            log.warning("pinned_kernel_missing", remedy=remedy)
         return await self._kernels.ensure(self._config.kernel, progress=_tell)
 
     async def try_find(self) -> BootFiles | None:

@@ -338,8 +338,9 @@ def test_a_release_build_is_one_without_a_loader(tmp_path: Path, content: bytes,
 
 
 def test_the_programs_are_those_that_the_daemon_will_start(tmp_path: Path):
-    assert find_programs(tmp_path, {})["jailer"] == release_folder(tmp_path) / "jailer"
-    found = find_programs(tmp_path, {"FIRECRACKER_BINARY_PATH": str(tmp_path / "firecracker")})["firecracker"]
+    config = HostConfig(data_root=tmp_path, firecracker_binary=tmp_path / "firecracker")
+    assert find_programs(config)["jailer"] == release_folder(tmp_path) / "jailer"
+    found = find_programs(config)["firecracker"]
     assert observe_program(found) == ProgramFacts(path=str(found))
     found.write_text("#!/bin/sh\n[ $1 = --version ] && echo Firecracker v1.16.1 || echo v10.0.0\n")
     found.chmod(0o755)

@@ -1,14 +1,23 @@
-"""Files of `VARIABLE=value` lines as systemd reads them (systemd.exec(5), EnvironmentFile=). Pure.
+"""Files of `VARIABLE=value` lines as systemd reads them (systemd.exec(5), EnvironmentFile=).
 
 What an administrator has written stays: comments, other variables, their order.
 """
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 _LINE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@%+,=~-]*")
 _ESCAPED = re.compile(r'[\\"`$]')
+
+
+def read_installed(path: Path = Path("/etc/fuse/host.env")) -> dict[str, str]:
+    """The settings of the installed host daemon; none without one, or for who may not read them."""
+    try:
+        return parse_env(path.read_text())
+    except OSError:
+        return {}
 
 
 def parse_env(text: str) -> dict[str, str]:

@@ -30,7 +30,7 @@ from fusevm.cli.install.plan import (
     expected,
 )
 from fusevm.cli.local_host import is_healthy
-from fusevm.host.images.kernel import DEFAULT, KernelStore
+from fusevm.host.images.kernel import DEFAULT, FOR_FIRECRACKER, KernelStore
 from fusevm.host.images.store import ImageStore
 from fusevm.host.run import PACKAGES, program_environment, run
 from fusevm.host.vmm.firecracker.pins import KERNELS, RELEASES, release_folder
@@ -109,7 +109,7 @@ async def observe(wanted: Wanted, places: Places) -> Facts:
         missing_packages=missing_packages(architecture),
         local=frozenset(path.name for path in wanted.source.iterdir()) if wanted.source else frozenset(),
         has_release=is_release_whole(release_folder(places.data), expected(wanted.digests, release).sha256),
-        has_firecracker_kernel=await _has_kernel(kernels, expected(wanted.digests, kernel).key),
+        has_firecracker_kernel=await _has_kernel(kernels, expected(wanted.digests, kernel).key, FOR_FIRECRACKER),
         has_kernel=await _has_kernel(kernels, DEFAULT),
         has_image=bool(wanted.image) and await _has_image(images, wanted.image),
         has_token=(places.data_root / "token").is_file() and (places.data_root / "tls.pem").is_file(),
@@ -148,12 +148,14 @@ def is_release_whole(folder: Path, archive_sha256: str) -> bool:
         return False
 
 
-async def _has_kernel(store: KernelStore, name: str) -> bool:
+async def _has_kernel(store: KernelStore, *names: str) -> bool:
+    """Is there a whole kernel, the same one by each of these names?"""
     try:
-        await store.verify(await store.resolve(name))
+        kernels = [await store.resolve(name) for name in names]
+        await store.verify(kernels[0])
     except (KernelCorrupt, OSError):
         return False
-    return True
+    return len({kernel.digest for kernel in kernels}) == 1
 
 
 async def _has_image(store: ImageStore, name: str) -> bool:

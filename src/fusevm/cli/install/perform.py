@@ -29,7 +29,7 @@ from fusevm.host.cgroup import Cgroups, observe_mounts
 from fusevm.host.config import HostConfig
 from fusevm.host.images.build import build_from_tree
 from fusevm.host.images.debian import build_debian
-from fusevm.host.images.kernel import KernelStore
+from fusevm.host.images.kernel import FOR_FIRECRACKER, KernelStore
 from fusevm.host.images.store import ImageConfig, ImageStore
 from fusevm.host.images.workspace import publish_folder, workspace, write_durably
 from fusevm.host.run import run, run_streaming
@@ -75,7 +75,8 @@ class Performer:
             case s.UnpackRelease():
                 await unpack_release(step)
             case s.StoreKernel(file=file, data=data):
-                await KernelStore(data).ensure(file, progress=self._narrator.hear)
+                kernels = KernelStore(data)
+                await kernels.name(await kernels.ensure(file, progress=self._narrator.hear), FOR_FIRECRACKER)
             case s.FetchKernel(data=data, packages=packages):
                 await KernelStore(data).ensure(packages=packages, progress=self._narrator.hear)
             case s.BuildImage(name=name, data=data, source=source):

@@ -157,7 +157,7 @@ def gather(config: HostConfig, ruleset: str | None) -> Facts:
     stats = os.statvfs(folder)
     uname = os.uname()
     folders = [config.data_root, config.artefacts, config.data_root / "machines"]
-    programs = find_programs(config.artefacts, os.environ)
+    programs = find_programs(config)
     return Facts(
         files=dict(_read_all(_FILES)),
         is_root=os.geteuid() == 0,

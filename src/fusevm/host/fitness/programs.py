@@ -2,17 +2,16 @@
 
 import struct
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from fusevm.host.config import HostConfig
 from fusevm.host.vmm.firecracker.pins import release_folder
 from fusevm.host.vmm.firecracker.versions import Version, parse_version
 
 NAMES: Final = ("firecracker", "jailer")
-_VARIABLES: Final = {"firecracker": "FIRECRACKER_BINARY_PATH", "jailer": "JAILER_BINARY_PATH"}
 _VERSION_S: Final = 10
 #: elf(5)
 _PT_INTERP: Final = 3
@@ -30,10 +29,11 @@ class ProgramFacts(msgspec.Struct, frozen=True, kw_only=True):
     snapshot_version: str = ""
 
 
-def find_programs(data: Path, environ: Mapping[str, str]) -> dict[str, Path]:
-    """Where the daemon will look for them."""
-    folder = release_folder(data)
-    return {name: Path(environ.get(variable) or folder / name) for name, variable in _VARIABLES.items()}
+def find_programs(config: HostConfig) -> dict[str, Path]:
+    """Those of the settings, else those of `fuse host install`."""
+    folder = release_folder(config.artefacts)
+    given = {"firecracker": config.firecracker_binary, "jailer": config.jailer_binary}
+    return {name: given[name] or folder / name for name in NAMES}
 
 
 def observe_program(path: Path) -> ProgramFacts:

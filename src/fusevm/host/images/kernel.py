@@ -35,6 +35,8 @@ from fusevm.model.errors import CommandFailed, KernelCorrupt
 META_PACKAGES = ("linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64", "linux-image-virtual")
 #: Name of the fetched kernel in the index.
 DEFAULT = "debian"
+#: Name of the kernel that `fuse host install` has put there for Firecracker.
+FOR_FIRECRACKER = "firecracker"
 _NEEDED_BYTES = 400 << 20
 _UNPACK_TIMEOUT_S = 120
 
@@ -125,6 +127,10 @@ class KernelStore:
             await asyncio.to_thread(self._names.set, DEFAULT, kernel.digest)
         progress(ProgressEvent(step="Kernel ready", detail=f"{kernel.record.version} in {kernel.directory}"))
         return kernel
+
+    async def name(self, kernel: Kernel, name: str) -> None:
+        """Let a name mean this kernel from now on."""
+        await asyncio.to_thread(self._names.set, name, kernel.digest)
 
     async def resolve(self, name: str) -> Kernel:
         """Return the kernel of a name or digest. A cheap check of its files; KernelCorrupt says which is damaged."""
