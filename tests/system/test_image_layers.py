@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -14,11 +15,12 @@ from pathlib import Path
 import pytest
 
 import fusevm
+from fusevm.host.images.build import build_from_tree
 from fusevm.host.images.confine import WORKER_UID, make_workplace
-from fusevm.host.images.ext4 import EPOCH_S, Extent
+from fusevm.host.images.ext4 import EPOCH_S, Extent, estimate_bytes
 from fusevm.host.images.file_system import take_file, write_file_system
 from fusevm.host.images.pull import Limits, load_image
-from fusevm.host.images.store import Image, ImageStore
+from fusevm.host.images.store import Image, ImageConfig, ImageStore
 from fusevm.host.run import run
 from fusevm.model.errors import (
     BadReference,
@@ -38,6 +40,15 @@ pytestmark = pytest.mark.skipif(
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 10, 0, 0, 0)
 
 NOBODY = 65534
+
+
+LOAD = """
+import asyncio, sys
+from pathlib import Path
+from fusevm.host.images.pull import load_image
+from fusevm.host.images.store import ImageStore
+print(asyncio.run(load_image(ImageStore(Path(sys.argv[1])), Path(sys.argv[2]), name="made")).digest)
+"""
 
 
 async def load(tmp_path: Path, *tars: bytes, limits: Limits | None = None, **config: object) -> Image:
@@ -116,6 +127,26 @@ async def test_files_of_every_kind_keep_what_they_are(tmp_path: Path):
     # Sparse where the content is.
     assert image.rootfs.stat().st_blocks * 512 < 600_000
     assert await ImageStore(tmp_path / "data").find_damage() == []
+
+
+async def test_a_size_that_leaves_a_tiny_last_group_is_recorded_as_it_is(tmp_path: Path):
+    """mke2fs leaves out a last block group of a few blocks: the file is smaller than what was asked for."""
+    group = 128 << 20
+    # The content that is estimated at 64 KiB more than one group.
+    blocks = next(
+        number
+        for number in range(group >> 12)
+        if estimate_bytes(Extent(inodes=2, bytes=number << 12)) > group + (64 << 10)
+    )
+    zeros = bytes((blocks - 2) << 12)
+    image = await load(tmp_path, make_tar(entry("zeros", zeros)))
+    assert image.record.size_bytes == group
+    assert image.rootfs.stat().st_size == group
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "zeros").write_bytes(zeros)
+    built = await build_from_tree(ImageStore(tmp_path / "data"), "built", tree, config=ImageConfig())
+    assert built.rootfs.stat().st_size == built.record.size_bytes == group
 
 
 async def test_the_same_layers_give_the_same_image(tmp_path: Path):
@@ -425,6 +456,26 @@ def _leads_to(link: Path, folder: Path) -> bool:
         return False
 
 
+async def test_a_killed_load_ends_with_its_daemon_and_is_swept(tmp_path: Path):
+    layout = ImageFiles(bomb(600 << 20)).write_layout(tmp_path / "layout")
+    images = tmp_path / "data" / "images"
+    source = str(Path(fusevm.__file__).parents[1])
+    words = [sys.executable, "-c", LOAD, tmp_path / "data", layout]
+    with subprocess.Popen(words, env={**os.environ, "PYTHONPATH": source}) as loader:
+        while not (found := list(images.glob(".build-*/work/content/0"))):
+            assert loader.poll() is None
+            await asyncio.sleep(0.005)
+        folder = found[0].parents[1]
+        loader.kill()
+    async with asyncio.timeout(60):
+        while any(_leads_to(path, folder) for path in Path("/proc").glob("[0-9]*/cwd")):
+            await asyncio.sleep(0.01)
+    assert folder.exists()
+    small = ImageFiles(make_tar(entry("x", b"x"))).write_layout(tmp_path / "small")
+    await load_image(ImageStore(tmp_path / "data"), small, name="small")
+    assert list(images.glob(".build-*")) == []
+
+
 async def test_what_debugfs_cannot_do_fails_the_image(tmp_path: Path):
     """It ends with status 0 all the same."""
     folder = tmp_path / "work"
@@ -450,15 +501,6 @@ async def test_what_the_worker_leaves_is_taken_only_if_it_is_a_plain_file(tmp_pa
             take_file(made, tmp_path / "taken")
     assert not (tmp_path / "taken").exists()
     assert secret.stat().st_mode & 0o777 == 0o644
-
-
-LOAD = """
-import asyncio, sys
-from pathlib import Path
-from fusevm.host.images.pull import load_image
-from fusevm.host.images.store import ImageStore
-print(asyncio.run(load_image(ImageStore(Path(sys.argv[1])), Path(sys.argv[2]), name="made")).digest)
-"""
 
 
 @pytest.mark.root

@@ -68,6 +68,20 @@ async def test_an_image_is_pulled_by_tag_and_by_digest(tmp_path: Path, hub: Regi
     assert sorted(path.name for path in store.root.glob(".build-*")) == []
 
 
+async def test_a_damaged_copy_is_replaced_when_forced(tmp_path: Path, hub: Registry):
+    hub.push(tool().write_layout(tmp_path / "layout"), "tool:1")
+    store, reference = ImageStore(tmp_path / "data"), f"{hub.address}/tool:1"
+    image = await pull_image(store, reference)
+    good = image.rootfs.read_bytes()
+    image.rootfs.chmod(0o600)
+    image.rootfs.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert [one.image for one in await store.find_damage()] == [reference]
+    again = await pull_image(store, reference, force=True)
+    assert again.digest == image.digest
+    assert again.rootfs.read_bytes() == good
+    assert await store.find_damage() == []
+
+
 async def test_a_tag_that_has_moved_is_followed(tmp_path: Path, hub: Registry):
     store = ImageStore(tmp_path / "data")
     reference = f"{hub.address}/tool"

@@ -25,9 +25,19 @@ _LOCAL = ("oci:", "oci-archive:", "docker-archive:")
 @click.option(
     "--plain-http", is_flag=True, help="The registry speaks HTTP without TLS. Not needed for one on loopback."
 )
+@click.option("--force", is_flag=True, help="Fetch it again, although it is here; repairs a damaged copy.")
 @data_option
 @output_options
-def pull(*, state: State, reference: str, name: str, authfile: Path | None, plain_http: bool, data: str | None) -> None:
+def pull(
+    *,
+    state: State,
+    reference: str,
+    name: str,
+    authfile: Path | None,
+    plain_http: bool,
+    force: bool,
+    data: str | None,
+) -> None:
     """Fetch the image REF: debian:12, registry.example/team/tool@sha256:..., or from local files oci:DIR[:TAG],
     oci-archive:FILE[:TAG], docker-archive:FILE[:TAG], or just a path.
 
@@ -54,7 +64,7 @@ def pull(*, state: State, reference: str, name: str, authfile: Path | None, plai
             work = load_image(store, path, tag=tag, name=chosen, limits=limits, progress=progress)
         else:
             access = Access(credentials=_read_credentials(authfile, state.environ), plain_http=plain_http)
-            work = pull_image(store, reference, name=name, access=access, limits=limits, progress=progress)
+            work = pull_image(store, reference, name=name, access=access, limits=limits, progress=progress, force=force)
         made = carry_out(work)
     if state.is_json:
         print_json({"names": made.names, "digest": made.digest, "size_bytes": made.record.size_bytes})

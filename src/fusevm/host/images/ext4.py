@@ -82,6 +82,8 @@ async def make_ext4(tree: Path, target: Path, progress: Progress, owners: dict[s
                 raise
             size = _whole_blocks(size * 5 // 4)
     await _settle(target, extent.inodes, owners)
+    # mke2fs leaves out a last block group that would be too small.
+    size = (await asyncio.to_thread(target.stat)).st_size
     progress(ProgressEvent(step="Writing the ext4 image", done_bytes=size, total_bytes=size))
     return size
 

@@ -64,10 +64,12 @@ async def pull_image(
     access: Access = Access(),  # noqa: B008 - frozen
     limits: Limits = Limits(),  # noqa: B008 - frozen
     progress: Progress = ignore_progress,
+    force: bool = False,
 ) -> Image:
     """Fetch an image from a registry, unless exactly that one is here; it gets `name`, or the reference's own.
 
-    Raises BadReference, ImageUnknown, ImageRefused, ImageTooLarge, DigestMismatch, FetchFailed, NoSpace, ToolMissing.
+    With `force` it is fetched all the same; a damaged copy is replaced. Raises BadReference, ImageUnknown,
+    ImageRefused, ImageTooLarge, DigestMismatch, FetchFailed, NoSpace, ToolMissing.
     """
     wanted = parse_reference(reference)
     names = [parse_name(name)] if name else _names_of(wanted)
@@ -80,7 +82,7 @@ async def pull_image(
         skopeo = Skopeo(folder / "registry", wanted, access)
         await skopeo.prepare()
         found = await skopeo.find()
-        here = await _find_pulled(store, found.digest)
+        here = None if force else await _find_pulled(store, found.digest)
         if here is not None:
             progress(ProgressEvent(step="Image ready", detail=f"{here.digest} is here already"))
             return await store.name(here.digest, names)

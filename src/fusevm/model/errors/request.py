@@ -110,7 +110,10 @@ class BadSetting(InvalidArgument):
 
 class ImageCorrupt(InvalidArgument):
     reason = "image_corrupt"
-    template = "The image file {path} is damaged ({problem}); rebuild it with `fuse image build --force {image}`"
+    template = (
+        "The image file {path} is damaged ({problem}); "
+        "make it anew with `fuse image build --force {image}`, or `fuse image pull --force` if it was pulled"
+    )
     image: str
     path: str
     problem: str
