@@ -255,9 +255,9 @@ class Host:
         async with self.exchange(method, target, fence, body, headers) as response:
             return response.status, await response.read(256 << 20)
 
-    async def ask(self, method: str, target: str, fence: Fence | None = None, body: Body = None) -> bytes:
+    async def ask(self, method: str, target: str, fence: Fence | None = None, body: Body = None, headers=None) -> bytes:
         """The body of a success; errors are raised as what they are."""
-        status, content = await self.call(method, target, fence, body)
+        status, content = await self.call(method, target, fence, body, headers)
         if status >= 400:
             raise parse_error(status, content)
         return content

@@ -21,7 +21,8 @@ from fusevm.testing.simulation.database import Fate
 from fusevm.testing.simulation.loop import run
 from fusevm.testing.simulation.replica import Answer
 from fusevm.testing.simulation.scale import NO_FAULTS, POLICY
-from fusevm.wire.host_api import CreateMachine, TakeSnapshot
+from fusevm.wire.host_api import CreateMachine
+from fusevm.wire.host_snapshots import TakeSnapshot
 
 LOST_S = POLICY.host_lost_ms / 1000
 Scenario = Callable[[Cluster], Awaitable[None]]

@@ -11,15 +11,17 @@ import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from real_host import Guest, Host, make_fence, until
 
 from fusevm.host.faults import POINTS
-from fusevm.model.errors import BootFailed
+from fusevm.model.errors import BootFailed, SnapshotFailed, SnapshotNotFound
 from fusevm.model.machine import Fence
 from fusevm.testing.agent_daemon import FAULT, UNKNOWN
 from fusevm.testing.agent_driver import MUTE, REFUSE
-from fusevm.wire.host_api import MachineBody
+from fusevm.wire.host_api import CLUSTER_HEADER, MachineBody
+from fusevm.wire.host_snapshots import SnapshotList
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -39,6 +41,11 @@ class Order:
     def next(self) -> Fence:
         self._seq += 1
         return self.now
+
+    @property
+    def snapshot(self) -> str:
+        """Id of its snapshot: ids are never used again."""
+        return f"s-{self._uid}"
 
     @property
     def now(self) -> Fence:
@@ -106,6 +113,35 @@ async def end_vmm(host: Host, _order: Order) -> None:
     host.box.run("kill", "-9", line.split()[1])
 
 
+async def take(host: Host, order: Order) -> None:
+    body = json.dumps({"snapshot_id": order.snapshot}).encode()
+    await host.ask("POST", f"/machines/{ID}/snapshots", order.next, body)
+
+
+async def take_in_vain(host: Host, order: Order) -> None:
+    (host.data / "snapshots" / order.snapshot).touch()  # where its folder should be
+    with pytest.raises(SnapshotFailed):
+        await take(host, order)
+
+
+async def restore(host: Host, order: Order) -> None:
+    body = json.dumps({"snapshot_id": order.snapshot}).encode()
+    await host.ask("POST", f"/machines/{ID}/restore", order.next, body)
+
+
+async def restore_in_vain(host: Host, order: Order) -> None:
+    (host.data / "snapshots" / order.snapshot / "disk.raw").unlink()
+    with pytest.raises(SnapshotNotFound):
+        await restore(host, order)
+
+
+async def forget(host: Host, order: Order) -> None:
+    await host.ask("DELETE", f"/snapshots/{order.snapshot}", headers={CLUSTER_HEADER: order.now.cluster})
+
+
+#: Reached only with a guest that holds its disk still, or a store: `tests/unit/host/test_snapshot_kill_points.py` has
+#: them and, of the first, `tests/real/test_host_snapshots.py`.
+OTHERS = {"freeze", "import"}
 #: By operation, the kinds of points of which are told by their first word: what comes before, and what reaches them.
 BEFORE: dict[str, tuple[Deed, ...]] = {
     "create": (),
@@ -118,6 +154,9 @@ BEFORE: dict[str, tuple[Deed, ...]] = {
     "exit": (create,),
     "network": (create,),
     "port": (create,),
+    "snapshot": (create, stop),
+    "restore": (create, stop, take),
+    "unsnapshot": (create, stop, take),
 }
 DEEDS: dict[str, Deed] = {
     "create": create,
@@ -133,6 +172,11 @@ DEEDS: dict[str, Deed] = {
     "create.undone": create_in_vain,
     "start.undone": start_in_vain,
     "visit.undone": visit_in_vain,
+    "snapshot": take,
+    "snapshot.undone": take_in_vain,
+    "restore": restore,
+    "restore.undone": restore_in_vain,
+    "unsnapshot": forget,
 }
 
 
@@ -141,7 +185,7 @@ ELSEWHERE = {"port.undone.writing", "port.undone"}
 
 
 def test_every_operation_has_its_deed():
-    assert {point.partition(".")[0] for point in POINTS} == BEFORE.keys()
+    assert {point.partition(".")[0] for point in POINTS} == BEFORE.keys() | OTHERS
 
 
 # -- the invariant ----------------------------------------------------------------------------------------------------
@@ -180,7 +224,15 @@ async def check_agreement(host: Host) -> list[MachineBody]:
     reserved = json.loads(await host.ask("GET", "/state"))["journal"]["reservations"]
     assert sorted({row["machine_id"] for row in reserved}) == sorted(machine.id for machine in machines)
     assert {row["machine_id"] for row in reserved if row["kind"] == "slot"} == running
+    await until(lambda: has_snapshots(host), 60)
     return machines
+
+
+async def has_snapshots(host: Host) -> bool:
+    """Nothing is under way with a snapshot, and there are bytes of those that are known."""
+    known = msgspec.json.decode(await host.ask("GET", "/snapshots"), type=SnapshotList).snapshots
+    folders = {entry.name for entry in (host.data / "snapshots").iterdir()}
+    return folders == {one.id for one in known if one.state == "ready"} and len(folders) == len(known)
 
 
 @pytest.mark.parametrize("operation", sorted(BEFORE))
@@ -216,6 +268,8 @@ async def kill_at(host: Host, point: str, order: Order) -> None:
         assert phases in ([], ["running"])
         assert (await Guest(host, ID, order.now).exec("true", cwd="/")).exit_code == 0
     await host.delete(ID, order.next)
+    with contextlib.suppress(SnapshotNotFound):
+        await forget(host, order)
     assert await check_agreement(host) == []
     assert await host.wait_empty() == []
 

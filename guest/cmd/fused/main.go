@@ -72,6 +72,7 @@ func pid1() {
 		Launcher: &process.Launcher{Reaper: reaper, Cgroups: m.Cgroups},
 		Shutdown: func() { machine.Shutdown(m.Disks) },
 		Folder:   boot.FuseFolder,
+		Disks:    m.Disks,
 	})
 	m.Phases.Done("channel")
 	console.Printf("ready after %d ms", machine.Uptime().Milliseconds())

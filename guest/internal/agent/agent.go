@@ -17,6 +17,7 @@ import (
 	"fused/internal/console"
 	"fused/internal/daemon"
 	"fused/internal/fault"
+	"fused/internal/freeze"
 	"fused/internal/login"
 	"fused/internal/machine"
 	"fused/internal/process"
@@ -37,6 +38,9 @@ type Config struct {
 	Owned bool
 	// Shutdown ends the machine.
 	Shutdown func()
+	// Disks are the paths of the mounted file systems that a snapshot is taken
+	// of; none for an ordinary process.
+	Disks []string
 	// Folder is a tmpfs for the setup's secrets; "": there is none.
 	Folder string
 }
@@ -47,6 +51,7 @@ type Agent struct {
 	accounts    account.Database
 	table       *process.Table
 	duties      *duties
+	freezer     *freeze.Freezer
 	sshd        *daemon.Supervisor
 	routes      *http.ServeMux
 	connections atomic.Int64
@@ -65,6 +70,7 @@ func New(config Config) *Agent {
 		routes: http.NewServeMux(),
 	}
 	a.duties = newDuties(config, a.resolve)
+	a.freezer = freeze.New(config.Disks)
 	a.sshd = newSSHD(config, a.accounts)
 	handlers := a.handlers()
 	maps.Copy(handlers, a.dutyHandlers())
@@ -101,6 +107,8 @@ func (a *Agent) handlers() map[string]handler {
 		"POST /files":                  a.fileOperation,
 		"GET /archive":                 a.readArchive,
 		"PUT /archive":                 a.writeArchive,
+		"POST /quiesce":                a.quiesce,
+		"POST /thaw":                   a.thaw,
 		"POST /shutdown":               a.shutdown,
 		"GET /metrics":                 a.metrics,
 	}

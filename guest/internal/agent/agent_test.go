@@ -700,3 +700,14 @@ func TestAPanicIsOneRequestsProblem(t *testing.T) {
 		t.Errorf("%d", a.status)
 	}
 }
+
+func TestAnOrdinaryProcessFreezesNothing(t *testing.T) {
+	s := newServer(t)
+	s.do("POST", "/quiesce", object{"limit_ms": 1000}).fails(t, 501, "unimplemented", "not_supported")
+	for _, limit := range []int{0, -1, 60_001} {
+		s.do("POST", "/quiesce", object{"limit_ms": limit}).fails(t, 400, "invalid_argument", "bad_request")
+	}
+	if a := s.do("POST", "/thaw", object{}); a.status != 200 || a.json(t)["was_frozen"] != false {
+		t.Errorf("%d %s", a.status, a.body)
+	}
+}

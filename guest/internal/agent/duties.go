@@ -71,6 +71,7 @@ func (d *duties) stop() {
 
 // Stop ends what would otherwise go on by itself, as before the machine goes down.
 func (a *Agent) Stop() {
+	a.freezer.Thaw() // what ends may have to write
 	a.duties.stop()
 	a.sshd.Stop(daemonGrace)
 }

@@ -15,9 +15,8 @@ from fusevm.wire.host_api import (
     MachineBody,
     MachineEvent,
     MachineList,
-    SnapshotBody,
-    TakeSnapshot,
 )
+from fusevm.wire.host_snapshots import SnapshotBody, TakeSnapshot
 
 Body = bytes | AsyncIterator[bytes] | None
 

@@ -35,12 +35,9 @@ from fusevm.wire.host_api import (
     MachineBody,
     MachineEvent,
     MachineList,
-    RestoreInPlace,
-    SnapshotAnswer,
-    SnapshotBody,
-    TakeSnapshot,
     fence_headers,
 )
+from fusevm.wire.host_snapshots import RestoreInPlace, SnapshotAnswer, SnapshotBody, TakeSnapshot
 from fusevm.wire.http1 import Response
 
 T = TypeVar("T")

@@ -50,7 +50,7 @@ from fusevm.model.event import (
 from fusevm.model.machine import Fence
 from fusevm.model.setup import Setup
 from fusevm.model.snapshot import SnapshotKind
-from fusevm.wire.host_api import TakeSnapshot
+from fusevm.wire.host_snapshots import TakeSnapshot
 
 T = TypeVar("T")
 _Inside = SetUpMachine | DrainAgent | RotateToken | RestoreMachine

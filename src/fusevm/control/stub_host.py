@@ -29,9 +29,8 @@ from fusevm.wire.host_api import (
     MachineBody,
     MachineEvent,
     MachineList,
-    SnapshotBody,
-    TakeSnapshot,
 )
+from fusevm.wire.host_snapshots import SnapshotBody, TakeSnapshot
 
 STUB_ID = "stub"
 STUB_URL = "stub:"
@@ -51,6 +50,8 @@ class StubHost:
         self._seen: dict[str, Seen] = {}
         self._guests: dict[str, PretendedGuest] = {}
         self._snapshots: dict[str, SnapshotBody] = {}
+        #: Ids that nothing is taken under any more.
+        self._freed: set[str] = set()
 
     async def info(self) -> HostFacts:
         return HostFacts(
@@ -112,6 +113,8 @@ class StubHost:
 
     async def take_snapshot(self, fence: Fence, machine_id: str, body: TakeSnapshot) -> SnapshotBody:
         self._order(fence, machine_id)
+        if body.snapshot_id in self._freed:
+            raise SnapshotNotFound(id=body.snapshot_id)
         kind = SnapshotKind.LIVE if body.live else SnapshotKind.DISK
         digest = "sha256:" + hashlib.sha256(body.snapshot_id.encode()).hexdigest()
         made = SnapshotBody(
@@ -128,6 +131,7 @@ class StubHost:
     async def delete_snapshot(self, cluster: str, snapshot_id: str) -> None:
         if self._cluster and cluster != self._cluster:
             raise WrongCluster(cluster=self._cluster, asked=cluster)
+        self._freed.add(snapshot_id)
         if self._snapshots.pop(snapshot_id, None) is None:
             raise SnapshotNotFound(id=snapshot_id)
 

@@ -18,7 +18,7 @@ import msgspec
 from fusevm.model.errors import AgentFailure, Timeout
 from fusevm.wire.decode import UNREADABLE
 from fusevm.wire.errors import parse_error
-from fusevm.wire.guest import PROTOCOL_MAJOR, AgentHealth, Configure, ExecRequest, ExecResult
+from fusevm.wire.guest import PROTOCOL_MAJOR, AgentHealth, Configure, ExecRequest, ExecResult, Thawed
 from fusevm.wire.http1 import Connection
 from fusevm.wire.streams import ByteStream
 
@@ -85,6 +85,22 @@ async def ask_shutdown(guest: Guest) -> None:
     """Ask the machine to end in order; its VMM exits a little later. Raises ConnectionError."""
     async with converse(guest) as talk:
         await talk.call("POST", "/shutdown", b'{"reboot":false}', dict)
+
+
+async def quiesce(guest: Guest, limit_s: float) -> None:
+    """Hold every write to the machine's disk until `thaw`; the agent lets go by itself after the limit.
+
+    Raises ConnectionError, NotSupported for an agent that cannot, or what else it answers.
+    """
+    async with converse(guest) as talk:
+        await talk.call("POST", "/quiesce", msgspec.json.encode({"limit_ms": round(limit_s * 1000)}), dict)
+
+
+async def thaw(guest: Guest) -> bool:
+    """Let writes through again; True when they were held until now. Raises ConnectionError."""
+    async with converse(guest) as talk:
+        answer = await talk.call("POST", "/thaw", b"{}", Thawed)
+    return answer.was_frozen
 
 
 async def run_command(guest: Guest, request: ExecRequest) -> ExecResult:

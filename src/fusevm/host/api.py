@@ -31,6 +31,7 @@ from fusevm.host.image_handlers import IMAGE_HANDLERS
 from fusevm.host.port_rows import PortDraft
 from fusevm.host.relay import relay_frames, relay_request, run_for_client
 from fusevm.host.render import render_exec, render_network, render_port
+from fusevm.host.snapshots import handlers as snapshots
 from fusevm.model.errors import BadField, MethodNotAllowed, RouteNotFound
 from fusevm.model.machine import Fence
 from fusevm.model.network import Exposure, Network
@@ -318,6 +319,7 @@ HANDLERS: dict[str, Handler] = {
     "metrics": _metrics,
     **CONTRACT_HANDLERS,
     **IMAGE_HANDLERS,
+    **snapshots.HANDLERS,
 }
 
 

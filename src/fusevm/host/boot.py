@@ -19,7 +19,8 @@ from fusevm.model.errors import BootFailed, Error
 from fusevm.model.machine import Machine
 from fusevm.wire.guest import AgentHealth, Configure, LoginKeys
 
-BootKind: TypeAlias = Literal["create", "start", "visit"]
+#: What a boot is part of; only a create makes the disk.
+BootKind: TypeAlias = Literal["create", "start", "restore", "visit"]
 
 _ENTROPY_BYTES = 64
 #: The agent's channel broke: how long to wait for the VMM's own word about why.

@@ -31,11 +31,12 @@ from fusevm.host.metrics import Metrics
 from fusevm.host.net.traffic import Traffic
 from fusevm.host.render import render_time
 from fusevm.host.rows import Entry
+from fusevm.host.snapshots.keeper import SnapshotKeeper
 from fusevm.host.storage import observe_storage
 from fusevm.host.surroundings import Surroundings
 from fusevm.host.sweep import Sweeper
 from fusevm.model.errors import Error
-from fusevm.model.machine import Fence, Isolation, Machine, Phase
+from fusevm.model.machine import Fence, Isolation, Machine, MachineSpec, Phase
 from fusevm.wire.guest import ExecRequest, ExecResult
 from fusevm.wire.host_api import HostFacts, StorageReport
 
@@ -77,6 +78,7 @@ class Daemon:
         artifacts: Importer,
         sweeper: Sweeper,
         machines: Machines,
+        snapshots: SnapshotKeeper,
         identification: Identification,
         network: TrafficMeter | None = None,
     ) -> None:
@@ -88,6 +90,7 @@ class Daemon:
         self._identification = identification
         self.machines = machines
         self._network = network
+        self.snapshots = snapshots
 
     @property
     def events(self) -> EventHub:
@@ -113,7 +116,7 @@ class Daemon:
     @asynccontextmanager
     async def running(self, entries: list[Entry]) -> AsyncIterator[None]:
         """Take up the journal's machines, sweep, and keep sweeping. At the end VMMs run on."""
-        async with self.machines.running(entries):
+        async with self.snapshots.running(), self.machines.running(entries):
             await self._sweep(is_start=True)
             sweeping = asyncio.create_task(self._keep_sweeping(), name="sweep")
             try:
@@ -192,6 +195,10 @@ class Daemon:
         }
         return {"journal": state, "observed": observed, "host": msgspec.to_builtins(await self.facts())}
 
+    async def image_digest(self, name: str) -> str:
+        """The digest of an image's name or digest. Raises ImageNotFound, ImageCorrupt."""
+        return (await self._parts.quarters.resolve(MachineSpec(image=name))).image_digest
+
     async def observe_storage(self) -> StorageReport:
         """What takes how much of the disk."""
         now = render_time(self._parts.clock.now_ms())
@@ -212,6 +219,7 @@ class Daemon:
         began = time.monotonic()
         try:
             removed = await self._sweeper.sweep(is_start=is_start)
+            await self.snapshots.tidy()
             await self.journal.purge()
             await self.journal.ensure_ballast()
             await self.images.relieve()

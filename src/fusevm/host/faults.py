@@ -63,6 +63,45 @@ VISIT_POINTS = (
     "visit.done.writing",
     "visit.done",
 )
+#: Of a snapshot of a machine that runs, in order (of one that rests, `snapshot.stopped` is in place of the freeze);
+#: from `snapshot.copied` on the machine is free again.
+SNAPSHOT_POINTS = (
+    "snapshot.intent.writing",
+    "snapshot.intent",
+    "freeze.before",
+    "freeze.held",
+    "freeze.copied",
+    "freeze.thawed",
+    "snapshot.copied.writing",
+    "snapshot.copied",
+    "snapshot.ready.writing",
+    "snapshot.ready",
+)
+RESTORE_POINTS = (
+    "restore.intent.writing",
+    "restore.intent",
+    "restore.staged",
+    "restore.committed.writing",
+    "restore.committed",
+    "restore.vacated",
+    "restore.swapped",
+    "restore.prepared.writing",
+    "restore.prepared",
+    "restore.booted.writing",
+    "restore.booted",
+    "restore.answered",
+    "restore.running.writing",
+    "restore.running",
+)
+UNSNAPSHOT_POINTS = (
+    "unsnapshot.intent.writing",
+    "unsnapshot.intent",
+    "unsnapshot.removed",
+    "unsnapshot.gone.writing",
+    "unsnapshot.gone",
+)
+#: Of a snapshot that is fetched from where it was carried; then it is made usable as any other.
+IMPORT_POINTS = ("import.intent.writing", "import.intent", "import.copied.writing", "import.copied")
 START_POINTS = ("start.intent.writing", "start.intent", "start.prepared", "start.booted", "start.running.writing")
 NETWORK_POINTS = tuple(
     f"{change}{moment}"
@@ -83,6 +122,15 @@ POINTS = frozenset(
         *VISIT_POINTS,
         "visit.undone.writing",
         "visit.undone",
+        *SNAPSHOT_POINTS,
+        *RESTORE_POINTS,
+        *UNSNAPSHOT_POINTS,
+        *IMPORT_POINTS,
+        "snapshot.stopped",
+        "snapshot.undone.writing",
+        "snapshot.undone",
+        "restore.undone.writing",
+        "restore.undone",
         "create.undone.writing",
         "create.undone",
         "start.prepared.writing",

@@ -156,7 +156,7 @@ class Journal:
             save_fence(db, order, seen.with_order(order), self._clock())
             return machine
 
-        return await self._write(transact, point="create.intent", on_commit=on_commit)
+        return await self.write(transact, point="create.intent", on_commit=on_commit)
 
     async def begin_start(
         self,
@@ -175,7 +175,7 @@ class Journal:
         """
 
         def transact(db: sqlite3.Connection) -> Machine:
-            machine = self._order(db, machine_id, fence)
+            machine = self.take_order(db, machine_id, fence)
             if machine.phase is not Phase.STOPPED:
                 return machine
             check_admission(load_usage(db, exclude=machine_id), limits, machine.spec, is_new=False)
@@ -186,7 +186,7 @@ class Journal:
             save_intent(db, machine.id, "start", self._clock(), deadline_ms)
             return machine
 
-        return await self._write(transact, point="start.intent", on_commit=on_commit)
+        return await self.write(transact, point="start.intent", on_commit=on_commit)
 
     async def begin_stop(self, machine_id: str, fence: Fence | None, on_commit: Callable[[Machine], None]) -> Machine:
         """Write the intent to stop a running machine; one in another phase is returned unchanged.
@@ -195,12 +195,12 @@ class Journal:
         """
 
         def transact(db: sqlite3.Connection) -> Machine:
-            machine = self._order(db, machine_id, fence)
+            machine = self.take_order(db, machine_id, fence)
             if machine.phase in (Phase.RUNNING, Phase.PAUSED):
                 save_intent(db, machine.id, "stop", self._clock())
             return machine
 
-        return await self._write(transact, point="stop.intent", on_commit=on_commit)
+        return await self.write(transact, point="stop.intent", on_commit=on_commit)
 
     async def begin_resize(
         self,
@@ -217,7 +217,7 @@ class Journal:
         """
 
         def transact(db: sqlite3.Connection) -> tuple[Machine, bool]:
-            machine = self._order(db, machine_id, fence)
+            machine = self.take_order(db, machine_id, fence)
             if machine.phase not in (Phase.RUNNING, Phase.PAUSED, Phase.STOPPED):
                 raise WrongState(id=machine.id, state=machine.phase.value, wanted="it must be running or stopped")
             spec = resized(machine.spec, size, load_usage(db, exclude=machine_id), limits)
@@ -227,7 +227,7 @@ class Journal:
             save_intent(db, machine.id, "resize", self._clock())
             return machine, True
 
-        return await self._write(transact, point="resize.intent", on_commit=lambda done: on_commit(done[0]))
+        return await self.write(transact, point="resize.intent", on_commit=lambda done: on_commit(done[0]))
 
     async def begin_visit(
         self, machine_id: str, limits: Limits, nonce: str, on_commit: Callable[[Machine], None]
@@ -248,7 +248,7 @@ class Journal:
             save_intent(db, machine.id, "visit", self._clock())
             return machine
 
-        return await self._write(transact, point="visit.intent", on_commit=on_commit)
+        return await self.write(transact, point="visit.intent", on_commit=on_commit)
 
     async def begin_delete(
         self, machine_id: str, fence: Fence | None, on_commit: Callable[[Machine | None], None]
@@ -277,7 +277,7 @@ class Journal:
             save_intent(db, machine.id, "delete", self._clock())
             return machine
 
-        return await self._write(transact, point="delete.intent", on_commit=on_commit, is_urgent=True)
+        return await self.write(transact, point="delete.intent", on_commit=on_commit, is_urgent=True)
 
     async def note_order(self, machine_id: str, fence: Fence, on_commit: Callable[[Machine], None]) -> Machine:
         """Remember an order that is for the machine's guest: nothing older is taken up from then on.
@@ -286,9 +286,9 @@ class Journal:
         """
 
         def transact(db: sqlite3.Connection) -> Machine:
-            return self._order(db, machine_id, fence)
+            return self.take_order(db, machine_id, fence)
 
-        return await self._write(transact, point="guest.order", on_commit=on_commit)
+        return await self.write(transact, point="guest.order", on_commit=on_commit)
 
     async def rewire(
         self,
@@ -304,11 +304,11 @@ class Journal:
         """
 
         def transact(db: sqlite3.Connection) -> Machine:
-            machine = self._order(db, machine_id, fence)
+            machine = self.take_order(db, machine_id, fence)
             changed = change(db, machine)
             return machine if changed == machine else save_machine(db, changed, self._clock())
 
-        return await self._write(transact, point=point, on_commit=on_commit)
+        return await self.write(transact, point=point, on_commit=on_commit)
 
     # -- progress ---------------------------------------------------------------------------------------------------
 
@@ -320,7 +320,7 @@ class Journal:
             expect_one(marked)
             return save_machine(db, machine, self._clock())
 
-        return await self._write(transact, point=f"{kind}.{step}")
+        return await self.write(transact, point=f"{kind}.{step}")
 
     async def finish(self, machine: Machine, kind: Kind, step: str, on_commit: Callable[[Machine], None]) -> Machine:
         """Save the final record of an operation and clear the intent; a machine at rest gives back its slot.
@@ -332,7 +332,7 @@ class Journal:
             expect_one(db.execute(SQL["clear_operation"], {"id": machine.id, "kind": kind}))
             return save_machine(db, release_slot(db, machine), self._clock())
 
-        return await self._write(transact, point=f"{kind}.{step}", on_commit=on_commit)
+        return await self.write(transact, point=f"{kind}.{step}", on_commit=on_commit)
 
     async def forget(self, machine_id: str, kind: Kind, step: str, on_commit: Callable[[None], None]) -> None:
         """Remove a machine whose create was undone, or whose delete is complete. Raises Superseded."""
@@ -341,7 +341,7 @@ class Journal:
             expect_one(db.execute(SQL["clear_operation"], {"id": machine_id, "kind": kind}))
             db.execute(SQL["delete_machine"], {"id": machine_id})
 
-        await self._write(transact, point=f"{kind}.{step}", on_commit=on_commit, is_urgent=True)
+        await self.write(transact, point=f"{kind}.{step}", on_commit=on_commit, is_urgent=True)
 
     async def observe(self, machine: Machine, step: str, on_commit: Callable[[Machine], None]) -> Machine:
         """Save what became of a machine without an order: `seen` (its VMM has ended), `vacated` (its numbers are free).
@@ -354,40 +354,44 @@ class Journal:
                 raise Superseded
             return save_machine(db, machine if step == "seen" else release_slot(db, machine), self._clock())
 
-        return await self._write(transact, point=f"exit.{step}", on_commit=on_commit)
+        return await self.write(transact, point=f"exit.{step}", on_commit=on_commit)
 
     async def purge(self) -> int:
         """Remove expired fences; return how many."""
         moment = {"now_ms": self._clock()}
-        return await self._write(lambda db: db.execute(SQL["purge_fences"], moment).rowcount, point="purge")
+        return await self.write(lambda db: db.execute(SQL["purge_fences"], moment).rowcount, point="purge")
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
     async def entries(self) -> list[Entry]:
         """Return every machine; one whose record is damaged comes as failed, with what the columns know."""
-        return await self._read(load_entries)
+        return await self.read(load_entries)
 
     async def operation(self, machine_id: str) -> Operation | None:
         """Return what is not complete with a machine."""
-        return await self._read(lambda db: load_operation(db, machine_id))
+        return await self.read(lambda db: load_operation(db, machine_id))
+
+    async def snapshot_images(self) -> list[tuple[str, str]]:
+        """Return the digest of the image that each snapshot needs, and the snapshot's id."""
+        return await self.read(lambda db: db.execute(SQL["snapshot_images"]).fetchall())
 
     async def usage(self) -> Usage:
         """Return what is booked."""
-        return await self._read(load_usage)
+        return await self.read(load_usage)
 
     async def cluster(self) -> str:
         """Return whose host this is; empty until the first fenced order."""
-        return await self._read(lambda db: load_meta(db, "cluster"))
+        return await self.read(lambda db: load_meta(db, "cluster"))
 
     async def tombstones(self) -> int:
         """Count the fences of deleted machines."""
-        return await self._read(
+        return await self.read(
             lambda db: int(db.execute(SQL["count_tombstones"], {"now_ms": self._clock()}).fetchone()[0])
         )
 
     async def render_state(self) -> dict[str, Any]:
         """Return the whole journal as JSON values, but for the machines' nonces."""
-        return await self._read(render_state)
+        return await self.read(render_state)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -395,7 +399,7 @@ class Journal:
         """Make the ballast (again), while there is plenty of room."""
         await asyncio.to_thread(_ensure_ballast, self._ballast)
 
-    async def _write(
+    async def write(
         self,
         transact: Callable[[sqlite3.Connection], T],
         *,
@@ -413,7 +417,7 @@ class Journal:
         except DiskFull as e:
             raise self._no_space() from e
 
-    async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+    async def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         def read() -> T:
             with self._reading:
                 return query(self._reader)
@@ -431,7 +435,7 @@ class Journal:
         if not bound and order.cluster != LOCAL:
             db.execute(SQL["set_meta"], {"key": "cluster", "value": order.cluster})
 
-    def _order(self, db: sqlite3.Connection, machine_id: str, fence: Fence | None) -> Machine:
+    def take_order(self, db: sqlite3.Connection, machine_id: str, fence: Fence | None) -> Machine:
         """The machine that an order means, with the order noted."""
         machine = load_machine(db, machine_id)
         if machine is None or machine.phase is Phase.DELETING:

@@ -33,10 +33,12 @@ from fusevm.host.mailbox import (
     Publish,
     Recover,
     Resize,
+    RestoreDisk,
     Rewiring,
     SetNetwork,
     Start,
     Stop,
+    TakeSnapshot,
     Tidy,
     Unpublish,
 )
@@ -44,6 +46,8 @@ from fusevm.host.quarantine import BackOff, Quarantine
 from fusevm.host.resize import finish_resize, resize_machine
 from fusevm.host.rewiring import carry_out_rewiring
 from fusevm.host.rows import Operation
+from fusevm.host.snapshots.record import HostSnapshot
+from fusevm.host.snapshots.work import DiskWork
 from fusevm.host.surroundings import Surroundings
 from fusevm.host.tasks import CLEAN_UP_TIMEOUT_S, CleanUp, Stopped, run_unless
 from fusevm.host.visit import end_visit, hold_visit
@@ -65,12 +69,14 @@ from fusevm.model.machine import Fence, Machine, Phase
 
 log = structlog.get_logger()
 
-_Boot: TypeAlias = Literal["create", "start"]
+_Boot: TypeAlias = Literal["create", "start", "restore"]
 
 #: How long a guest may take to end in order; the agent itself gives its processes 1 s, and its user's daemon 2.
 SHUTDOWN_GRACE_S = 10.0
 #: How long an adopted guest may take to say who it is.
 _ADOPTION_TIMEOUT_S = 10.0
+#: What a boot gets that a restarted daemon has to begin anew.
+LATE_BOOT_MS = 60_000
 #: How long a caller waits for a machine that is being adopted.
 _RECOVERY_WAIT_S = 15.0
 #: Reasons of an exit that the guest itself wanted (`Vmm.wait_exit`).
@@ -83,6 +89,7 @@ class MachineTask:
     def __init__(self, machine: Machine, parts: Surroundings) -> None:
         self._record = machine
         self._parts = parts
+        self._work = DiskWork(parts)
         self._mailbox = Mailbox()
         self._creating: Create | None = None
         self._vmm: Vmm | None = None
@@ -174,6 +181,21 @@ class MachineTask:
             self._mailbox.post(self._visiting)
         return self._visiting.enter()
 
+    async def take_snapshot(self, fence: Fence | None, snapshot_id: str) -> HostSnapshot:
+        """Copy its disk at one moment; what is left of the work needs the machine no more. Idempotent by the id."""
+        order = TakeSnapshot(fence, snapshot_id)
+        self._mailbox.post(order)
+        await order.wait()
+        if order.taken is None:
+            raise Internal(problem=f"snapshot {snapshot_id} was not taken")
+        return order.taken
+
+    async def restore(self, fence: Fence | None, snapshot_id: str, timeout_ms: int) -> Machine:
+        """Put the disk of a snapshot in place and start it. Idempotent by the number of the order."""
+        order = RestoreDisk(fence, snapshot_id, timeout_ms)
+        self._mailbox.post(order)
+        return await order.wait()
+
     async def tidy(self) -> None:
         """Remove what it should not have, if it rests."""
         order = Tidy()
@@ -235,8 +257,7 @@ class MachineTask:
         """`run` will not be called again: answer everybody who waits."""
         self._settled.set()
         error = MachineNotFound(id=self._record.id) if self._is_gone else ShuttingDown()
-        for order in self._mailbox.drain():
-            self._answer_late(order, error)
+        self._mailbox.close(lambda order: self._answer_late(order, error))
 
     async def _carry_out(self, order: AnyOrder) -> None:
         if isinstance(order, Delete):
@@ -245,6 +266,7 @@ class MachineTask:
         try:
             await run_unless(self._mailbox.wait_overtaking(), self._perform(order))
         except Stopped:
+            order.fail(self._interruption())  # it may not even have begun
             self._log.info("order_overtaken", order=type(order).__name__.lower())
 
     async def _perform(self, order: AnyOrder) -> None:
@@ -301,16 +323,27 @@ class MachineTask:
                 return await resize_machine(self._record, order, self._parts, self._shut_down, self._commit)
             case Visit():
                 return await hold_visit(order, self._record, self._parts, self._mailbox.wait_order, self._commit)
+            case TakeSnapshot():
+                order.taken = await self._work.take(self._record, self._vmm, order, self._commit)
+                return self._record
+            case RestoreDisk():
+                return await self._restore(order)
             case Delete():
                 return await self._delete()
+            case SetNetwork() | Publish() | Unpublish():
+                return await carry_out_rewiring(self._record, order, self._parts, self._commit)
+            case Exited() | Recover() | Tidy():
+                return await self._react(order)
+
+    async def _react(self, order: Exited | Recover | Tidy) -> Machine:
+        """What nobody has ordered."""
+        match order:
             case Exited():
                 if order.vmm is self._vmm:
                     await self._note_exit(order.reason)
                 return self._record
             case Recover():
                 return await self._recover(order.operation)
-            case SetNetwork() | Publish() | Unpublish():
-                return await carry_out_rewiring(self._record, order, self._parts, self._commit)
             case Tidy():
                 if self._record.phase in (Phase.STOPPED, Phase.FAILED):
                     await self._parts.quarters.vacate(self._record, keep_disk=True)
@@ -334,6 +367,16 @@ class MachineTask:
         if machine.phase is Phase.FAILED:
             raise WrongState(id=machine.id, state="failed", wanted="stop it first, then start it")
         return machine
+
+    async def _restore(self, order: RestoreDisk) -> Machine:
+        if await self._work.begin_restore(self._record, order, self._commit) is None:
+            return self._record
+        return await self._finish_restore(self._parts.clock.now_ms() + order.timeout_ms)
+
+    async def _finish_restore(self, deadline_ms: int) -> Machine:
+        await self._kill()
+        await self._work.put_in_place(self._record)
+        return await self._boot("restore", deadline_ms)
 
     async def _boot(self, kind: _Boot, deadline_ms: int) -> Machine:
         undo = CleanUp()
@@ -479,6 +522,26 @@ class MachineTask:
                 return await finish_resize(self._record, self._parts, self._commit)
             case "visit":
                 return await end_visit(self._record, self._parts, self._commit)
+            case "snapshot":
+                await self._work.undo_takes(self._record)
+                resumed = await self._resume()
+                if self._vmm is not None:
+                    await self._work.let_write(self._record, self._vmm)
+                return resumed
+            case "restore":
+                return await self._recover_restore(operation)
+
+    async def _recover_restore(self, operation: Operation) -> Machine:
+        """Before its commit it never was; after that it is carried to its end."""
+        match operation.step:
+            case "intent":
+                await self._work.undo_restore(self._record, self._commit)
+                return await self._resume()
+            case "booted":
+                return await self._resume_boot("restore", operation)
+            case _:
+                await self._find_vmm()
+                return await self._finish_restore(max(operation.deadline_ms, self._parts.clock.now_ms() + LATE_BOOT_MS))
 
     async def _resume(self) -> Machine:
         """No operation was open: the machine runs, or rests."""
@@ -496,6 +559,8 @@ class MachineTask:
 
     async def _find_vmm(self) -> Vmm | None:
         """Adopt the machine's VMM, if exactly that process still lives."""
+        if self._vmm is not None:
+            return self._vmm
         lodging = await self._parts.quarters.rejoin(self._record)
         process = self._record.vmm
         if process is None:
@@ -523,7 +588,7 @@ class MachineTask:
     async def _resume_boot(self, kind: _Boot, operation: Operation) -> Machine:
         """Go on waiting for a guest that an earlier daemon started, or undo what that one began."""
         undo = CleanUp()
-        undo.push("quarters", lambda: self._parts.quarters.vacate(self._record, keep_disk=kind == "start"))
+        undo.push("quarters", lambda: self._parts.quarters.vacate(self._record, keep_disk=kind != "create"))
         return await self._complete(kind, undo, self._meet_again(kind, operation, undo))
 
     async def _meet_again(self, kind: _Boot, operation: Operation, undo: CleanUp) -> tuple[Machine, Vmm]:

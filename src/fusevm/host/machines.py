@@ -28,10 +28,11 @@ from fusevm.host.port_rows import PortDraft
 from fusevm.host.quarantine import Quarantine
 from fusevm.host.rewiring import check_enforceable, check_spec_network
 from fusevm.host.rows import Draft, Entry
+from fusevm.host.snapshots.record import HostSnapshot, check_ready, seed_of
 from fusevm.host.surroundings import Blueprint, Surroundings
-from fusevm.model.errors import BadField, GuestUnreachable, MachineNotFound, ShuttingDown
+from fusevm.model.errors import BadField, GuestUnreachable, MachineNotFound, ShuttingDown, SnapshotMismatch
 from fusevm.model.fencing import check_valid
-from fusevm.model.ids import parse_machine_id, parse_published_port_id
+from fusevm.model.ids import parse_machine_id, parse_published_port_id, parse_snapshot_id
 from fusevm.model.machine import Contract, Fence, Machine, MachineSpec, Phase
 from fusevm.model.network import Network, PublishedPort, check_exposures, check_network
 from fusevm.wire.host_api import CreateMachine
@@ -189,6 +190,15 @@ class Machines:
         task = self._find(machine_id)
         await self._protect(task.rewire(Unpublish(fence, parse_published_port_id(port_id))))
 
+    async def take_snapshot(self, machine_id: str, snapshot_id: str, fence: Fence | None) -> HostSnapshot:
+        """Copy a machine's disk at one moment. Raises what `DiskWork.take` raises."""
+        return await self._protect(self._find(machine_id).take_snapshot(fence, snapshot_id))
+
+    async def restore(self, machine_id: str, snapshot_id: str, fence: Fence | None) -> Machine:
+        """Put a snapshot's disk in place of the machine's and start it. Raises what `DiskWork.begin_restore` raises."""
+        check_reserved(fence)
+        return await self._protect(self._find(machine_id).restore(fence, snapshot_id, DEFAULT_BOOT_TIMEOUT_MS))
+
     async def tidy(self, machine_id: str) -> None:
         """Remove what a machine at rest should not have. Raises MachineNotFound, and what the removal raises."""
         await self._protect(self._find(machine_id).tidy())
@@ -213,7 +223,7 @@ class Machines:
         parts = self._parts
         for _attempt in range(_ATTEMPTS):
             deadline_ms = parts.clock.now_ms() + body.boot_timeout_ms
-            draft = msgspec.structs.replace(await self._draft(body, deadline_ms), contract=contract)
+            draft = msgspec.structs.replace(await self._draft(body, fence, deadline_ms), contract=contract)
 
             def commit(machine: Machine, deadline_ms: int = deadline_ms) -> None:
                 if machine.id not in self.ids():
@@ -231,8 +241,9 @@ class Machines:
                 return made
         raise GuestUnreachable(id=body.machine_id, problem="earlier attempts are still being cleaned up")
 
-    async def _draft(self, body: CreateMachine, deadline_ms: int) -> Draft:
-        blueprint = await self._blueprint(body)
+    async def _draft(self, body: CreateMachine, fence: Fence | None, deadline_ms: int) -> Draft:
+        snapshot = await self._snapshot(body, fence)
+        blueprint = await self._blueprint(body, snapshot)
         check_enforceable(body.spec.network, blueprint.isolation)
         return Draft(
             id=body.machine_id,
@@ -243,13 +254,28 @@ class Machines:
             isolation=blueprint.isolation,
             nonce=self._parts.clock.entropy(16).hex(),
             deadline_ms=deadline_ms,
+            seed=seed_of(snapshot) if snapshot is not None else None,
         )
 
-    async def _blueprint(self, body: CreateMachine) -> Blueprint:
+    async def _snapshot(self, body: CreateMachine, fence: Fence | None) -> HostSnapshot | None:
+        """The snapshot that the machine's disk begins with. Raises SnapshotNotFound, WrongCluster, SnapshotMismatch."""
+        if not body.snapshot_id:
+            return None
+        cluster = fence.cluster if fence is not None else ""
+        snapshot = await self._parts.ledger.owned(parse_snapshot_id(body.snapshot_id), cluster)
+        check_ready(snapshot)
+        if snapshot.disk_bytes > body.spec.disk_bytes:
+            problem = f"its disk has {snapshot.disk_bytes} bytes, the machine would have {body.spec.disk_bytes}"
+            raise SnapshotMismatch(id=snapshot.id, problem=problem)
+        return snapshot
+
+    async def _blueprint(self, body: CreateMachine, snapshot: HostSnapshot | None) -> Blueprint:
         """What the machine is made of; a repeated create must not fail because the image has gone since."""
         known = self._tasks.get(body.machine_id)
         if known is None or known.is_gone:
-            return await self._parts.quarters.resolve(body.spec)
+            # The disk of a snapshot fits the image that it was above, whatever the image's name means by now.
+            image = body.spec.image if snapshot is None else snapshot.image_digest
+            return await self._parts.quarters.resolve(msgspec.structs.replace(body.spec, image=image))
         record = known.record
         return Blueprint(
             image_digest=record.image_digest,

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import TypeAlias
 
 from fusevm.host.admission import Size
 from fusevm.host.order import Order
 from fusevm.host.port_rows import PortDraft
 from fusevm.host.rows import Operation
+from fusevm.host.snapshots.record import HostSnapshot
 from fusevm.host.visitors import Visit
 from fusevm.host.vmm.driver import Vmm
 from fusevm.model.machine import Fence
@@ -42,6 +44,26 @@ class Stop(Order):
     def __init__(self, fence: Fence | None) -> None:
         super().__init__()
         self.fence = fence
+
+
+class TakeSnapshot(Order):
+    """Copy the disk at one moment. `taken` is the outcome, beside the machine's record."""
+
+    def __init__(self, fence: Fence | None, snapshot_id: str) -> None:
+        super().__init__()
+        self.fence = fence
+        self.snapshot_id = snapshot_id
+        self.taken: HostSnapshot | None = None
+
+
+class RestoreDisk(Order):
+    """Put the disk of a snapshot in place of the machine's, and start it."""
+
+    def __init__(self, fence: Fence | None, snapshot_id: str, timeout_ms: int) -> None:
+        super().__init__()
+        self.fence = fence
+        self.snapshot_id = snapshot_id
+        self.timeout_ms = timeout_ms
 
 
 class Delete(Order):
@@ -106,7 +128,8 @@ class Unpublish(Order):
 
 
 Rewiring: TypeAlias = SetNetwork | Publish | Unpublish
-AnyOrder: TypeAlias = Create | Start | Stop | Resize | Visit | Delete | Exited | Recover | Tidy | Rewiring
+DiskOrder: TypeAlias = TakeSnapshot | RestoreDisk
+AnyOrder: TypeAlias = Create | Start | Stop | Resize | Visit | Delete | Exited | Recover | Tidy | Rewiring | DiskOrder
 
 
 class Mailbox:
@@ -116,9 +139,13 @@ class Mailbox:
         self._orders: deque[AnyOrder] = deque()
         self._arrived = asyncio.Event()
         self._overtaking = asyncio.Event()
+        self._refuse: Callable[[AnyOrder], None] | None = None
 
     def post(self, order: AnyOrder) -> None:
         """Add an order. Recovery comes before what was ordered meanwhile."""
+        if self._refuse is not None:
+            self._refuse(order)
+            return
         match order:
             case Delete():
                 self._orders.appendleft(order)
@@ -154,8 +181,8 @@ class Mailbox:
         """Wait until a delete has come in."""
         await self._overtaking.wait()
 
-    def drain(self) -> list[AnyOrder]:
-        """Remove and return all that is left."""
-        rest = list(self._orders)
-        self._orders.clear()
-        return rest
+    def close(self, refuse: Callable[[AnyOrder], None]) -> None:
+        """Nobody will take an order any more: answer those that wait, and whatever still comes, by `refuse`."""
+        self._refuse = refuse
+        while self._orders:
+            refuse(self._orders.popleft())

@@ -33,6 +33,7 @@ from fusevm.host.events import EventHub
 from fusevm.host.faults import Fault, make_fault
 from fusevm.host.grounds import Contents, Directories, Ground, Groups, Links, Mounts, Processes, Slots, Witness
 from fusevm.host.image_service import ImageService
+from fusevm.host.images.artifact import make_policy
 from fusevm.host.images.store import ImageStore
 from fusevm.host.images.workspace import write_durably
 from fusevm.host.journal import Journal, lock_directory
@@ -46,6 +47,9 @@ from fusevm.host.net.terms import Terms
 from fusevm.host.process import boot_id
 from fusevm.host.quarters import HostQuarters
 from fusevm.host.rows import Entry
+from fusevm.host.snapshots.folders import SnapshotFolders
+from fusevm.host.snapshots.keeper import SnapshotKeeper
+from fusevm.host.snapshots.ledger import Ledger
 from fusevm.host.surroundings import Surroundings
 from fusevm.host.sweep import Sweeper
 from fusevm.host.tls import Identity, ensure_identity, make_ssl_context
@@ -118,9 +122,13 @@ async def _serve(config: HostConfig, engines: ChooseEngine, fault: Fault) -> Non
         stack.push_async_callback(quarters.close)
 
         # Who does the work.
+        ledger, folders = Ledger(journal, clock.now_ms), SnapshotFolders(config.data_root / "snapshots")
         parts = Surroundings(
             journal=journal,
+            ledger=ledger,
             quarters=quarters,
+            disks=quarters.disks,
+            snapshot_folders=folders,
             driver=engine.driver,
             events=EventHub(secrets.token_hex(8), clock.now_ms),
             metrics=metrics,
@@ -139,6 +147,7 @@ async def _serve(config: HostConfig, engines: ChooseEngine, fault: Fault) -> Non
             sweeper=_make_sweeper(config, machines, cgroups, network),
             machines=machines,
             network=network,
+            snapshots=SnapshotKeeper(ledger, folders, machines, parts, make_policy(config)),
             identification=_identify(engine, wiring),
         )
         await stack.enter_async_context(daemon.running(entries))

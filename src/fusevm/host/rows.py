@@ -17,11 +17,11 @@ from fusevm.host.sql import load_queries
 from fusevm.host.writer import Superseded
 from fusevm.model.errors import HostFull, Internal, MachineExists, StaleIncarnation
 from fusevm.model.fencing import Seen
-from fusevm.model.machine import ALLOWED, Contract, Fence, Isolation, Machine, MachineSpec, Phase
+from fusevm.model.machine import ALLOWED, Contract, DiskSeed, Fence, Isolation, Machine, MachineSpec, Phase
 from fusevm.model.network import Transport
 
 #: A visit opens the disk of a machine at rest (`host.visit`).
-Kind: TypeAlias = Literal["create", "start", "stop", "delete", "resize", "visit"]
+Kind: TypeAlias = Literal["create", "start", "stop", "delete", "resize", "visit", "snapshot", "restore"]
 
 #: How long the host remembers what it has seen of an environment that has no machine here.
 FENCE_LIFETIME_MS = 24 * 3_600_000
@@ -80,6 +80,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
     deadline_ms: int
     #: Of the contract's machine API, which knows no repetition: a machine that exists is a conflict.
     contract: Contract | None = None
+    seed: DiskSeed | None = None
 
 
 def check_repetition(existing: Machine, draft: Draft, order: Fence) -> Machine:
@@ -90,9 +91,14 @@ def check_repetition(existing: Machine, draft: Draft, order: Fence) -> Machine:
     if existing.phase is Phase.DELETING:
         raise StaleIncarnation(uid=order.uid, incarnation=order.incarnation, seen=existing.fence.incarnation)
     # The policy may have been changed since.
-    if msgspec.structs.replace(existing.spec, network=draft.spec.network) != draft.spec:
+    is_same = msgspec.structs.replace(existing.spec, network=draft.spec.network) == draft.spec
+    if not is_same or _origin(existing.seed) != _origin(draft.seed):
         raise MachineExists(id=draft.id)
     return existing
+
+
+def _origin(seed: DiskSeed | None) -> str:
+    return seed.snapshot_id if seed is not None else ""
 
 
 def draft_machine(draft: Draft, order: Fence, now_ms: int) -> Machine:
@@ -108,6 +114,7 @@ def draft_machine(draft: Draft, order: Fence, now_ms: int) -> Machine:
         isolation=draft.isolation,
         nonce=draft.nonce,
         contract=draft.contract,
+        seed=draft.seed,
         generation=1,
         created_at_ms=now_ms,
         updated_at_ms=now_ms,

@@ -1,6 +1,7 @@
 """What takes how much of the disk: allocated blocks, as the file system counts them.
 
-Sparse files count what they really take; blocks that files share by reflink count for each of them.
+Sparse files count what they really take; blocks that files share by reflink count for each of them, and so does the
+disk of a snapshot for each machine that holds a link to it.
 
 Owns: nothing. Must not: remove anything.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from fusevm.host.config import HostConfig
 from fusevm.host.vmm.driver import JAIL
-from fusevm.wire.host_api import MachineStorage, StoragePool, StorageReport
+from fusevm.wire.host_api import MachineStorage, SnapshotStorage, StoragePool, StorageReport
 
 _BLOCK_BYTES = 512
 _MAX_DEPTH = 32
@@ -25,6 +26,10 @@ _STATE = ("journal.db", "journal.db-wal", "journal.db-shm", "ballast")
 def observe_storage(config: HostConfig, generated_at: str) -> StorageReport:
     """Walk the data directory. Blocking: run it in a thread."""
     machines = [_machine(folder, config.runtime_directory) for folder in _folders(config.data_root / "machines")]
+    snapshots = [
+        SnapshotStorage(snapshot_id=folder.name, bytes=allocated_tree(folder))
+        for folder in _folders(config.data_root / "snapshots")
+    ]
     disks = sum(machine.system_bytes + machine.runtime_bytes for machine in machines)
     artefacts = sum(allocated_tree(config.artefacts / name) for name in _ARTEFACTS)
     state = sum(_allocated(config.data_root / name) for name in _STATE)
@@ -32,11 +37,13 @@ def observe_storage(config: HostConfig, generated_at: str) -> StorageReport:
         StoragePool(pool="artifacts", bytes=artefacts),
         StoragePool(pool="machine-disks", bytes=disks),
         StoragePool(pool="published-ports"),
-        StoragePool(pool="snapshots"),
+        StoragePool(pool="snapshots", bytes=sum(snapshot.bytes for snapshot in snapshots)),
         StoragePool(pool="state", bytes=state),
     ]
     total = sum(pool.bytes for pool in pools)
-    return StorageReport(generated_at=generated_at, total_bytes=total, pools=pools, machines=machines)
+    return StorageReport(
+        generated_at=generated_at, total_bytes=total, pools=pools, machines=machines, snapshots=snapshots
+    )
 
 
 def allocated_tree(root: Path) -> int:

@@ -12,13 +12,15 @@ from typing import Protocol
 import msgspec
 
 from fusevm.host.admission import Limits
+from fusevm.host.disk.copy import DiskImage
 from fusevm.host.events import EventHub
 from fusevm.host.faults import Fault
 from fusevm.host.journal import Journal
 from fusevm.host.metrics import Metrics
 from fusevm.host.rows import Numbers
+from fusevm.host.snapshots.ledger import Ledger
 from fusevm.host.vmm.driver import BootPlan, Driver
-from fusevm.model.machine import Isolation, Machine, MachineSpec, Moment
+from fusevm.model.machine import DiskSeed, Isolation, Machine, MachineSpec, Moment
 from fusevm.wire.guest import Configure
 
 
@@ -105,6 +107,43 @@ class Quarters(Protocol):
         ...
 
 
+class Disks(Protocol):
+    """Machines' disks as files."""
+
+    async def image(self, machine: Machine) -> DiskImage:
+        """A machine's disk, for whoever copies it."""
+        ...
+
+    async def needed_bytes(self, machine: Machine) -> int:
+        """What a copy of it may take of the host's disk."""
+        ...
+
+    async def stage(self, machine: Machine, seed: DiskSeed) -> None:
+        """Make the disk that `swap` will put in place of the machine's. Raises NoSpace, SnapshotNotFound."""
+        ...
+
+    async def swap(self, machine: Machine) -> None:
+        """Put the staged disk in place. Idempotent: can be begun again anywhere."""
+        ...
+
+    async def unstage(self, machine: Machine) -> None:
+        """Remove a staged disk that will not be used. Idempotent."""
+        ...
+
+
+class SnapshotBytes(Protocol):
+    """Where the bytes of snapshots are."""
+
+    async def copy(self, snapshot_id: str, disk: DiskImage, limit_s: float | None = None) -> bool:
+        """Bring the snapshot's disk up to a machine's; True when they share blocks. With a limit, the disk stands still
+        meanwhile. Raises SnapshotFailed, NoSpace."""
+        ...
+
+    async def remove(self, snapshot_id: str) -> None:
+        """Remove everything of a snapshot. Idempotent."""
+        ...
+
+
 class Clock(Protocol):
     """Time and chance, as the daemon sees them."""
 
@@ -134,7 +173,10 @@ class Surroundings:
     """The daemon's parts that a machine's task uses."""
 
     journal: Journal
+    ledger: Ledger
     quarters: Quarters
+    disks: Disks
+    snapshot_folders: SnapshotBytes
     driver: Driver
     events: EventHub
     metrics: Metrics

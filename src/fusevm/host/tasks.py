@@ -106,6 +106,17 @@ async def run_all(*work: Coroutine[Any, Any, Any]) -> None:
         raise first from None
 
 
+async def gather_all(*work: Coroutine[Any, Any, T]) -> list[T]:
+    """Run all at the same time and return their values in order; the first failure cancels the others and is raised."""
+    tasks: list[asyncio.Task[T]] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks += [group.create_task(one) for one in work]
+    except BaseExceptionGroup as failures:
+        raise _leaves(failures)[0] from None
+    return [task.result() for task in tasks]
+
+
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     return [
         leaf

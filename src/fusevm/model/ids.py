@@ -38,6 +38,16 @@ def parse_published_port_id(text: str) -> str:
     return text
 
 
+def parse_snapshot_id(text: str) -> str:
+    """Return the snapshot id of the host API unchanged, or raise BadField. The grammar is that of machine ids."""
+    if not MACHINE_ID.fullmatch(text):
+        raise BadField(
+            field="snapshot_id",
+            problem=f"{text[:80]!r} is not 1 to 63 of a-z, 0-9 and '-', starting with a letter or digit",
+        )
+    return text
+
+
 def make_uid(now_ms: int, entropy: bytes) -> str:
     """Make an environment uid: 26 characters, ordered by time (ULID: 48 bits of milliseconds, 80 random bits)."""
     if len(entropy) < 10:

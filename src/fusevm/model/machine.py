@@ -27,10 +27,10 @@ class Phase(StrEnum):
 #: The only transitions the journal accepts. A deleted machine has no record but a tombstone.
 ALLOWED: dict[Phase, frozenset[Phase]] = {
     Phase.CREATING: frozenset({Phase.RUNNING, Phase.FAILED, Phase.DELETING}),
-    Phase.RUNNING: frozenset({Phase.PAUSED, Phase.STOPPED, Phase.FAILED, Phase.DELETING}),
-    Phase.PAUSED: frozenset({Phase.RUNNING, Phase.STOPPED, Phase.FAILED, Phase.DELETING}),
+    Phase.RUNNING: frozenset({Phase.PAUSED, Phase.STOPPED, Phase.FAILED, Phase.CREATING, Phase.DELETING}),
+    Phase.PAUSED: frozenset({Phase.RUNNING, Phase.STOPPED, Phase.FAILED, Phase.CREATING, Phase.DELETING}),
     Phase.STOPPED: frozenset({Phase.CREATING, Phase.DELETING}),
-    Phase.FAILED: frozenset({Phase.STOPPED, Phase.DELETING}),
+    Phase.FAILED: frozenset({Phase.STOPPED, Phase.CREATING, Phase.DELETING}),
     Phase.DELETING: frozenset(),
 }
 

@@ -21,7 +21,7 @@ from fusevm.testing.fake_duties import FakeDuties
 from fusevm.testing.fake_files import FakeFiles
 from fusevm.wire.errors import render_flat
 from fusevm.wire.frames import Frame, FrameDecoder, FrameType, encode_frame
-from fusevm.wire.guest import AgentHealth, Configure, ExecRequest, ExecResult, Exit, LoginStatus, StreamTotals
+from fusevm.wire.guest import AgentHealth, Configure, ExecRequest, ExecResult, Exit, LoginStatus, StreamTotals, Thawed
 from fusevm.wire.streams import ByteStream
 
 _CHUNK = 1 << 16
@@ -119,6 +119,11 @@ class FakeAgent:
         self.abandoned_changed = asyncio.Event()
         #: The host key that is on its disk; empty: the one that it was given.
         self.host_public_key = ""
+        #: Writes to the disk are held; and what the next thaw finds the limit of the freeze to be.
+        self.is_frozen = False
+        self.freeze_expires = False
+        #: An agent of before there were freezes.
+        self.cannot_freeze = False
         #: When set, /shutdown is acknowledged and nothing happens.
         self.ignores_shutdown = False
         self._on_shutdown = on_shutdown
@@ -153,6 +158,14 @@ class FakeAgent:
                 return False
             case "GET", "/endless":
                 await connection.stream(_endless())
+            case "POST", "/quiesce" if not self.cannot_freeze:
+                await connection.body()
+                self.is_frozen = True
+                await connection.answer(200, b'{"took_ms":1}')
+            case "POST", "/thaw" if not self.cannot_freeze:
+                await connection.body()
+                was_frozen, self.is_frozen = self.is_frozen and not self.freeze_expires, False
+                await connection.answer(200, msgspec.json.encode(Thawed(was_frozen=was_frozen)))
             case "POST", "/shutdown":
                 await connection.answer(202, b"{}")
                 if not self.ignores_shutdown:

@@ -17,6 +17,7 @@ from fusevm.host.vmm.driver import BootPlan, VmmGone
 from fusevm.model.errors import BootFailed, Error, ImageNotFound
 from fusevm.model.machine import Isolation, Machine, MachineSpec, VmmProcess
 from fusevm.testing.fake_agent import FakeAgent, MemoryStream, memory_pair
+from fusevm.testing.fake_disks import FakeDisks
 from fusevm.testing.fake_files import FakeFiles
 from fusevm.wire.guest import Configure
 
@@ -182,8 +183,10 @@ class FakeDriver:
 class FakeQuarters:
     """Remembers who occupies what."""
 
-    def __init__(self, driver: FakeDriver, root: Path) -> None:
+    def __init__(self, driver: FakeDriver, root: Path, disks: FakeDisks | None = None) -> None:
         self._driver = driver
+        #: The content, for tests that care.
+        self._contents = disks
         self._root = root
         self.holds = Holds()
         #: Machine ids with a slot, cgroup and run directory; and with a disk.
@@ -218,6 +221,8 @@ class FakeQuarters:
         await self.holds.come_to("prepare")
         if self.prepare_error is not None:
             raise self.prepare_error
+        if self._contents is not None:
+            self._contents.make(machine)
         self.occupied.add(machine.id)
         self.disks.add(machine.id)
         if is_visit:
@@ -254,13 +259,19 @@ class FakeQuarters:
         if not keep_disk:
             self.disks.discard(machine.id)
             self._driver.contents.pop(machine.id, None)
+            if self._contents is not None:
+                self._contents.remove(machine.id)
 
     async def resolve(self, spec: MachineSpec) -> Blueprint:
         """Every image exists but `missing`."""
         if spec.image == "missing":
             raise ImageNotFound(image=spec.image, known="every other name")
+        name = spec.image.removeprefix("sha256:")
         return Blueprint(
-            image_digest=f"sha256:{spec.image}", kernel_digest="k", driver="fake", isolation=Isolation.NAMESPACE
+            image_digest=f"sha256:{name}",
+            kernel_digest="k",
+            driver="fake",
+            isolation=Isolation.NAMESPACE,
         )
 
     async def limits(self) -> Limits:

@@ -60,12 +60,9 @@ from fusevm.wire.host_api import (
     MachineEvent,
     MachineList,
     NetworkAnswer,
-    RestoreInPlace,
-    SnapshotAnswer,
-    SnapshotBody,
-    TakeSnapshot,
     parse_fence,
 )
+from fusevm.wire.host_snapshots import RestoreInPlace, SnapshotAnswer, SnapshotBody, TakeSnapshot
 
 CREATED_AT = "2026-01-01T00:00:00Z"
 

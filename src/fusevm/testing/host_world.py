@@ -16,13 +16,18 @@ from fusevm.host.daemon import Daemon, Identification
 from fusevm.host.events import EventHub, Subscription
 from fusevm.host.faults import Fault, is_known
 from fusevm.host.image_service import ImageService
+from fusevm.host.images.fetch import FetchPolicy
 from fusevm.host.images.store import ImageStore
 from fusevm.host.journal import Journal
 from fusevm.host.machines import Machines
 from fusevm.host.metrics import Metrics
+from fusevm.host.snapshots.folders import SnapshotFolders
+from fusevm.host.snapshots.keeper import SnapshotKeeper
+from fusevm.host.snapshots.ledger import Ledger
 from fusevm.host.surroundings import Surroundings
 from fusevm.host.sweep import Sweeper
 from fusevm.model.machine import Fence, Isolation, MachineSpec
+from fusevm.testing.fake_disks import FakeDisks
 from fusevm.testing.fake_driver import BOOT_ID, FakeDriver, FakeQuarters
 from fusevm.wire.host_api import CreateMachine, MachineEvent
 
@@ -34,9 +39,11 @@ def fence(uid: str = "u1", incarnation: int = 1, action_seq: int = 1, cluster: s
     return Fence(cluster=cluster, uid=uid, incarnation=incarnation, action_seq=action_seq)
 
 
-def order(machine_id: str = "m-1", spec: MachineSpec = SPEC, boot_timeout_ms: int = 60_000) -> CreateMachine:
+def order(
+    machine_id: str = "m-1", spec: MachineSpec = SPEC, boot_timeout_ms: int = 60_000, snapshot_id: str = ""
+) -> CreateMachine:
     """The body of a create."""
-    return CreateMachine(machine_id=machine_id, spec=spec, boot_timeout_ms=boot_timeout_ms)
+    return CreateMachine(machine_id=machine_id, spec=spec, boot_timeout_ms=boot_timeout_ms, snapshot_id=snapshot_id)
 
 
 class KnownPoints:
@@ -57,8 +64,11 @@ class World:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.driver = FakeDriver()
-        self.quarters = FakeQuarters(self.driver, root)
+        self.disks = FakeDisks(root, root / "data" / "snapshots")
+        self.quarters = FakeQuarters(self.driver, root, self.disks)
         self.boot_id = BOOT_ID
+        #: Where snapshots may be carried, and fetched from.
+        self.policy = FetchPolicy()
         #: Of the next daemon.
         self.points = KnownPoints()
         self.fault: Fault = self.points
@@ -69,9 +79,13 @@ class World:
         """One run of the daemon, ended in order."""
         clock, fault = SystemClock(), self.fault
         journal = await Journal.open(self.root / "data", fault, clock.now_ms)
+        ledger, folders = Ledger(journal, clock.now_ms), SnapshotFolders(self.root / "data" / "snapshots")
         parts = Surroundings(
             journal=journal,
+            ledger=ledger,
             quarters=self.quarters,
+            disks=self.disks,
+            snapshot_folders=folders,
             driver=self.driver,
             events=EventHub("epoch", clock.now_ms),
             metrics=Metrics(),
@@ -90,6 +104,7 @@ class World:
             artifacts=images.artifacts,
             sweeper=Sweeper([], machines.claims),
             machines=machines,
+            snapshots=SnapshotKeeper(ledger, folders, machines, parts, self.policy),
             identification=Identification(
                 driver="fake",
                 driver_reason="for tests",

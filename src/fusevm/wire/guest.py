@@ -11,6 +11,13 @@ UPGRADE = "fuse-frames/1"
 MAX_OUTPUT_BYTES = 16 << 20
 
 
+class Thawed(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of `POST /thaw`."""
+
+    #: Writes were held from the freeze until now.
+    was_frozen: bool = False
+
+
 class ExecRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A command to run. Exactly one of `cmd`, `shell` and `image_command`."""
 

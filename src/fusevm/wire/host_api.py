@@ -15,7 +15,6 @@ from fusevm.model.errors import BadField
 from fusevm.model.host import Resources
 from fusevm.model.machine import Fence, Isolation, MachineSpec, Moment, Phase
 from fusevm.model.network import Network, Transport
-from fusevm.model.snapshot import SnapshotKind
 from fusevm.wire.contract import ArtifactBody, PortBody
 from fusevm.wire.errors import FlatError
 from fusevm.wire.guest import StreamFlags
@@ -82,35 +81,6 @@ class CreateMachine(msgspec.Struct, frozen=True, kw_only=True):
     boot_timeout_ms: int = 60_000
     #: A snapshot of this host whose disk the machine starts from; empty: the image alone.
     snapshot_id: str = ""
-
-
-class TakeSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """Body of `POST /machines/{id}/snapshots`. Idempotent by `snapshot_id`."""
-
-    snapshot_id: str
-    #: With memory and device state.
-    live: bool = False
-
-
-class SnapshotBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A snapshot on its host."""
-
-    id: str
-    machine_id: str
-    kind: SnapshotKind = msgspec.field(default=SnapshotKind.DISK)
-    size_bytes: int = 0
-    digest: str = ""
-    created_at: str = ""
-
-
-class SnapshotAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    snapshot: SnapshotBody
-
-
-class RestoreInPlace(msgspec.Struct, frozen=True, kw_only=True):
-    """Body of `POST /machines/{id}/restore`: put the disk back and start again. Idempotent by the fence's action."""
-
-    snapshot_id: str
 
 
 class QuarantineBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 from fusevm.model import errors as e
 from fusevm.model.network import Network
-from fusevm.wire import host_api
+from fusevm.wire import host_api, host_snapshots
 from fusevm.wire.contract_routes import CONTRACT_ROUTES, CREATE_ROUTES
 from fusevm.wire.errors import FlatError
 from fusevm.wire.openapi import render_openapi
@@ -60,6 +60,117 @@ _PULL = (
 )
 _COMMAND = (e.CommandNotFound, e.BadCwd, e.UnknownUser)
 _MACHINE = "/machines/{id}"
+_SNAPSHOT_PATH = "/snapshots/{sid}"
+_REACH = (e.AddressRefused, e.ArtifactRefused)
+_SNAPSHOT = (e.SnapshotNotFound, e.SnapshotNotReady, e.SnapshotFailed)
+
+SNAPSHOT_ROUTES: tuple[Route, ...] = (
+    Route(
+        method="POST",
+        path=_MACHINE + "/snapshots",
+        name="take_snapshot",
+        summary="Take a snapshot of a running or stopped machine's disk; answers when it can be used. Idempotent by "
+        "its id",
+        scope=Scope.HOSTS,
+        takes=Payload.JSON,
+        request=host_snapshots.TakeSnapshot,
+        answer=host_snapshots.SnapshotAnswer,
+        statuses=(201,),
+        limit=1 << 16,
+        errors=(*_ORDER, *_SNAPSHOT, e.SnapshotExists, e.WrongState, e.HostFull, e.NotSupported, e.GuestUnreachable),
+    ),
+    Route(
+        method="GET",
+        path=_MACHINE + "/snapshots",
+        name="list_machine_snapshots",
+        summary="Snapshots of a machine, oldest first; they stay when it goes",
+        scope=Scope.HOSTS,
+        answer=host_snapshots.SnapshotList,
+        errors=(e.BadField, e.MachineNotFound),
+    ),
+    Route(
+        method="POST",
+        path=_MACHINE + "/restore",
+        name="restore_in_place",
+        summary="Put the disk of a snapshot in place of the machine's and start it. Idempotent by the order's number",
+        scope=Scope.HOSTS,
+        takes=Payload.JSON,
+        request=host_snapshots.RestoreInPlace,
+        answer=host_api.MachineAnswer,
+        limit=1 << 16,
+        errors=(*_ORDER, *_SNAPSHOT, e.SnapshotMismatch, e.WrongState, *_BOOT),
+    ),
+    Route(
+        method="GET",
+        path="/snapshots",
+        name="list_snapshots",
+        summary="All snapshots of all clusters, oldest first",
+        scope=Scope.HOSTS,
+        answer=host_snapshots.SnapshotList,
+    ),
+    Route(
+        method="GET",
+        path=_SNAPSHOT_PATH,
+        name="get_snapshot",
+        summary="One snapshot and what it can be carried away as",
+        scope=Scope.HOSTS,
+        answer=host_snapshots.SnapshotAnswer,
+        errors=(e.BadField, e.SnapshotNotFound),
+    ),
+    Route(
+        method="DELETE",
+        path=_SNAPSHOT_PATH,
+        name="delete_snapshot",
+        summary="Free a snapshot; its id is used up for a day. Machines that began with it keep what they need",
+        scope=Scope.HOSTS,
+        gives=Payload.NONE,
+        statuses=(204,),
+        errors=(e.BadField, e.SnapshotNotFound, e.WrongCluster, e.NoSpace, e.ShuttingDown),
+    ),
+    Route(
+        method="POST",
+        path=_SNAPSHOT_PATH + "/restore",
+        name="restore_snapshot",
+        summary="Make a machine of computer-host's API that begins with a snapshot: of this host, or downloaded",
+        scope=Scope.HOSTS,
+        takes=Payload.JSON,
+        request=host_snapshots.RestoreSnapshot,
+        answer=host_api.MachineAnswer,
+        statuses=(201,),
+        limit=1 << 20,
+        errors=(
+            *(e.BadField, e.MachineExists, e.LocalSnapshotMissing, *_SNAPSHOT, e.SnapshotMismatch, e.WrongCluster),
+            *(e.ImageNotFound, e.Unimplemented, e.NoSpace, e.ShuttingDown, *_BOOT, *_REACH),
+            *(e.DigestMismatch, e.ImageTooLarge, e.FetchFailed),
+        ),
+    ),
+    Route(
+        method="POST",
+        path=_SNAPSHOT_PATH + "/upload",
+        name="upload_snapshot",
+        summary="Send a snapshot in parts to URLs that somebody has signed; the answer has the parts' ETags",
+        scope=Scope.HOSTS,
+        takes=Payload.JSON,
+        request=host_snapshots.UploadSnapshot,
+        answer=host_snapshots.UploadAnswer,
+        limit=16 << 20,
+        errors=(
+            *(e.BadField, e.SnapshotNotFound, e.SnapshotNotReady, e.WrongCluster, e.ArtifactNotFound),
+            *(*_REACH, e.UploadFailed),
+        ),
+    ),
+    Route(
+        method="GET",
+        path=_SNAPSHOT_PATH + "/artifacts/{aid}",
+        name="get_artifact",
+        summary="The disk as a qcow2 file without holes or backing file; single ranges",
+        scope=Scope.HOSTS,
+        gives=Payload.BYTES,
+        statuses=(200, 206),
+        limit=NO_LIMIT,
+        errors=(e.BadField, e.SnapshotNotFound, e.SnapshotNotReady, e.ArtifactNotFound, e.BadRange),
+    ),
+)
 
 HOST_ROUTES: tuple[Route, ...] = (
     Route(
@@ -104,7 +215,10 @@ HOST_ROUTES: tuple[Route, ...] = (
         answer=host_api.MachineAnswer,
         statuses=(201,),
         limit=1 << 20,
-        errors=(*_FENCE, *_LATE, e.NoSpace, e.ShuttingDown, e.ImageNotFound, *_BOOT),
+        errors=(
+            *(*_FENCE, *_LATE, e.NoSpace, e.ShuttingDown, e.ImageNotFound, *_BOOT),
+            *(e.SnapshotNotFound, e.SnapshotNotReady, e.SnapshotMismatch),
+        ),
     ),
     *CREATE_ROUTES,
     Route(
@@ -260,6 +374,7 @@ HOST_ROUTES: tuple[Route, ...] = (
         ),
         errors=(*_FENCE, e.MachineNotFound),
     ),
+    *SNAPSHOT_ROUTES,
     Route(
         method="GET",
         path="/events",

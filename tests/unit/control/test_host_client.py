@@ -37,7 +37,8 @@ from fusevm.model.errors import (
 from fusevm.model.machine import Fence, MachineSpec
 from fusevm.testing.fake_host import FakeHost, fake_host_app
 from fusevm.wire.frames import Frame, FrameType, decode_message, encode_frame
-from fusevm.wire.host_api import CreateMachine, TakeSnapshot
+from fusevm.wire.host_api import CreateMachine
+from fusevm.wire.host_snapshots import TakeSnapshot
 from fusevm.wire.pin import spki_sha256
 
 FENCE = Fence(cluster="c", uid="u1", incarnation=1, action_seq=1)

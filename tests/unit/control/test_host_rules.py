@@ -11,7 +11,8 @@ from fusevm.control.stub_host import StubHost
 from fusevm.model.errors import Error, OrderExpired, StaleAction, StaleIncarnation
 from fusevm.model.machine import Fence, MachineSpec
 from fusevm.testing.fake_host import FakeHost
-from fusevm.wire.host_api import CreateMachine, TakeSnapshot
+from fusevm.wire.host_api import CreateMachine
+from fusevm.wire.host_snapshots import TakeSnapshot
 
 EVERY_HOST = pytest.mark.parametrize("make", [lambda: StubHost("1"), FakeHost], ids=["stub", "fake"])
 ORDER = CreateMachine(machine_id="m-1", spec=MachineSpec(image="debian-12"))

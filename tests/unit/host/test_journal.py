@@ -399,8 +399,9 @@ async def test_a_stopped_machine_gives_back_its_slot_and_keeps_its_uid(journal: 
 async def test_a_transition_that_does_not_exist_is_refused(journal: Journal):
     machine = await create_running(journal, fence())
     await journal.begin_stop("m-1", fence(), nothing)
-    with pytest.raises(Internal, match="cannot go from running to creating"):
-        await journal.finish(msgspec.structs.replace(machine, phase=Phase.CREATING), "stop", "done", nothing)
+    stopped = await journal.finish(msgspec.structs.replace(machine, phase=Phase.STOPPED), "stop", "done", nothing)
+    with pytest.raises(Internal, match="cannot go from stopped to paused"):
+        await journal.observe(msgspec.structs.replace(stopped, phase=Phase.PAUSED), "seen", nothing)
 
 
 # -- intents ---------------------------------------------------------------------------------------------------------
@@ -540,7 +541,7 @@ async def test_a_delete_on_a_full_disk_gives_up_the_ballast(tmp_path: Path, time
                 error.sqlite_errorcode = sqlite3.SQLITE_FULL
                 raise error
 
-        await journal._write(is_full, point="delete.intent", is_urgent=True)
+        await journal.write(is_full, point="delete.intent", is_urgent=True)
         assert not (tmp_path / "ballast").exists()
     finally:
         await journal.close()

@@ -45,7 +45,8 @@ FIRST, SECOND, THIRD, FOURTH = (fence(action_seq=number) for number in (1, 2, 3,
 class Outside(msgspec.Struct, frozen=True):
     """What a dying daemon leaves behind but for its journal."""
 
-    processes: list[tuple[str, VmmProcess, str]]
+    #: Machine, identity, nonce, and whether its disk was frozen.
+    processes: list[tuple[str, VmmProcess, str, bool]]
     occupied: set[str]
     disks: set[str]
 
@@ -62,7 +63,10 @@ class DieAt:
         if point != self._point:
             return
         driver, quarters = self._world.driver, self._world.quarters
-        processes = [(name, running.identity, running.agent.nonce) for name, running in driver.processes.items()]
+        processes = [
+            (name, running.identity, running.agent.nonce, running.agent.is_frozen)
+            for name, running in driver.processes.items()
+        ]
         outside = Outside(processes, quarters.occupied, quarters.disks)
         (self._world.root / "outside.json").write_bytes(msgspec.json.encode(outside))
         os.kill(os.getpid(), signal.SIGKILL)
@@ -77,7 +81,7 @@ def die(world: World, point: str, deed: Callable[[Daemon], Awaitable[object]]) -
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, f"{point} was not reached"
     outside = msgspec.json.decode((world.root / "outside.json").read_bytes(), type=Outside)
     world.quarters.occupied, world.quarters.disks = outside.occupied, outside.disks
-    for machine_id, identity, nonce in outside.processes:
+    for machine_id, identity, nonce, is_frozen in outside.processes:
         plan = BootPlan(
             machine_id=machine_id,
             cpus=1,
@@ -88,7 +92,8 @@ def die(world: World, point: str, deed: Callable[[Daemon], Awaitable[object]]) -
             run_dir=world.root,
             console_log=world.root / "console.log",
         )
-        world.driver.processes[machine_id] = FakeProcess(world.driver, plan, identity, nonce)
+        world.driver.processes[machine_id] = left = FakeProcess(world.driver, plan, identity, nonce)
+        left.agent.is_frozen = is_frozen
 
 
 def _do_and_die(world: World, point: str, deed: Callable[[Daemon], Awaitable[object]]) -> NoReturn:
@@ -375,6 +380,10 @@ def test_a_change_of_the_network(tmp_path: Path, point: str):
     asyncio.run(look())
 
 
+#: Operations whose points `test_snapshot_kill_points.py` has.
+SNAPSHOTS = {"snapshot", "freeze", "restore", "unsnapshot", "import"}
+
+
 def test_no_kill_point_is_forgotten():
     undone = {f"{kind}.undone{end}" for kind in ("create", "start", "visit") for end in (".writing", "")}
     ends = {"exit.seen.writing", "exit.seen", "exit.vacated.writing", "exit.vacated"}
@@ -389,4 +398,4 @@ def test_no_kill_point_is_forgotten():
         *VISIT_POINTS,
         *undone,
         *ends,
-    } == POINTS
+    } == {point for point in POINTS if point.partition(".")[0] not in SNAPSHOTS}

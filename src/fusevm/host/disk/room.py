@@ -15,10 +15,11 @@ import contextlib
 import errno
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Literal
 
-from fusevm.host.disk.copy import DiskImage
-from fusevm.host.disk.overlay import Method, WithoutReflink, create_overlay, sync_overlay
+from fusevm.host.disk.copy import DiskImage, share_blocks
+from fusevm.host.disk.overlay import Method, WithoutReflink, allocated_bytes, create_overlay, sync_overlay
 from fusevm.host.disk.qcow2 import MAX_BYTES, QcowDamaged, read_backing, read_size
 from fusevm.host.images.blank import ensure_blank
 from fusevm.host.images.workspace import sync_folder
@@ -27,6 +28,7 @@ from fusevm.model.machine import DiskSeed, Machine
 
 Format = Literal["raw", "qcow2"]
 _FORMATS: tuple[Format, ...] = ("raw", "qcow2")
+_PROBE_BYTES = 1 << 16
 
 
 class DiskRoom:
@@ -46,30 +48,19 @@ class DiskRoom:
         self._snapshots = snapshots
         self._is_confined = is_confined
         self._without_reflink = without_reflink
+        self._has_reflink: bool | None = None
 
     def find(self, machine_id: str) -> tuple[Path, Format] | None:
         """Where a machine's disk is. Blocking, as every method that is no coroutine."""
         return self._find(machine_id, "overlay")
 
-    def image(self, machine: Machine) -> DiskImage:
-        """A machine's disk, for whoever copies it. Raises Internal when it has none."""
-        found = self.find(machine.id)
-        if found is None:
-            raise Internal(problem=f"machine {machine.id} has no disk")
-        path, kind = found
-        if kind == "raw":
-            return DiskImage(path=path, format=kind, size_bytes=path.stat().st_size)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            size, backing = read_size(fd), Path(read_backing(fd))
-        except QcowDamaged as e:
-            raise Internal(problem=f"the disk of {machine.id} is damaged: {e}") from e
-        finally:
-            os.close(fd)
-        # The file is the machine's to write: what it names is read only if it can be nobody else's.
-        if not self._is_base(machine.id, backing):
-            raise Internal(problem=f"the disk of {machine.id} names a base that is not its own")
-        return DiskImage(path=path, format=kind, size_bytes=min(size, MAX_BYTES), backing=backing)
+    async def image(self, machine: Machine) -> DiskImage:
+        """A machine's disk, for whoever copies it. Raises Internal when it has none, or one that lies."""
+        return await asyncio.to_thread(self._image, machine)
+
+    async def needed_bytes(self, machine: Machine) -> int:
+        """What a copy of the disk may take of the host's; nothing where blocks can be shared."""
+        return await asyncio.to_thread(self._needed_bytes, machine)
 
     async def ensure(self, machine: Machine) -> bool:
         """Make a machine's disk unless it is there; False when it was. Raises NoSpace, SnapshotNotFound."""
@@ -101,6 +92,40 @@ class DiskRoom:
             await sync_overlay(disk[0])
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _image(self, machine: Machine) -> DiskImage:
+        found = self.find(machine.id)
+        if found is None:
+            raise Internal(problem=f"machine {machine.id} has no disk")
+        path, kind = found
+        if kind == "raw":
+            return DiskImage(path=path, format=kind, size_bytes=path.stat().st_size)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            size, backing = read_size(fd), Path(read_backing(fd))
+        except QcowDamaged as e:
+            raise Internal(problem=f"the disk of {machine.id} is damaged: {e}") from e
+        finally:
+            os.close(fd)
+        # The file is the machine's to write: what it names is read only if it can be nobody else's.
+        if not self._is_base(machine.id, backing):
+            raise Internal(problem=f"the disk of {machine.id} names a base that is not its own")
+        return DiskImage(path=path, format=kind, size_bytes=min(size, MAX_BYTES), backing=backing)
+
+    def _needed_bytes(self, machine: Machine) -> int:
+        image = self._image(machine)
+        if image.format == "raw" and self._shares_blocks():
+            return 0
+        return allocated_bytes(image.path) + (allocated_bytes(image.backing) if image.backing is not None else 0)
+
+    def _shares_blocks(self) -> bool:
+        """Can the file system share blocks between files? Asked once."""
+        if self._has_reflink is None:
+            with TemporaryFile(dir=self._machines) as one, TemporaryFile(dir=self._machines) as other:
+                one.write(bytes(_PROBE_BYTES))
+                one.flush()
+                self._has_reflink = share_blocks(one.fileno(), other.fileno())
+        return self._has_reflink
 
     async def _make(self, machine: Machine, seed: DiskSeed | None, name: str) -> None:
         folder = self._machines / machine.id

@@ -260,12 +260,16 @@ class ArtifactImporter:
 
 def make_importer(config: HostConfig, images: ImageStore) -> ArtifactImporter:
     """The importer of a host daemon."""
-    policy = FetchPolicy(
+    return ArtifactImporter(images, KernelStore(config.artefacts), make_policy(config))
+
+
+def make_policy(config: HostConfig) -> FetchPolicy:
+    """Where the daemon's downloads and uploads may lead, and how large they may be."""
+    return FetchPolicy(
         allowed=parse_networks(config.artifact_networks),
         max_bytes=config.image_max_bytes,
         reserve_bytes=config.disk_reserve_bytes,
     )
-    return ArtifactImporter(images, KernelStore(config.artefacts), policy)
 
 
 def parse_sha256(text: str | None) -> str:

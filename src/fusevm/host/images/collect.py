@@ -99,10 +99,12 @@ def _free(candidates: Sequence[Candidate], now_s: float) -> list[Candidate]:
 
 
 async def users_in_journal(journal: Journal) -> dict[str, list[str]]:
-    """What the journal's machines need: digest to machine ids, stopped and failed machines included."""
+    """What the journal's machines, stopped and failed ones included, and snapshots need: digest to who needs it."""
     users: dict[str, list[str]] = {}
     for entry in await journal.entries():
         users.setdefault(entry.machine.image_digest, []).append(f"machine {entry.machine.id}")
+    for digest, snapshot_id in await journal.snapshot_images():
+        users.setdefault(digest, []).append(f"snapshot {snapshot_id}")
     return users
 
 

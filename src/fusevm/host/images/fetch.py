@@ -75,7 +75,7 @@ class Fetched(msgspec.Struct, frozen=True, kw_only=True):
     validators: Validators
 
 
-class _Place(msgspec.Struct, frozen=True, kw_only=True):
+class Place(msgspec.Struct, frozen=True, kw_only=True):
     """A URL in its parts."""
 
     url: str
@@ -147,10 +147,10 @@ async def _follow(url: str, policy: FetchPolicy, known: Validators | None) -> As
 
 
 @asynccontextmanager
-async def _ask(place: _Place, policy: FetchPolicy, known: Validators | None) -> AsyncIterator[Response]:
+async def _ask(place: Place, policy: FetchPolicy, known: Validators | None) -> AsyncIterator[Response]:
     """Send the request to an address that may be asked; the answer's head."""
     async with _patience(place.url, policy):
-        stream = await _connect(place, policy)
+        stream = await connect(place, policy)
     connection = Connection(stream, place.authority)
     headers = {"accept-encoding": "identity", "user-agent": "fuse", **(known.headers() if known else {})}
     try:
@@ -173,7 +173,7 @@ async def _patience(url: str, policy: FetchPolicy) -> AsyncIterator[None]:
         raise FetchFailed(what=shown(url), problem=f"nothing came for {policy.silence_s:.0f} s") from e
 
 
-async def _connect(place: _Place, policy: FetchPolicy) -> SocketStream:
+async def connect(place: Place, policy: FetchPolicy) -> SocketStream:
     """Connect to the first address of the host that may be connected to and answers."""
     addresses = await _resolve(place)
     good = await asyncio.to_thread(_permitted, place, addresses, policy)
@@ -191,7 +191,7 @@ async def _connect(place: _Place, policy: FetchPolicy) -> SocketStream:
     raise FetchFailed(what=shown(place.url), problem=problem)
 
 
-async def _resolve(place: _Place) -> list[Address]:
+async def _resolve(place: Place) -> list[Address]:
     with contextlib.suppress(ValueError):
         return [ipaddress.ip_address(place.host.partition("%")[0])]
     try:
@@ -202,7 +202,7 @@ async def _resolve(place: _Place) -> list[Address]:
     return [ipaddress.ip_address(text) for text in texts]
 
 
-def _permitted(place: _Place, addresses: list[Address], policy: FetchPolicy) -> list[Address]:
+def _permitted(place: Place, addresses: list[Address], policy: FetchPolicy) -> list[Address]:
     """Those of a host's addresses that may be connected to. Raises AddressRefused when there is none."""
     kinds = {address: refusal(address, policy.allowed) for address in addresses}
     for address, kind in kinds.items():
@@ -216,7 +216,7 @@ def _permitted(place: _Place, addresses: list[Address], policy: FetchPolicy) -> 
     return good
 
 
-def parse_url(url: str) -> _Place:
+def parse_url(url: str) -> Place:
     """Take a URL apart. Raises ArtifactRefused for one that is not http or https, or not written as it must be."""
     problem = ""
     try:
@@ -236,10 +236,10 @@ def parse_url(url: str) -> _Place:
         raise ArtifactRefused(url=shown(url), problem=problem)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     host, scheme = parts.hostname or "", parts.scheme
-    return _Place(url=url, scheme=scheme, host=host, port=port or _PORTS[scheme], target=target)
+    return Place(url=url, scheme=scheme, host=host, port=port or _PORTS[scheme], target=target)
 
 
-def _next_place(place: _Place, location: str) -> _Place:
+def _next_place(place: Place, location: str) -> Place:
     if not location:
         raise ArtifactRefused(url=shown(place.url), problem="it redirects to nowhere")
     following = parse_url(urljoin(place.url, location))

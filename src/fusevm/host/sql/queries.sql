@@ -109,3 +109,39 @@ INSERT INTO published_ports (protocol, host_port, id, machine_id) VALUES (:proto
 
 -- name: unpublish
 DELETE FROM published_ports WHERE id = :id AND machine_id = :machine_id;
+-- name: get_snapshot
+SELECT record FROM snapshots WHERE id = :id;
+
+-- name: list_snapshots
+SELECT record FROM snapshots ORDER BY id;
+
+-- name: snapshots_of_machine
+SELECT record FROM snapshots WHERE machine_id = :machine_id ORDER BY id;
+
+-- name: snapshot_images
+SELECT image_digest, id FROM snapshots ORDER BY id;
+
+-- name: insert_snapshot
+INSERT INTO snapshots (id, cluster, machine_id, phase, image_digest, record)
+VALUES (:id, :cluster, :machine_id, :phase, :image_digest, :record);
+
+-- name: update_snapshot
+UPDATE snapshots SET phase = :phase, record = :record WHERE id = :id;
+
+-- name: delete_snapshot
+DELETE FROM snapshots WHERE id = :id;
+
+-- name: free_snapshot
+INSERT INTO freed_snapshots (id, expires_at_ms) VALUES (:id, :expires_at_ms)
+ON CONFLICT (id) DO UPDATE SET expires_at_ms = excluded.expires_at_ms;
+
+-- name: is_freed
+SELECT 1 FROM freed_snapshots WHERE id = :id AND expires_at_ms > :now_ms;
+
+-- name: purge_freed
+DELETE FROM freed_snapshots WHERE expires_at_ms <= :now_ms;
+
+-- name: is_stray_snapshot
+-- Being taken, and nobody is at it.
+SELECT 1 FROM snapshots s WHERE s.id = :id AND s.phase = 'taking'
+    AND NOT EXISTS (SELECT 1 FROM operations o WHERE o.machine_id = s.machine_id AND o.kind = 'snapshot');

@@ -212,6 +212,23 @@ class SnapshotNotReady(Conflict):
     state: str
 
 
+class SnapshotExists(Conflict):
+    """A host has a snapshot of this id, of another machine."""
+
+    reason = "snapshot_exists"
+    template = "Snapshot {id} exists already, of another machine; choose another id"
+    id: str
+
+
+class SnapshotMismatch(Conflict):
+    """A snapshot does not fit where it should be put."""
+
+    reason = "snapshot_mismatch"
+    template = "Snapshot {id} does not fit: {problem}"
+    id: str
+    problem: str
+
+
 class PreconditionFailed(Conflict):
     """If-Match names another revision than the present one."""
 

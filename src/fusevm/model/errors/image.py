@@ -47,6 +47,15 @@ class ArtifactRefused(InvalidArgument):
     problem: str
 
 
+class UploadFailed(Unavailable):
+    """An object store does not take a part of a snapshot."""
+
+    reason = "upload_failed"
+    template = "Part {part} could not be uploaded: {problem}"
+    part: int
+    problem: str
+
+
 class FetchFailed(Unavailable):
     """A registry or a server does not answer, or breaks off."""
 

@@ -81,6 +81,21 @@ class SnapshotNotFound(NotFound):
     id: str
 
 
+class LocalSnapshotMissing(NotFound):
+    """The bytes are not on this host. The sentence begins with words that control planes of computer-host look for."""
+
+    reason = "local_snapshot_missing"
+    template = "local snapshot restore unavailable: {problem}; send `snapshot` with download_url to fetch it"
+    problem: str
+
+
+class ArtifactNotFound(NotFound):
+    reason = "artifact_not_found"
+    template = "Snapshot {snapshot} has no artifact {id!r}"
+    snapshot: str
+    id: str
+
+
 class KeyNotFound(NotFound):
     reason = "key_not_found"
     template = "No API key {id!r}"

@@ -30,7 +30,8 @@ from fusevm.model.host import Resources
 from fusevm.model.machine import Fence, Phase
 from fusevm.testing.fake_host import CREATED_AT, FakeAnswer, FakeHost
 from fusevm.testing.simulation.scale import NO_FAULTS, Safeguards
-from fusevm.wire.host_api import CreateMachine, MachineBody, MachineEvent, MachineList, SnapshotBody, TakeSnapshot
+from fusevm.wire.host_api import CreateMachine, MachineBody, MachineEvent, MachineList
+from fusevm.wire.host_snapshots import SnapshotBody, TakeSnapshot
 
 T = TypeVar("T")
 #: An incomplete list is followed by this many complete ones, and by this many seconds without another.

@@ -20,9 +20,8 @@ from fusevm.wire.host_api import (
     MachineBody,
     MachineEvent,
     MachineList,
-    SnapshotBody,
-    TakeSnapshot,
 )
+from fusevm.wire.host_snapshots import SnapshotBody, TakeSnapshot
 
 T = TypeVar("T")
 #: Seconds until a caller gives up who hears nothing.

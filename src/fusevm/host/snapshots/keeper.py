@@ -1,0 +1,266 @@
+"""The snapshots of one daemon: taken, listed, read, deleted, fetched; and put right after a crash.
+
+The machine is needed only while its disk is copied (its task does that, `snapshots.work`); finding the digest comes
+after it, in a task of the snapshot's own.
+
+Owns: those tasks. Must not: touch machines, know HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import structlog
+
+from fusevm.host.fencing import LOCAL, check_reserved
+from fusevm.host.images.fetch import FetchPolicy, shown
+from fusevm.host.machines import Machines
+from fusevm.host.snapshots.folders import SnapshotFolders
+from fusevm.host.snapshots.ledger import Ledger
+from fusevm.host.snapshots.packed import PackedDisk
+from fusevm.host.snapshots.record import (
+    DISK_ARTIFACT,
+    Consistency,
+    HostSnapshot,
+    SnapshotPhase,
+    check_ready,
+    disk_artifact,
+)
+from fusevm.host.snapshots.transfer import check_parts, fetch_disk, find_disk, unpack, upload
+from fusevm.host.surroundings import Surroundings
+from fusevm.host.tasks import gather_all
+from fusevm.host.writer import Superseded
+from fusevm.model.errors import ArtifactNotFound, Error, MachineNotFound, NotSupported, ShuttingDown, SnapshotNotFound
+from fusevm.model.ids import parse_machine_id, parse_snapshot_id
+from fusevm.model.machine import Fence
+from fusevm.wire.host_snapshots import ArtifactUpload, DurableArtifact, DurableSnapshot, UploadedArtifact
+
+log = structlog.get_logger()
+
+
+class SnapshotKeeper:
+    """Everything about snapshots that the API offers. Use within `running`."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        folders: SnapshotFolders,
+        machines: Machines,
+        parts: Surroundings,
+        policy: FetchPolicy,
+    ) -> None:
+        """`policy`: where uploads and downloads may lead, and how large they may be."""
+        self._ledger = ledger
+        self._policy = policy
+        self._limits = parts.quarters.limits
+        self._now_ms = parts.clock.now_ms
+        self._folders = folders
+        self._machines = machines
+        self._fault = parts.fault
+        #: What is under way, by snapshot: a seal, a removal.
+        self._work: dict[str, asyncio.Task[HostSnapshot]] = {}
+        self._is_closing = False
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Take up what an earlier daemon has left. What is under way at the end is taken up by the next one."""
+        await self._folders.open()
+        await self.tidy()
+        try:
+            yield
+        finally:
+            self._is_closing = True
+            left = set(self._work.values())
+            for task in left:
+                task.cancel()
+            if left:
+                await asyncio.wait(left)
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    async def get(self, snapshot_id: str) -> HostSnapshot:
+        """One snapshot. Raises SnapshotNotFound."""
+        return await self._ledger.get(parse_snapshot_id(snapshot_id))
+
+    async def owned(self, snapshot_id: str, cluster: str) -> HostSnapshot:
+        """One snapshot, for whoever may use it. Raises SnapshotNotFound, WrongCluster."""
+        return await self._ledger.owned(parse_snapshot_id(snapshot_id), cluster)
+
+    async def load_all(self) -> list[HostSnapshot]:
+        """Every snapshot, oldest first."""
+        return await self._ledger.load_all()
+
+    async def of_machine(self, machine_id: str) -> list[HostSnapshot]:
+        """Those of one machine, oldest first. Raises MachineNotFound when there is neither."""
+        found = await self._ledger.load_all(parse_machine_id(machine_id))
+        if not found and machine_id not in self._machines.ids():
+            raise MachineNotFound(id=machine_id)
+        return found
+
+    def open_packed(self, snapshot: HostSnapshot) -> PackedDisk:
+        """A ready snapshot's disk as it is carried away. Blocking. Raises SnapshotNotFound, SnapshotNotReady."""
+        check_ready(snapshot)
+        return self._folders.open_packed(snapshot)
+
+    # -- orders -----------------------------------------------------------------------------------------------------
+
+    async def take(self, machine_id: str, snapshot_id: str, fence: Fence | None, *, live: bool) -> HostSnapshot:
+        """Take a snapshot of a machine's disk and return it when it can be used. Idempotent by its id.
+
+        Carried out even if the caller goes away. Raises NotSupported, MachineNotFound, WrongState, SnapshotExists,
+        SnapshotFailed, GuestUnreachable, HostFull, NoSpace, and what is wrong with the fence.
+        """
+        parse_machine_id(machine_id)
+        parse_snapshot_id(snapshot_id)
+        check_reserved(fence)
+        if live:
+            raise NotSupported(feature="a snapshot with memory on this host")
+        taken = await self._machines.take_snapshot(machine_id, snapshot_id, fence)
+        return taken if taken.phase is SnapshotPhase.READY else await self.seal(taken)
+
+    async def seal(self, snapshot: HostSnapshot) -> HostSnapshot:
+        """Make a snapshot whose bytes are there usable. Raises SnapshotFailed, NoSpace; then it is gone."""
+        return await asyncio.shield(self._begin(snapshot.id, self._seal(snapshot)))
+
+    async def delete(self, snapshot_id: str, cluster: str) -> None:
+        """Free a snapshot, whatever becomes of it; its id is used up. Raises SnapshotNotFound, WrongCluster, NoSpace.
+
+        Machines that began with it go on; what is being made from it either has its disk already, or fails.
+        """
+        doomed = await self._ledger.begin_delete(parse_snapshot_id(snapshot_id), cluster)
+        running = self._work.pop(snapshot_id, None)
+        if running is not None:
+            running.cancel()
+            await asyncio.wait({running})
+        await asyncio.shield(self._begin(snapshot_id, self._remove(doomed)))
+
+    async def upload(self, snapshot: HostSnapshot, uploads: list[ArtifactUpload]) -> list[UploadedArtifact]:
+        """Send a ready snapshot's artefacts to a store, all at the same time.
+
+        Raises SnapshotNotReady, ArtifactNotFound, BadField, AddressRefused, ArtifactRefused, UploadFailed.
+        """
+        size = disk_artifact(snapshot).size_bytes
+        for wanted in uploads:
+            if wanted.artifact_id != DISK_ARTIFACT:
+                raise ArtifactNotFound(snapshot=snapshot.id, id=wanted.artifact_id[:80])
+            check_parts(wanted.parts, size)
+        packed = await asyncio.to_thread(self.open_packed, snapshot)
+        try:
+            done = [upload(packed, wanted.parts, self._policy) for wanted in uploads]
+            sent = await gather_all(*done)
+        finally:
+            packed.close()
+        return [
+            UploadedArtifact(artifact_id=wanted.artifact_id, completed_parts=parts)
+            for wanted, parts in zip(uploads, sent, strict=True)
+        ]
+
+    def check_durable(self, durable: DurableSnapshot) -> None:
+        """Raise BadField or ArtifactRefused for one that cannot be fetched."""
+        find_disk(durable, self._policy)
+
+    async def fetch(self, snapshot_id: str, durable: DurableSnapshot, image_digest: str) -> HostSnapshot:
+        """Bring a snapshot that was carried away to this host, and return it when it can be used. Idempotent by its id.
+
+        Raises BadField, HostFull, NoSpace, SnapshotFailed, and what a download raises; then nothing is left.
+        """
+        disk = find_disk(durable, self._policy)
+        draft = HostSnapshot(
+            id=parse_snapshot_id(snapshot_id),
+            cluster=LOCAL,
+            machine_id=parse_machine_id(durable.machine_id) if durable.machine_id else snapshot_id,
+            phase=SnapshotPhase.TAKING,
+            image_digest=image_digest,
+            disk_bytes=0,
+            consistency=Consistency.UNKNOWN,
+            source=shown(disk.download_url),
+            created_at_ms=self._now_ms(),
+        )
+        return await asyncio.shield(self._begin(snapshot_id, self._fetch(draft, disk)))
+
+    async def _fetch(self, draft: HostSnapshot, disk: DurableArtifact) -> HostSnapshot:
+        limits = await self._limits()
+        begun = await self._ledger.begin_import(draft, limits, 2 * disk.size_bytes)
+        if begun.phase is SnapshotPhase.READY:
+            return begun
+        try:
+            await self._folders.prepare(draft.id)
+            packed, target = self._folders.staging(draft.id)
+            await fetch_disk(draft.id, disk, packed, self._policy)
+            size = await unpack(draft.id, packed, target)
+            await asyncio.to_thread(packed.unlink)
+            taken = await self._ledger.finish_import(msgspec.structs.replace(draft, disk_bytes=size))
+        except BaseException as e:
+            # Cancelled, too: the daemon ends, or somebody has deleted it.
+            with contextlib.suppress(Error, OSError):
+                await self._folders.remove(draft.id)
+                await self._ledger.forget(draft.id)
+            if isinstance(e, Superseded):
+                raise SnapshotNotFound(id=draft.id) from None
+            raise
+        return await self._seal(taken)
+
+    async def tidy(self) -> None:
+        """Take up what is open, and remove the folders of nobody. What fails is tried again the next time."""
+        known = await self._ledger.load_all()
+        for snapshot in known:
+            if snapshot.id not in self._work:
+                await self._take_up(snapshot)
+        for name in await self._folders.names() - {snapshot.id for snapshot in await self._ledger.load_all()}:
+            log.warning("leftover_removed", kind="snapshot directory", name=name)
+            await self._folders.remove(name)
+        await self._ledger.purge()
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    async def _take_up(self, snapshot: HostSnapshot) -> None:
+        if snapshot.phase is SnapshotPhase.SEALING:
+            self._begin(snapshot.id, self._seal(snapshot))
+        elif snapshot.phase is SnapshotPhase.DELETING or await self._ledger.is_stray(snapshot.id):
+            self._begin(snapshot.id, self._remove(snapshot))
+
+    def _begin(self, snapshot_id: str, work: Coroutine[Any, Any, HostSnapshot]) -> asyncio.Task[HostSnapshot]:
+        """Begin work on a snapshot, or join what is under way."""
+        running = self._work.get(snapshot_id)
+        if running is not None or self._is_closing:
+            work.close()
+            if running is None:
+                raise ShuttingDown
+            return running
+        task = self._work[snapshot_id] = asyncio.create_task(work, name=f"snapshot {snapshot_id}")
+        task.add_done_callback(lambda done: self._note_end(snapshot_id, done))
+        return task
+
+    def _note_end(self, snapshot_id: str, task: asyncio.Task[HostSnapshot]) -> None:
+        if self._work.get(snapshot_id) is task:
+            del self._work[snapshot_id]
+        if not task.cancelled() and task.exception() is not None:
+            log.warning("snapshot_work_failed", snapshot=snapshot_id, problem=str(task.exception()))
+
+    async def _seal(self, snapshot: HostSnapshot) -> HostSnapshot:
+        try:
+            sealed = await self._ledger.finish_seal(await self._folders.seal(snapshot))
+        except Superseded:
+            raise SnapshotNotFound(id=snapshot.id) from None
+        except Error as e:
+            # Whoever asked hears of it and asks again, under the same id.
+            try:
+                await self._folders.remove(snapshot.id)
+                await self._ledger.forget(snapshot.id)
+            except (Error, OSError) as more:
+                e.add_note(f"while cleaning up: {more}")
+            raise
+        log.info("snapshot_ready", snapshot=snapshot.id, machine=snapshot.machine_id, frozen_ms=snapshot.frozen_ms)
+        return sealed
+
+    async def _remove(self, snapshot: HostSnapshot) -> HostSnapshot:
+        await self._folders.remove(snapshot.id)
+        self._fault.reached("unsnapshot.removed")
+        await self._ledger.forget(snapshot.id)
+        log.info("snapshot_removed", snapshot=snapshot.id)
+        return snapshot

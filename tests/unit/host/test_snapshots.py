@@ -1,0 +1,520 @@
+"""Snapshots of a daemon with a fake VMM: real journal, real bytes, small disks."""
+
+import asyncio
+import hashlib
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "images"))
+
+from file_server import FileServer, ok, serving
+
+from fusevm.host.api import make_router
+from fusevm.host.boundary import Boundary
+from fusevm.host.daemon import Daemon
+from fusevm.host.images.addresses import parse_networks
+from fusevm.host.images.collect import users_in_journal
+from fusevm.host.images.fetch import FetchPolicy
+from fusevm.model.errors import (
+    GuestUnreachable,
+    HostFull,
+    MachineNotFound,
+    NotSupported,
+    SnapshotFailed,
+    StaleIncarnation,
+    WrongCluster,
+    WrongState,
+)
+from fusevm.model.machine import Phase
+from fusevm.testing.host_world import SPEC, World, fence, order, until
+
+LOOPBACK = FetchPolicy(allowed=parse_networks(["127.0.0.0/8"]), max_bytes=1 << 26)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@asynccontextmanager
+async def serving_daemon(world: World) -> AsyncIterator[tuple[Daemon, httpx.AsyncClient]]:
+    async with world.daemon() as daemon:
+        app = Boundary(make_router(daemon), daemon.metrics, secret=None)
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://host") as http:
+            yield daemon, http
+
+
+async def make(daemon: Daemon, machine_id: str = "m-1") -> None:
+    """A machine of nobody's cluster, as computer-host's users have."""
+    await daemon.machines.create(order(machine_id), None)
+
+
+def hold_agent(world: World) -> asyncio.Event:
+    """From now on whoever speaks to an agent waits."""
+    world.driver.holds.reached("agent").clear()
+    return world.driver.holds.hold("agent")
+
+
+def bytes_of(world: World) -> set[str]:
+    return {entry.name for entry in (world.root / "data" / "snapshots").iterdir()}
+
+
+# -- taking ----------------------------------------------------------------------------------------------------------
+
+
+async def test_the_answer_is_the_contracts(world: World) -> None:
+    async with serving_daemon(world) as (daemon, http):
+        await make(daemon)
+        world.disks.write("m-1", b"content")
+        answer = await http.post("/machines/m-1/snapshots", json={"snapshot_id": "s-1"})
+        assert answer.status_code == 201
+        body = answer.json()
+        (artifact,) = body["artifacts"]
+        assert (artifact["id"], artifact["kind"]) == ("disk-system", "disk")
+        assert {"id", "machine_id", "created_at"} <= body["snapshot"].keys()
+        assert body["snapshot"]["consistency"] == "frozen"
+        shown = (await http.get("/snapshots/s-1")).json()
+        assert shown["snapshot"] == body["snapshot"]
+        for url in ("/machines/m-1/snapshots", "/snapshots"):
+            assert (await http.get(url)).json() == {"snapshots": [body["snapshot"]]}
+        assert (await http.get("/machines/m-2/snapshots")).status_code == 404
+        assert (await http.delete("/snapshots/s-1")).status_code == 204
+        assert (await http.get("/snapshots/s-1")).status_code == 404
+        assert bytes_of(world) == set()
+
+
+@pytest.mark.parametrize("bad", ["..", ".", "", "a/b", "../m-1", "A", "a_b", "x" * 64, "%2e%2e"])
+async def test_an_id_that_could_be_a_path_is_refused(world: World, bad: str) -> None:
+    async with serving_daemon(world) as (daemon, http):
+        await make(daemon)
+        answers = [
+            await http.post("/machines/m-1/snapshots", json={"snapshot_id": bad}),
+            await http.post("/machines/m-1/restore", json={"snapshot_id": bad}),
+            await http.delete(f"/snapshots/{bad}"),
+            await http.get(f"/snapshots/{bad}/artifacts/disk-system"),
+            await http.post(f"/snapshots/{bad}/restore", json={"machine_id": "m-2", "local_snapshot": {}}),
+        ]
+        assert all(answer.status_code in (307, 400, 404, 405) for answer in answers)
+        assert answers[0].json()["details"]["reason"] == "bad_field"
+        assert bytes_of(world) == set()
+
+
+async def test_an_id_of_another_machine_is_a_conflict(world: World) -> None:
+    async with serving_daemon(world) as (daemon, http):
+        await make(daemon)
+        await make(daemon, "m-2")
+        body = {"snapshot_id": "s-1"}
+        assert (await http.post("/machines/m-1/snapshots", json=body)).status_code == 201
+        assert (await http.post("/machines/m-1/snapshots", json=body)).status_code == 201
+        again = await http.post("/machines/m-2/snapshots", json=body)
+        assert (again.status_code, again.json()["details"]["reason"]) == (409, "snapshot_exists")
+
+
+async def test_a_running_guest_is_held_still_only_for_the_copy(world: World) -> None:
+    async with world.daemon() as daemon:
+        await make(daemon)
+        agent = world.driver.processes["m-1"].agent
+        taken = await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        said = [line for line in agent.requests if line in ("POST /quiesce", "POST /thaw")]
+        assert said == ["POST /quiesce", "POST /thaw"]
+        assert (taken.consistency.value, taken.agent_version, agent.is_frozen) == ("frozen", "fake", False)
+
+
+async def test_a_stopped_machine_needs_no_guest(world: World) -> None:
+    async with world.daemon() as daemon:
+        await make(daemon)
+        await daemon.machines.stop("m-1", None)
+        assert (await daemon.snapshots.take("m-1", "s-1", None, live=False)).consistency.value == "stopped"
+
+
+async def test_a_guest_that_went_on_writing_gives_no_snapshot(world: World) -> None:
+    async with world.daemon() as daemon:
+        await make(daemon)
+        world.driver.processes["m-1"].agent.freeze_expires = True
+        with pytest.raises(SnapshotFailed, match="went on writing"):
+            await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        assert (await daemon.snapshots.load_all(), bytes_of(world)) == ([], set())
+        world.driver.processes["m-1"].agent.freeze_expires = False
+        await daemon.snapshots.take("m-1", "s-1", None, live=False)
+
+
+async def test_an_order_that_comes_as_the_machine_goes_is_answered(world: World) -> None:
+    async with world.daemon() as daemon:
+        await make(daemon)
+        deleting = asyncio.create_task(daemon.machines.delete("m-1", None))
+        taking = asyncio.create_task(daemon.snapshots.take("m-1", "s-1", None, live=False))
+        await deleting
+        with pytest.raises((MachineNotFound, StaleIncarnation)):
+            await taking
+
+
+async def test_what_cannot_be_taken_is_said(world: World) -> None:
+    async with world.daemon() as daemon:
+        await make(daemon)
+        agent = world.driver.processes["m-1"].agent
+        agent.cannot_freeze = True
+        with pytest.raises(NotSupported, match="stop it first"):
+            await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        agent.cannot_freeze = False
+        with pytest.raises(NotSupported, match="memory"):
+            await daemon.snapshots.take("m-1", "s-1", None, live=True)
+        world.quarters.limits_now = msgspec.structs.replace(world.quarters.limits_now, disk_free_bytes=1 << 30)
+        with pytest.raises(HostFull, match="disk"):
+            await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        world.driver.processes["m-1"].end("killed by signal 9")
+        await until(lambda: daemon.machines.record("m-1").phase is Phase.FAILED)
+        with pytest.raises(WrongState):
+            await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        assert bytes_of(world) == set()
+
+
+async def test_a_machine_that_ends_meanwhile_gives_no_snapshot(world: World) -> None:
+    async with world.daemon() as daemon:
+        await make(daemon)
+        held = hold_agent(world)
+        taking = asyncio.create_task(daemon.snapshots.take("m-1", "s-1", None, live=False))
+        await world.driver.holds.reached("agent").wait()
+        world.driver.processes["m-1"].end("killed by signal 9")
+        held.set()
+        with pytest.raises((GuestUnreachable, SnapshotFailed, ConnectionError, Exception)):
+            await taking
+        await until(lambda: daemon.machines.record("m-1").phase is Phase.FAILED)
+        assert bytes_of(world) == set()
+
+
+async def test_a_client_that_leaves_changes_nothing(world: World) -> None:
+    async with world.daemon() as daemon:
+        await make(daemon)
+        held = hold_agent(world)
+        taking = asyncio.create_task(daemon.snapshots.take("m-1", "s-1", None, live=False))
+        await until(lambda: world.driver.holds.reached("agent").is_set())
+        taking.cancel()
+        held.set()
+        assert (await daemon.snapshots.take("m-1", "s-1", None, live=False)).phase.value == "ready"
+        assert not world.driver.processes["m-1"].agent.is_frozen
+
+
+async def test_a_delete_of_the_machine_overtakes(world: World) -> None:
+    async with world.daemon() as daemon:
+        await make(daemon)
+        hold_agent(world)
+        taking = asyncio.create_task(daemon.snapshots.take("m-1", "s-1", None, live=False))
+        await until(lambda: world.driver.holds.reached("agent").is_set())
+        await daemon.machines.delete("m-1", None)
+        with pytest.raises(StaleIncarnation):
+            await taking
+        assert (await daemon.snapshots.load_all(), bytes_of(world)) == ([], set())
+
+
+# -- using -----------------------------------------------------------------------------------------------------------
+
+
+async def test_the_disk_is_that_of_the_moment(world: World) -> None:
+    async with world.daemon() as daemon:
+        await daemon.machines.create(order(), fence())
+        world.disks.write("m-1", b"before")
+        await daemon.snapshots.take("m-1", "s-1", fence(), live=False)
+        world.disks.write("m-1", b"after")
+        await daemon.machines.create(order("m-2", snapshot_id="s-1"), fence("u2"))
+        assert world.disks.read("m-2") == b"before"
+        await daemon.machines.restore("m-1", "s-1", fence(action_seq=2))
+        assert world.disks.read("m-1") == b"before"
+        world.disks.write("m-1", b"later")
+        await daemon.machines.restore("m-1", "s-1", fence(action_seq=2))  # the same order, asked again
+        assert world.disks.read("m-1") == b"later"
+
+
+async def test_a_snapshot_that_does_not_fit_is_a_conflict(world: World) -> None:
+    async with serving_daemon(world) as (daemon, http):
+        await make(daemon)
+        await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        spec = SPEC.__class__(image="other", memory_mib=256, disk_bytes=1 << 30)
+        await daemon.machines.create(order("m-2", spec), None)
+        answer = await http.post("/machines/m-2/restore", json={"snapshot_id": "s-1"})
+        assert (answer.status_code, answer.json()["details"]["reason"]) == (409, "snapshot_mismatch")
+        body = {"machine_id": "m-3", "local_snapshot": {"snapshot_id": "s-1"}, "storage_bytes": 4096}
+        answer = await http.post("/snapshots/s-1/restore", json=body)
+        assert (answer.status_code, answer.json()["details"]["reason"]) == (409, "snapshot_mismatch")
+
+
+async def test_snapshots_belong_to_a_cluster(world: World) -> None:
+    async with world.daemon() as daemon:
+        await daemon.machines.create(order(), fence())
+        await daemon.snapshots.take("m-1", "s-1", fence(), live=False)
+        with pytest.raises(WrongCluster):
+            await daemon.machines.create(order("m-2", snapshot_id="s-1"), None)
+        with pytest.raises(WrongCluster):
+            await daemon.snapshots.delete("s-1", "")
+        assert bytes_of(world) == {"s-1"}
+
+
+async def test_a_snapshot_keeps_its_image(world: World) -> None:
+    async with world.daemon() as daemon:
+        await make(daemon)
+        await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        await daemon.machines.delete("m-1", None)
+        assert await users_in_journal(daemon.journal) == {"sha256:debian-12": ["snapshot s-1"]}
+
+
+async def test_a_delete_while_it_is_made_usable_wins(world: World) -> None:
+    async with world.daemon() as daemon:
+        await make(daemon)
+        taking = asyncio.create_task(daemon.snapshots.take("m-1", "s-1", None, live=False))
+
+        async def is_begun() -> bool:
+            return bool(await daemon.snapshots.load_all())
+
+        while not await is_begun():
+            await asyncio.sleep(0)
+        await daemon.snapshots.delete("s-1", "")
+        await asyncio.wait({taking})
+        assert not taking.cancelled()
+        assert taking.exception() is not None
+        assert (await daemon.snapshots.load_all(), bytes_of(world)) == ([], set())
+        assert daemon.machines.record("m-1").phase is Phase.RUNNING
+
+
+async def test_a_local_restore_is_the_contracts(world: World) -> None:
+    async with serving_daemon(world) as (daemon, http):
+        await make(daemon)
+        world.disks.write("m-1", b"content")
+        await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        body = {"machine_id": "m-2", "local_snapshot": {"snapshot_id": "s-1"}, "storage_bytes": 1 << 30}
+        answer = await http.post("/snapshots/s-1/restore", json=body)
+        assert answer.status_code == 201, answer.text
+        machine = answer.json()["machine"]
+        assert (machine["id"], machine["phase"]) == ("m-2", "running")
+        assert world.disks.read("m-2") == b"content"
+        assert (await http.post("/snapshots/s-1/restore", json=body)).status_code == 409
+        other = {**body, "machine_id": "m-3", "local_snapshot": {"snapshot_id": "s-9"}}
+        assert (await http.post("/snapshots/s-1/restore", json=other)).status_code == 400
+        assert (await http.post("/snapshots/s-1/restore", json={"machine_id": "m-3"})).status_code == 400
+
+
+async def test_a_missing_local_snapshot_is_told_by_its_first_words(world: World) -> None:
+    async with serving_daemon(world) as (_, http):
+        answer = await http.post("/snapshots/s-1/restore", json={"machine_id": "m-1", "local_snapshot": {}})
+        assert (answer.status_code, answer.json()["details"]["reason"]) == (404, "local_snapshot_missing")
+        assert answer.json()["error"].startswith("local snapshot restore unavailable")
+
+
+# -- carrying away and back ------------------------------------------------------------------------------------------
+
+
+async def take_with(world: World, daemon: Daemon, content: bytes) -> dict[str, object]:
+    await make(daemon)
+    world.disks.write("m-1", content)
+    taken = await daemon.snapshots.take("m-1", "s-1", None, live=False)
+    (artifact,) = taken.artifacts
+    return {"size_bytes": artifact.size_bytes, "sha256": artifact.sha256}
+
+
+async def test_an_artifact_is_served_whole_and_in_ranges(world: World) -> None:
+    async with serving_daemon(world) as (daemon, http):
+        known = await take_with(world, daemon, b"content")
+        url = "/snapshots/s-1/artifacts/disk-system"
+        whole = await http.get(url)
+        assert whole.status_code == 200
+        assert len(whole.content) == known["size_bytes"]
+        assert hashlib.sha256(whole.content).hexdigest() == known["sha256"]
+        assert "attachment" in whole.headers["content-disposition"]
+        for text, wanted in (("bytes=10-99", whole.content[10:100]), ("bytes=-7", whole.content[-7:])):
+            part = await http.get(url, headers={"range": text})
+            assert (part.status_code, part.content) == (206, wanted)
+        beyond = await http.get(url, headers={"range": f"bytes={known['size_bytes']}-"})
+        assert beyond.status_code == 400
+        missing = await http.get("/snapshots/s-1/artifacts/disk-user-1")
+        assert (missing.status_code, missing.json()["details"]["reason"]) == (404, "artifact_not_found")
+
+
+class Store:
+    """An object store that keeps what is PUT, and may be told to fail."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, bytes] = {}
+        self.failures: list[bytes] = []
+        self.tries = 0
+        self.etag = '"e"'
+
+
+@asynccontextmanager
+async def storing(store: Store) -> AsyncIterator[int]:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        length = int(
+            next(line.split(":")[1] for line in head.split("\r\n") if line.lower().startswith("content-length"))
+        )
+        content = await reader.readexactly(length)
+        store.tries += 1
+        if store.failures:
+            writer.write(store.failures.pop(0))
+        else:
+            store.parts[head.split(" ")[1]] = content
+            writer.write(ok(b"", *([f"ETag: {store.etag}"] if store.etag else [])))
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+def parts_of(size: int, port: int) -> list[dict[str, object]]:
+    half = size // 2
+    bounds = ((1, 0, half), (2, half, size - half))
+    return [
+        {"part_number": n, "offset_bytes": at, "size_bytes": count, "upload_url": f"http://127.0.0.1:{port}/p{n}?sig=x"}
+        for n, at, count in bounds
+    ]
+
+
+async def test_a_snapshot_goes_to_a_store_in_parts_and_comes_back(world: World, tmp_path: Path) -> None:
+    world.policy = LOOPBACK
+    store = Store()
+    store.failures = [ok(b"", status="503 Slow Down")]
+    async with serving_daemon(world) as (daemon, http), storing(store) as port:
+        known = await take_with(world, daemon, b"content")
+        size = int(str(known["size_bytes"]))
+        upload = {"artifact_id": "disk-system", "object_key": "k", "upload_id": "u", "parts": parts_of(size, port)}
+        answer = await http.post("/snapshots/s-1/upload", json={"artifacts": [upload]})
+        assert answer.status_code == 200, answer.text
+        (done,) = answer.json()["artifacts"]
+        assert done["completed_parts"] == [{"part_number": 1, "etag": '"e"'}, {"part_number": 2, "etag": '"e"'}]
+        assert store.tries == 3
+    packed = store.parts["/p1?sig=x"] + store.parts["/p2?sig=x"]
+    assert hashlib.sha256(packed).hexdigest() == known["sha256"]
+
+    other = World(tmp_path / "other")
+    other.policy = LOOPBACK
+    async with serving(lambda _target, _headers: ok(packed)) as files, serving_daemon(other) as (_, http):
+        body = durable(files, known, machine_id="m-9")
+        answer = await http.post("/snapshots/s-1/restore", json=body)
+        assert answer.status_code == 201, answer.text
+        assert other.disks.read("m-9") == b"content"
+        assert (await http.get("/snapshots/s-1")).json()["snapshot"]["state"] == "ready"
+        # What was fetched is a snapshot of this host from now on.
+        answer = await http.post("/snapshots/s-1/restore", json={**body, "machine_id": "m-10"})
+        assert (answer.status_code, len(files.requests)) == (201, 1)
+
+
+def durable(
+    files: FileServer, known: dict[str, object], machine_id: str = "m-9", **changes: object
+) -> dict[str, object]:
+    artifact = {
+        "id": "disk-system",
+        "kind": "disk",
+        "name": "../../../etc/cron.d/evil",
+        "size_bytes": known["size_bytes"],
+        "sha256_hex": known["sha256"],
+        "download_url": files.url("/disk"),
+        **changes,
+    }
+    snapshot = {"snapshot_id": "s-1", "machine_id": "m-1", "image_id": "sha256:debian-12", "artifacts": [artifact]}
+    return {"machine_id": machine_id, "storage_bytes": 1 << 30, "snapshot": snapshot}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"sha256_hex": "0" * 64}, "digest_mismatch"),
+        ({"size_bytes": 1 << 40}, "bad_field"),
+        ({"size_bytes": 10}, "image_too_large"),
+        ({"download_url": "file:///etc/shadow"}, "artifact_refused"),
+        ({"download_url": "http://169.254.169.254/latest"}, "address_refused"),
+        ({"download_url": ""}, "bad_field"),
+        ({"id": "../../x"}, "bad_field"),
+        ({"kind": "memory"}, "bad_field"),
+    ],
+)
+async def test_what_is_fetched_is_checked_and_leaves_nothing(
+    world: World, changes: dict[str, object], reason: str
+) -> None:
+    world.policy = LOOPBACK
+    content = b"no disk" * 100
+    known = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    async with serving(lambda _target, _headers: ok(content)) as files, serving_daemon(world) as (daemon, http):
+        answer = await http.post("/snapshots/s-1/restore", json=durable(files, known, **changes))
+        assert answer.json()["details"]["reason"] == reason, answer.text
+        assert (await daemon.snapshots.load_all(), bytes_of(world), daemon.machines.records()) == ([], set(), [])
+
+
+async def test_what_was_fetched_must_be_a_disk(world: World) -> None:
+    world.policy = LOOPBACK
+    content = b"no disk" * 100
+    known = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    async with serving(lambda _target, _headers: ok(content)) as files, serving_daemon(world) as (_, http):
+        answer = await http.post("/snapshots/s-1/restore", json=durable(files, known))
+        assert (answer.status_code, answer.json()["details"]["reason"]) == (500, "snapshot_failed")
+        assert bytes_of(world) == set()
+
+
+async def test_an_upload_says_what_the_store_would_not_take(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusevm.host.snapshots.transfer._FIRST_PAUSE_S", 0.001)
+    world.policy = LOOPBACK
+    store = Store()
+    async with serving_daemon(world) as (daemon, http), storing(store) as port:
+        known = await take_with(world, daemon, b"content")
+        parts = parts_of(int(str(known["size_bytes"])), port)
+
+        async def upload(*wanted: dict[str, object]) -> tuple[int, str]:
+            body = {"artifacts": [{"artifact_id": "disk-system", "parts": list(wanted)}]}
+            answer = await http.post("/snapshots/s-1/upload", json=body)
+            return answer.status_code, answer.json()["details"]["reason"]
+
+        store.failures = [ok(b"", status="403 Forbidden")]
+        assert await upload(*parts) == (503, "upload_failed")
+        assert store.tries == 1
+        store.etag = ""
+        assert await upload(*parts) == (503, "upload_failed")
+        store.failures = [ok(b"", status="500 Oops")] * 9
+        assert await upload(*parts) == (503, "upload_failed")
+        assert store.tries == 6
+        assert await upload({**parts[0], "offset_bytes": -1}) == (400, "bad_field")
+        assert await upload({**parts[0], "size_bytes": 1 << 40}) == (400, "bad_field")
+        assert await upload(parts[0], parts[0]) == (400, "bad_field")
+        assert await upload() == (400, "bad_field")
+        assert await upload({**parts[0], "upload_url": "http://10.0.0.1/x"}) == (400, "address_refused")
+        unknown = {"artifacts": [{"artifact_id": "disk-user-1", "parts": parts}]}
+        assert (await http.post("/snapshots/s-1/upload", json=unknown)).status_code == 404
+
+
+async def test_the_manifest_says_what_was_taken(world: World) -> None:
+    async with world.daemon() as daemon:
+        await make(daemon)
+        taken = await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        manifest = json.loads((world.root / "data" / "snapshots" / "s-1" / "manifest.json").read_text())
+        assert (manifest["id"], manifest["machine_id"], manifest["image_digest"]) == ("s-1", "m-1", "sha256:debian-12")
+        assert manifest["artifacts"][0]["sha256"] == taken.artifacts[0].sha256
+        assert (manifest["driver"], manifest["agent_version"]) == ("fake", "fake")
+
+
+async def test_folders_of_nobody_are_removed(world: World) -> None:
+    async with world.daemon() as daemon:
+        await make(daemon)
+        await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        (world.root / "data" / "snapshots" / "stray").mkdir()
+        await daemon.snapshots.tidy()
+        assert bytes_of(world) == {"s-1"}
+
+
+async def test_the_storage_report_counts_snapshots(world: World) -> None:
+    async with serving_daemon(world) as (daemon, http):
+        await make(daemon)
+        world.disks.write("m-1", b"content")
+        await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        report = (await http.get("/storage/report")).json()["report"]
+        (snapshot,) = report["snapshots"]
+        pools = {pool["pool"]: pool["bytes"] for pool in report["pools"]}
+        assert snapshot["snapshot_id"] == "s-1"
+        assert 0 < snapshot["bytes"] == pools["snapshots"] < 1 << 20, "allocated blocks, not the size of the disk"
