@@ -208,6 +208,23 @@ def test_run_destroys_the_machine_when_the_command_cannot_start(fuse: Fuse, api:
     assert not api.environments
 
 
+def test_run_without_a_command_runs_the_images_own(fuse: Fuse, api: FakeApi) -> None:
+    api.image_command = ["sh", "-c", "echo of the image; exit 7"]
+    done = fuse("run", "-n", "tool:1")
+    assert (done.code, done.out) == (7, "of the image\n")
+    assert not api.environments
+    # A command that is given is run alone, without the image's entrypoint.
+    assert fuse("run", "-n", "tool:1", "--", "echo", "mine").out == "mine\n"
+    assert [command.image_command for command in api.commands] == [True, False]
+
+
+def test_run_without_any_command_and_terminal_asks_for_one(fuse: Fuse, api: FakeApi) -> None:
+    done = fuse("run", "-n", "debian-12")
+    assert done.code == 2
+    assert "debian-12 has no command of its own: fuse run debian-12 -- COMMAND" in done.err
+    assert not api.environments
+
+
 def test_run_keeps_the_machine_when_asked(fuse: Fuse, api: FakeApi) -> None:
     done = fuse("run", "--keep", "--task-id", "k", "-n", "debian-12", "true")
     assert done.code == 0

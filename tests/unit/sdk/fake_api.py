@@ -103,6 +103,8 @@ class FakeApi:
         self.hosts = [HostBody(id="default", url="http://127.0.0.1:8090", state="active", health="ok", driver="qemu")]
         self.requests: list[tuple[str, str, dict[str, str], bytes]] = []
         self.commands: list[ExecRequest] = []
+        #: Entrypoint and command of every image.
+        self.image_command: list[str] = []
         self.signals: list[str] = []
         self.events: list[EventBody] = []
         self.log = b"line one\nline two\n"
@@ -391,6 +393,13 @@ class FakeApi:
 
     async def _converse(self, socket: WebSocket, request: ExecRequest) -> None:
         self.commands.append(request)
+        if request.image_command:
+            if not self.image_command:
+                unfit = errors.BadRequest(field="image_command")
+                await socket.send_bytes(encode_frame(Frame(FrameType.ERROR, render_flat(unfit))))
+                await socket.close()
+                return
+            request = msgspec.structs.replace(request, cmd=self.image_command)
         command = Command(request)
         try:
             command.start()
