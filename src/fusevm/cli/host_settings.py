@@ -37,5 +37,7 @@ def host_config(loaded: Loaded, environ: Mapping[str, str], data: str | None = N
         cpu_reserve=loaded["cpu_reserve"],
         disk_reserve_bytes=loaded["disk_reserve_bytes"],
         image_max_bytes=loaded["max_image_bytes"],
+        image_high_percent=loaded["image_high_percent"],
+        image_low_percent=loaded["image_low_percent"],
         artifact_networks=loaded["artifact_networks"],
     )

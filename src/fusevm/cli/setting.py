@@ -185,6 +185,13 @@ def parse_positive(text: str) -> int:
     return int(text)
 
 
+def parse_percent(text: str) -> int:
+    """A whole number from 1 to 100."""
+    if not 1 <= parse_count(text) <= 100:
+        raise ValueError(f"{text} is no percentage; give 1 to 100")
+    return int(text)
+
+
 def parse_runtime(text: str) -> int:
     """Seconds, or `unlimited`: -1."""
     return -1 if text in ("unlimited", "-1") else parse_positive(text)

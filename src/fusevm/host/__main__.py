@@ -61,6 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--login-ca", help="public key of the SSH authority that machines of the contract trust")
     parser.add_argument("--disk-reserve-bytes", type=int, help="creates are refused below this free space")
     parser.add_argument("--image-max-bytes", type=int, help="largest root file system")
+    parser.add_argument("--image-high-percent", type=int, help="disk use from which images are removed")
+    parser.add_argument("--image-low-percent", type=int, help="disk use down to which images are removed")
     parser.add_argument("--artifact-networks", type=_words, help="networks, by commas, that artifacts may come from")
     return parser
 

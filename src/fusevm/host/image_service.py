@@ -20,6 +20,7 @@ from fusevm.host.images.pull import Limits, pull_image
 from fusevm.host.images.registry import Access
 from fusevm.host.images.store import Image, ImageStore
 from fusevm.host.journal import Journal
+from fusevm.host.metrics import Metrics
 from fusevm.host.render import render_image
 from fusevm.model.errors import BadField, Error
 from fusevm.wire.errors import FlatError
@@ -34,8 +35,9 @@ _INTERVAL_S = 0.2
 class ImageService:
     """The images of one daemon."""
 
-    def __init__(self, config: HostConfig, store: ImageStore, journal: Journal) -> None:
+    def __init__(self, config: HostConfig, store: ImageStore, journal: Journal, metrics: Metrics) -> None:
         self._journal = journal
+        self._metrics = metrics
         self._limits = Limits(max_bytes=config.image_max_bytes, reserve_bytes=config.disk_reserve_bytes)
         self.store = store
         #: Root file systems and kernels by URL.
@@ -78,24 +80,29 @@ class ImageService:
     async def remove(self, name: str, *, is_forced: bool) -> CollectedImage:
         """Remove an image, or one of its names. Raises ImageNotFound, ImageInUse."""
         removed = await self.collector.remove(name, is_forced=is_forced)
-        _note([removed], why="asked for")
+        self._note([removed], why="asked")
         return _render_removed(removed)
 
     async def collect(self, order: CollectImages) -> CollectedImages:
         """Remove what nobody uses."""
         removed = await self.collector.collect(is_all=order.all)
-        _note(removed, why="unused")
+        self._note(removed, why="unused")
         return CollectedImages(removed=[_render_removed(one) for one in removed])
 
     async def relieve(self) -> None:
         """Remove images that can be had again when the disk is nearly full."""
-        _note(await self.collector.relieve(), why="the disk is nearly full")
+        self._note(await self.collector.relieve(), why="disk_full")
 
     async def _last_line(self, pulling: asyncio.Task[Image]) -> PullLine:
         try:
             return PullLine(image=render_image(await pulling, []))
         except Error as e:
             return PullLine(failure=FlatError(e.message, e.code, e.details))
+
+    def _note(self, removed: Sequence[Removed], *, why: str) -> None:
+        for one in removed:
+            log.info("image_removed", image=one.digest, names=one.names, bytes=one.bytes, why=why)
+            self._metrics.images_removed.labels(why).inc()
 
     async def _users(self) -> dict[str, list[str]]:
         return await users_in_journal(self._journal)
@@ -117,11 +124,6 @@ async def _reports(heard: asyncio.Queue[ProgressEvent], pulling: asyncio.Task[Im
         if event.step != step or event.detail or loop.time() - told_at >= _INTERVAL_S:
             step, told_at = event.step, loop.time()
             yield event
-
-
-def _note(removed: Sequence[Removed], *, why: str) -> None:
-    for one in removed:
-        log.info("image_removed", image=one.digest, names=one.names, bytes=one.bytes, why=why)
 
 
 def _credentials(text: str) -> bytes:

@@ -137,7 +137,7 @@ async def _serve(config: HostConfig, engines: ChooseEngine, fault: Fault) -> Non
             boot_id=boot_id,
         )
         machines = Machines(parts)
-        image_service = ImageService(config, images, journal)
+        image_service = ImageService(config, images, journal, parts.metrics)
         parts.metrics.watch_machines(machines, lambda: parts.events.subscribers)
         daemon = Daemon(
             config,

@@ -62,6 +62,9 @@ class Metrics:
             ["kind", "state"],
             registry=self.registry,
         )
+        self.images_removed = Counter(
+            "fuse_host_images_removed", "Images that were removed, and why", ["why"], registry=self.registry
+        )
         self.sweep_seconds = Gauge("fuse_host_sweep_seconds", "Duration of the last sweep", registry=self.registry)
         self._traffic = TrafficCollector()
         self.registry.register(self._traffic)

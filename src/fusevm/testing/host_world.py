@@ -96,7 +96,7 @@ class World:
         machines = Machines(parts)
         parts.metrics.watch_machines(machines, lambda: parts.events.subscribers)
         config = HostConfig(data_root=self.root / "data", run_dir=self.root / "run")
-        images = ImageService(config, ImageStore(config.artefacts), journal)
+        images = ImageService(config, ImageStore(config.artefacts), journal, parts.metrics)
         daemon = Daemon(
             config,
             parts,

@@ -87,6 +87,8 @@ EXAMPLES: dict[str, tuple[str, Any, str | None]] = {
     "cpu_reserve": ("1", 1, "half"),
     "disk_reserve_bytes": ("1048576", 1048576, "1 GiB"),
     "max_image_bytes": ("1048576", 1048576, "big"),
+    "image_high_percent": ("90", 90, "101"),
+    "image_low_percent": ("80", 80, "0"),
     "artifact_networks": ("10.0.0.0/8,fd00::/8", ("10.0.0.0/8", "fd00::/8"), "10.0.0.0/40"),
 }
 ROWS = [(section, setting) for section, table in SECTIONS.items() for setting in table]
