@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 
 import systemd_world
 from fusevm.cli.install.env_file import parse_env
+from fusevm.cli.install.observe import read_units
 from fusevm.host.vmm.firecracker.pins import KERNELS, RELEASES, VERSION_TEXT
 from own_world import run_prefix
 from systemd_world import SHARED, World
@@ -28,6 +30,7 @@ _spec.loader.exec_module(bzimages)
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 RELEASE, KERNEL = RELEASES["x86_64"].name, KERNELS["x86_64"].name
 PORT = 8099
+UNITS = read_units()
 #: Kills itself after so many steps of an installation.
 KILLED = """
 import os, signal, sys
@@ -260,3 +263,26 @@ def test_the_control_plane_serves_with_a_key_that_only_root_can_read(world: Worl
     # A repetition without the certificate keeps it.
     assert lines(world.fuse("host", "install-control").stdout) == clients
     assert world.show("fuse-control", "MainPID") == pid
+
+
+def test_the_daemons_unit_allows_what_a_jailer_does(world: World):
+    """Device nodes in a jail, a root of its own, a mount namespace, another user: under everything that the unit forbids."""
+    work = [
+        "mkdir /var/lib/fuse-probe",
+        "mknod /var/lib/fuse-probe/tun c 10 200",
+        "mknod /var/lib/fuse-probe/urandom c 1 9",
+        "head -c 1 /var/lib/fuse-probe/urandom >/dev/null",
+        "unshare --mount true",
+        "chroot / true",
+        "setpriv --reuid 200001 --regid 200001 --clear-groups true",
+        "! unshare --user true",
+        "! mknod /var/lib/fuse-probe/disk b 8 0",
+        "echo --done--",
+    ]
+    unit = re.sub(
+        r"^ExecStart=.*$", f"ExecStart=/bin/sh -exc '{'; '.join(work)}'", UNITS["fuse-host.service"], flags=re.MULTILINE
+    )
+    unit = unit.replace("Restart=on-failure", "Restart=no").replace("Type=exec", "Type=oneshot")
+    world.path("/etc/systemd/system/probe.service").write_text(unit)
+    world.run("systemctl", "start", "probe", check=False)
+    assert "--done--" in world.journal("-u", "probe", "-o", "cat"), world.journal("-u", "probe")
