@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from real_host import Guest, Host, make_fence, make_jail_host
 
+from fusevm.model.errors import BootFailed
 from own_world import run_prefix
 
 pytestmark = [pytest.mark.real, pytest.mark.root, pytest.mark.timeout(900)]
@@ -57,5 +58,20 @@ async def test_a_whole_machine_on_its_tap_with_its_limits_until_it_stops_in_orde
     await host.ask("POST", "/machines/m-1/start", make_fence("u1", 1, 4))
     assert await Guest(host, "m-1", make_fence("u1", 1, 5)).shell("cat /root/file") == "kept\n"
     await host.delete("m-1", make_fence("u1", 1, 6))
+    assert await host.wait_empty() == []
+    assert await host.stop() == 0
+
+
+async def test_a_machine_of_qemu_runs_on_under_firecracker_and_its_disk_stays_qemus(jail_host: Host):
+    host = jail_host
+    await host.start("--driver", "qemu")
+    await host.create("m-1", make_fence("u1", 1, 1))
+    await host.kill()
+    await host.start()
+    assert await Guest(host, "m-1", make_fence("u1", 1, 2)).shell("echo right") == "right\n"
+    await host.ask("POST", "/machines/m-1/stop", make_fence("u1", 1, 3))
+    with pytest.raises(BootFailed, match="made for another driver"):
+        await host.ask("POST", "/machines/m-1/start", make_fence("u1", 1, 4))
+    await host.delete("m-1", make_fence("u1", 1, 5))
     assert await host.wait_empty() == []
     assert await host.stop() == 0

@@ -100,3 +100,20 @@ async def test_a_jailed_vmm_that_nobody_knows_is_found_and_ended(jail_host: Host
     assert await host.wait_empty() == []
     assert "leftover_removed" in host.log.read_text()
     assert await host.stop() == 0
+
+
+async def test_a_daemon_with_another_driver_takes_over_what_runs(jail_host: Host):
+    host = jail_host
+    await host.start()
+    await host.create("m-1", make_fence("u1", 1, 1), **SPEC)
+    pid = await pid_of(host, "m-1")
+    await host.kill()
+    await host.start("--driver", "qemu")
+    assert json.loads(await host.ask("GET", "/info"))["driver"] == "qemu (tcg)"
+    assert await pid_of(host, "m-1") == pid
+    assert await Guest(host, "m-1", make_fence("u1", 1, 2)).shell("echo right") == "right\n"
+    await host.ask("POST", "/machines/m-1/stop", make_fence("u1", 1, 3))
+    assert (await host.machine("m-1")).phase == "stopped"
+    await host.delete("m-1", make_fence("u1", 1, 4))
+    assert await host.wait_empty() == []
+    assert await host.stop() == 0

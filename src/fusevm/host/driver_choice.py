@@ -57,9 +57,10 @@ _PROBE_MEMORY_MIB: Final = 256
 class AnyDriver:
     """Boots with the driver that was chosen, and adopts what another one has booted before."""
 
-    def __init__(self, chosen: Driver, others: tuple[Driver, ...]) -> None:
+    def __init__(self, chosen: Driver, firecracker: Driver, qemu: Driver) -> None:
         self._chosen = chosen
-        self._others = others
+        # Asked first is who cannot be mistaken: a jail tells Firecracker's machines from others.
+        self._all = (firecracker, qemu)
 
     @property
     def name(self) -> str:
@@ -72,7 +73,7 @@ class AnyDriver:
 
     async def adopt(self, plan: BootPlan, process: VmmProcess) -> Vmm | None:
         """Take over a machine, whoever has booted it."""
-        for driver in (self._chosen, *self._others):
+        for driver in self._all:
             vmm = await driver.adopt(plan, process)
             if vmm is not None:
                 return vmm
@@ -101,7 +102,7 @@ async def choose_engine(config: HostConfig, count: Count, *, kvm: Path = KVM) ->
     choice = await _choose_accelerator(config, await finder.try_find(), kvm)
     qemu = QemuDriver(accelerator=choice.accelerator, cache_dir=config.data_root)
     return Engine(
-        driver=AnyDriver(qemu, (firecracker,)) if is_root else qemu,
+        driver=AnyDriver(qemu, firecracker, qemu) if is_root else qemu,
         title=f"qemu ({choice.accelerator})",
         why=f"{choice.why}; not Firecracker: {why_not}" if why_not else choice.why,
         overhead_mib=overhead_mib(choice.accelerator),
@@ -168,7 +169,7 @@ async def _by_firecracker(config: HostConfig, driver: FirecrackerDriver, why: st
         log.warning("firecracker_not_ready", problem=e.message, remedy="creates are refused until this is solved")
         version = ""
     return Engine(
-        driver=AnyDriver(driver, (QemuDriver(cache_dir=config.data_root),)),
+        driver=AnyDriver(driver, driver, QemuDriver(cache_dir=config.data_root)),
         title="firecracker (kvm)",
         why=why,
         overhead_mib=FIRECRACKER_OVERHEAD_MIB,
