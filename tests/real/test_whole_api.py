@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import contextlib
+import json
+import os
 import shlex
 import sys
 from collections.abc import AsyncIterator
@@ -225,3 +227,35 @@ async def test_an_environment_ends_when_it_is_idle_or_its_time_is_over(host: Hos
 
         await until(is_over, PATIENCE_S)
         assert (await server.get("short", uid=short["uid"])).json()["reason"] == "max_runtime"
+
+
+async def fuse(server: Running, *words: str) -> str:
+    """Run the command line against the server; its output."""
+    environment = {**os.environ, "FUSE_BASE_URL": server.url, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    program = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "fusevm", *words),
+        env=environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await program.communicate()
+    assert program.returncode == 0, err.decode()
+    return out.decode()
+
+
+async def test_a_snapshot_goes_back_and_begins_another_environment(host: Host) -> None:
+    async with serving(host) as server:
+        await server.create("first", secrets={"API_KEY": SECRET})
+        await sh(server, "first", "echo before > /state")
+        snapshot_id = (await fuse(server, "snapshot", "create", "first", "--name", "base")).strip()
+        await sh(server, "first", "echo after > /state")
+        listed = json.loads(await fuse(server, "snapshot", "list", "-o", "json"))
+        assert snapshot_id in json.dumps(listed)
+        await fuse(server, "snapshot", "restore", snapshot_id)
+        assert await sh(server, "first", "cat /state") == "before\n"
+        assert SECRET in await sh(server, "first", "cat /fuse/secrets.json"), "secrets are not of the disk"
+        await server.create("second", seed_snapshot_id=snapshot_id)
+        assert await sh(server, "second", "cat /state; hostname") == "before\nsecond\n"
+        await fuse(server, "snapshot", "rm", snapshot_id)
+        assert list((host.data / "snapshots").iterdir()) == []
+        assert await sh(server, "second", "cat /state") == "before\n"

@@ -173,3 +173,51 @@ async def test_head_of_a_missing_file_is_a_404(tmp_path: Path) -> None:
         url = "/v1/environments/fuse-t1/files?path=/missing"
         assert (await server.http.get(url)).status_code == 404
         assert (await server.http.head(url)).status_code == 404
+
+
+async def test_the_life_of_a_snapshot_through_both(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with together(tmp_path, world) as (server, daemon):
+        made = await server.create("t1", secrets={"A": "b"})
+        (machine,) = daemon.machines.records()
+        world.disks.write(machine.id, b"before")
+        taken = await server.http.post("/v1/environments/fuse-t1/snapshots", json={"comment": "first"})
+        assert taken.status_code == 201, taken.text
+        snapshot = taken.json()
+        assert (snapshot["state"], snapshot["kind"]) == ("ready", "disk")
+        assert snapshot["size_bytes"] > 0
+        world.disks.write(machine.id, b"after")
+        assert [one["id"] for one in (await server.http.get("/v1/snapshots")).json()["snapshots"]] == [snapshot["id"]]
+
+        url = f"/v1/snapshots/{snapshot['id']}"
+        assert (await server.http.post(url + "?action=restore")).status_code == 204
+        assert world.disks.read(machine.id) == b"before"
+        (restored,) = daemon.machines.records()
+        assert (restored.id, restored.generation) == (machine.id, 2)
+        assert "PUT /setup" in world.driver.processes[machine.id].agent.requests, "secrets are delivered again"
+        assert (await server.get("t1", uid=made["uid"])).json()["state"] == "running"
+
+        seeded = await server.create("t2", seed_snapshot_id=snapshot["id"])
+        assert (seeded["state"], seeded["host_id"]) == ("running", "default")
+        (other,) = (record for record in daemon.machines.records() if record.id != machine.id)
+        assert world.disks.read(other.id) == b"before"
+
+        assert (await server.http.delete(url)).status_code == 204
+        assert (await server.http.get(url)).status_code == 404
+        assert await daemon.snapshots.load_all() == []
+        assert list((tmp_path / "data" / "snapshots").iterdir()) == []
+        assert (await server.act("t2", "exec", {"cmd": ["echo", "x"]})).status_code == 200
+
+
+async def test_what_expires_is_freed_on_the_host(tmp_path: Path) -> None:
+    async with together(tmp_path, World(tmp_path)) as (server, daemon):
+        await server.create()
+        url = "/v1/environments/fuse-t1/snapshots"
+        old = (await server.http.post(url, json={"retention_seconds": 1})).json()
+        new = (await server.http.post(url, json={})).json()
+
+        async def is_freed() -> bool:
+            return [snapshot.id for snapshot in await daemon.snapshots.load_all()] == [new["id"]]
+
+        await until(is_freed)
+        assert not (tmp_path / "data" / "snapshots" / old["id"]).exists()
