@@ -11,6 +11,7 @@ from fusevm.host.images.initramfs import agent_path
 from fusevm.model.errors import (
     BadCwd,
     BadPath,
+    BadRequest,
     CommandNotFound,
     DirectoryNotEmpty,
     Error,
@@ -75,6 +76,9 @@ async def test_commands_that_cannot_start(machine: RealAgent) -> None:
         (ExecRequest(cmd=["/no/such/program"]), CommandNotFound),
         (ExecRequest(cmd=["true"], cwd=nowhere), BadCwd),
         (ExecRequest(cmd=["true"], user="nobody-of-that-name"), UnknownUser),
+        # An image without a command of its own, and two commands at once: `fuse run` tells them from real failures.
+        (ExecRequest(image_command=True), BadRequest),
+        (ExecRequest(image_command=True, cmd=["true"]), BadRequest),
     ):
         assert type(await _refusal(machine, "POST", "/exec", request)) is expected
 
