@@ -39,7 +39,7 @@ test-agent: setup ## Vet and test the guest agent (Go), and compile it for arm64
 test-python: setup ## Run pytest; the end says what was skipped and why
 	.venv/bin/coverage run -m pytest -q tests/unit/core tests/unit/model
 	.venv/bin/coverage report --fail-under=100
-	.venv/bin/python -m pytest -rs $(ARGS)
+	.venv/bin/python tools/run_tests.py $(ARGS)
 
 bench: setup ## Measure against the budgets
 	.venv/bin/fuse bench $(ARGS)

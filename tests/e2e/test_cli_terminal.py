@@ -45,7 +45,7 @@ def test_ctrl_z_and_ctrl_d_belong_to_the_other_side(window: TerminalWindow) -> N
     window.type("\x1a")
     window.wait_for("Stopped")
     window.wait_for(PROMPT)
-    window.type("kill -9 %1; wait %1; echo mo''re\n")
+    window.type("kill -9 %1; while [ -n \"$(jobs -s)\" ]; do sleep 0.1; done; echo mo''re\n")
     window.wait_for("more\r\n")
     window.wait_for(PROMPT)
     window.type("\x04")

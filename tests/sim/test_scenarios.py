@@ -1,6 +1,7 @@
 """Single faults, one after the other: what simulations found, as small as it can be told."""
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -29,7 +30,8 @@ Scenario = Callable[[Cluster], Awaitable[None]]
 
 
 def play(scenario: Scenario, *, hosts: int = 1, replicas: int = 2) -> None:
-    """Run one scenario in a cluster without users."""
+    """Run one scenario in a cluster without users. Its pauses are the same every time."""
+    random.seed(1)
 
     async def main() -> None:
         async with asyncio.TaskGroup() as group:
@@ -79,10 +81,12 @@ def test_a_clock_that_jumps_makes_no_host_lost():
         uid = await create(cluster)
         for replica in cluster.replicas:
             cluster.network.cuts[replica.name, "h00"] = None
-        await asyncio.sleep(LOST_S / 3)
+        async with asyncio.timeout(LOST_S):
+            while record_of(cluster).health is HostHealth.OK:
+                await asyncio.sleep(1)
         for replica in cluster.replicas:
             replica.clock.offset_ms += 3_600_000
-        await asyncio.sleep(LOST_S / 3)
+        await asyncio.sleep(LOST_S / 4)
         assert record_of(cluster).health is HostHealth.UNREACHABLE
         cluster.network.cuts.clear()
         await asyncio.sleep(30)
@@ -200,8 +204,8 @@ def test_a_restore_that_arrives_after_it_was_given_up_is_refused(has_deadlines: 
         assert (record.state, record.pending) == (State.RUNNING, None)
         await asyncio.sleep(30)
         await asked
-        # Without the safeguard the machine is taken from under its user.
-        assert (cluster.checker.records[uid].state is State.RUNNING) is has_deadlines
+        assert cluster.checker.records[uid].state is State.RUNNING
+        # Without the safeguard the disk is changed under its user, and nobody is told.
         rules = [violation.rule for violation in cluster.checker.violations]
         assert [rule for rule in rules if "which was over" in rule] == rules
         assert bool(rules) is not has_deadlines

@@ -92,7 +92,7 @@ def test_a_good_seed_is_reported_with_its_numbers(capsys: pytest.CaptureFixture[
 
 
 def test_a_broken_rule_is_reported_with_the_story_of_its_object(capsys: pytest.CaptureFixture[str]):
-    assert main(["--seed", "7", "--without", "tombstones"]) == 1
+    assert main(["--seed", "1", "--without", "tombstones"]) == 1
     told = capsys.readouterr().out
     assert "after its end was confirmed" in told
     assert "The story of " in told

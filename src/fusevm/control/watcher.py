@@ -317,11 +317,12 @@ class Watch:
     # -- machines -------------------------------------------------------------------------------------------------
 
     async def _reconcile_loop(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
-            began = time.perf_counter()
+            began = loop.time()
             await self._guarded("reconcile", self._reconcile)
             pause_s = _jittered(self._pace.reconcile_s)
-            rest_s = min(max(LIST_PAUSE_S, LIST_REST * (time.perf_counter() - began)), pause_s)
+            rest_s = min(max(LIST_PAUSE_S, LIST_REST * (loop.time() - began)), pause_s)
             await asyncio.sleep(rest_s)
             try:
                 async with asyncio.timeout(pause_s - rest_s):
