@@ -17,6 +17,9 @@ from real_host import Box, Guest, Host, make_fence, reason_of
 
 from own_world import run_prefix
 
+#: The last test restarts the daemon of the module.
+pytestmark = pytest.mark.shared_stack
+
 SERVER, OTHER = "198.51.100.10", "198.51.100.20"
 METADATA, PRIVATE, RESOLVER = "169.254.169.254", "192.168.77.1", "203.0.113.53"
 HOST_ADDRESS, OUTSIDE = "203.0.113.2", "203.0.113.1"

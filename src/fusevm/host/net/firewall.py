@@ -112,10 +112,10 @@ class Firewall:
             await self._replace()
             return True
 
-    async def admit(self, slots: Iterable[Slot], terms: Terms) -> None:
+    async def admit(self, slots: Iterable[Slot], terms: Terms, *, is_fresh: bool = False) -> None:
         """Put slots into the table under the same terms; those in it already change to them.
 
-        Connections that the new terms do not allow end.
+        Connections that the new terms do not allow end; `is_fresh`: nobody can have any yet.
         """
         changed: dict[str, tuple[Terms, Terms]] = {}
         async with self._lock:
@@ -132,7 +132,7 @@ class Firewall:
             has_chains = bool(terms.policy.rules) or any(old.policy.rules for old, _ in changed.values())
             self._machines |= {slot.index: terms for slot in fresh}
             await self._change(commands, has_chains=has_chains)
-        if any(_takes_away(old, new) for old, new in changed.values()):
+        if not is_fresh and any(_takes_away(old, new) for old, new in changed.values()):
             await _cut(lambda connection: _is_taken_away(changed, connection))
 
     async def dismiss(self, indexes: Iterable[int]) -> None:

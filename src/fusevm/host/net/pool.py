@@ -137,7 +137,7 @@ class Pool:
         self._wake_up()
         if terms != DEFAULT_TERMS:
             try:
-                await self._apply(slot, DEFAULT_TERMS, terms)
+                await self._apply(slot, DEFAULT_TERMS, terms, is_fresh=True)
             except BaseException:
                 self.release(index)
                 raise
@@ -154,8 +154,8 @@ class Pool:
             raise SlotFailed(index=index, problem="it is not in use")
         await self._apply(slot, old, terms)
 
-    async def _apply(self, slot: Slot, old: Terms, new: Terms) -> None:
-        await self._firewall.admit([slot], new)
+    async def _apply(self, slot: Slot, old: Terms, new: Terms, *, is_fresh: bool = False) -> None:
+        await self._firewall.admit([slot], new, is_fresh=is_fresh)
         await shape(slot, old, new)
 
     def release(self, index: int) -> None:
