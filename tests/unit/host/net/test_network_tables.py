@@ -16,8 +16,9 @@ from fusevm.host.net.tables import (
     render_namespace_tables,
     render_terms_change,
 )
-from fusevm.host.net.terms import Terms
-from fusevm.model.network import Network, is_denied
+from fusevm.host.net.terms import Forward, Terms
+from fusevm.host.net.verdicts import pin_set
+from fusevm.model.network import Network, Protocol, Rule, Transport, Verdict, check_network, is_denied
 
 GOLDEN = Path(__file__).parent / "golden"
 PLAN = NetworkPlan()
@@ -56,6 +57,25 @@ def test_the_life_of_a_machine_is_elements_only():
     ]
     check_golden("machines.jsonl", pretty(commands))
     assert all("element" in next(iter(command.values())) for command in commands)
+
+
+def test_rules_are_chains_of_the_machines_own():
+    rules = (
+        Rule(action=Verdict.DENY, cidr="192.0.2.0/24", protocol=Protocol.UDP),
+        Rule(domain="*.example.org", ports=(443, "8000-8100")),
+    )
+    policy = check_network(Network(internet=False, rules=rules))
+    slot = plan_slot(PLAN, 7)
+    forward = Forward(protocol=Transport.TCP, host_port=20_000, port=80)
+    full = Terms(policy=policy, forwards=frozenset({forward}))
+    fewer = Terms(policy=check_network(Network(internet=False, rules=rules[:1])))
+    commands = [
+        *render_machines(PLAN, [(slot, full)], {pin_set(slot, policy.rules[1]): {"198.51.100.1": 60}}),
+        *render_terms_change(PLAN, slot, full, fewer),
+        *render_terms_change(PLAN, slot, fewer, ONLINE),
+        *render_machines_removal(PLAN, [(slot, full)]),
+    ]
+    check_golden("rules.jsonl", pretty(commands))
 
 
 def test_no_machines_are_no_commands():

@@ -1,0 +1,125 @@
+"""Answers that are read, questions that are judged, addresses that are pinned, counts that are read. All pure."""
+
+import contextlib
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusevm.host.net.conntrack import parse_connections
+from fusevm.host.net.dns_message import Question, make_query, parse_query, read_addresses, render_addresses
+from fusevm.host.net.listing import Counts, parse_table
+from fusevm.host.net.names import MAX_TTL_S, Ruling, bound_ttl, judge_question, pin_lifetime
+from fusevm.host.net.nft import Table
+from fusevm.host.net.pins import Pinboard
+from fusevm.host.net.plan import NetworkPlan
+from fusevm.host.net.traffic import parse_traffic
+from fusevm.model.network import Network, Rule, check_network
+
+A = b"\0\1\0\1"
+QUESTION = Question(b"\x07example\x03org\0", A)
+POLICY = check_network(Network(internet=False, rules=(Rule(domain="example.org"),)))
+
+
+def answer(*records: bytes) -> bytes:
+    return struct.pack("!HHHHHH", 1, 0x8180, 1, len(records), 0, 0) + QUESTION.name + A + b"".join(records)
+
+
+def record(name: bytes, kind: int, ttl: int, data: bytes) -> bytes:
+    return name + struct.pack("!HHIH", kind, 1, ttl, len(data)) + data
+
+
+@pytest.mark.parametrize(
+    ("policy", "question", "ruling"),
+    [
+        (None, QUESTION, Ruling.REFUSE),
+        (Network(), QUESTION, Ruling.FORWARD),
+        (Network(internet=False), QUESTION, Ruling.REFUSE),
+        (POLICY, QUESTION, Ruling.PIN),
+        (POLICY, Question(QUESTION.name, b"\0\x10\0\1"), Ruling.EMPTY),
+        (POLICY, Question(QUESTION.name, b"\0\1\0\3"), Ruling.EMPTY),
+        (POLICY, Question(b"\x0bexample.org\0", A), Ruling.REFUSE),
+        (POLICY, Question(b"\0", A), Ruling.REFUSE),
+    ],
+)
+def test_questions_are_judged_by_name_and_type(policy, question, ruling):
+    assert judge_question(policy, question) is ruling
+
+
+def test_times_are_bounded():
+    assert bound_ttl(1 << 31) == MAX_TTL_S
+    assert pin_lifetime(0) == 30
+    assert pin_lifetime(MAX_TTL_S) > MAX_TTL_S
+
+
+def test_aliases_in_a_circle_lead_nowhere():
+    other = b"\x05other\x03org\0"
+    circle = answer(record(QUESTION.name, 5, 60, other), record(other, 5, 60, QUESTION.name))
+    assert read_addresses(circle, QUESTION).addresses == ()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"",
+        answer(record(b"\xc0\x0c", 1, 60, b"\1\2\3\4"))[:-1],
+        answer(b"\xc0\xff"),
+        answer(record(b"\xc0" + bytes([12 + len(QUESTION.name) + 4]), 1, 60, b"\1\2\3\4")),
+        answer(b"\x80abc"),
+    ],
+)
+def test_an_answer_that_is_none_is_an_error(broken):
+    with pytest.raises(ValueError, match=r".*"):
+        read_addresses(broken, QUESTION)
+
+
+@given(st.binary(max_size=300))
+def test_whatever_comes_is_read_or_refused(noise):
+    with contextlib.suppress(ValueError):
+        read_addresses(answer(noise, noise), QUESTION)
+    list(parse_connections(noise))
+
+
+def test_an_answer_of_ours_is_read_as_it_was_meant():
+    query = parse_query(make_query(QUESTION).message)
+    found = read_addresses(render_addresses(query, ["1.2.3.4", "5.6.7.8"], 77), QUESTION)
+    assert (found.addresses, found.ttl, found.code) == (("1.2.3.4", "5.6.7.8"), 77, 0)
+
+
+def test_pins_that_last_cost_nothing_and_those_that_end_are_given_more_time():
+    board, table = Pinboard(), Table("inet", "t")
+    assert board.want(1, ["s"], ["1.2.3.4"], now=0, lifetime_s=100)
+    assert len(board.take(lambda *_: True).render(table)) == 1
+    assert not board.want(1, ["s"], ["1.2.3.4"], now=40, lifetime_s=100)
+    assert board.want(1, ["s"], ["1.2.3.4"], now=60, lifetime_s=100)
+    again = board.take(lambda *_: True)
+    assert [next(iter(line)) for line in again.render(table)] == ["add", "delete", "add"]
+    assert board.remaining(now=100) == {"s": {"1.2.3.4": 60}}
+    board.keep(1, set())
+    assert board.remaining(now=100) == {}
+
+
+def test_what_belongs_to_no_rule_or_did_not_get_in_is_not_pinned():
+    board = Pinboard()
+    board.want(1, ["gone"], ["1.2.3.4"], now=0, lifetime_s=100)
+    assert board.take(lambda *_: False).fresh == {}
+    board.want(1, ["s"], ["1.2.3.4"], now=0, lifetime_s=100)
+    board.forget(board.take(lambda *_: True))
+    assert board.remaining(now=1) == {"s": {}}
+    assert board.want(1, ["s"], ["1.2.3.4"], now=1, lifetime_s=100)
+
+
+def test_counts_are_the_machines_and_others_interfaces_are_passed_over():
+    rows = (("lo", 100, 1, 100, 1), ("fuse-v3", 2000, 20, 9000, 90), ("fuse-v4", 1, 1, 1, 1))
+    lines = [f"{name:>8}: {rx} {packets} 0 0 0 0 0 0 {tx} {sent} 0 0 0 0 0 0" for name, rx, packets, tx, sent in rows]
+    devices = "\n".join(["Inter-|   Receive  |  Transmit", " face |bytes packets |bytes packets", *lines, ""])
+    counts = {3: Counts(opened=4, refused=1) + Counts(opened=1, accepted=2)}
+    (seen,) = parse_traffic(NetworkPlan(), devices, counts, {3: 7}).values()
+    assert (seen.sent_bytes, seen.sent_packets, seen.received_bytes, seen.received_packets) == (2000, 20, 9000, 90)
+    assert (seen.connections_opened, seen.connections_accepted) == (5, 2)
+    assert (seen.packets_refused, seen.names_refused) == (1, 7)
+
+
+def test_no_table_is_no_machines():
+    assert not parse_table(NetworkPlan(), b"").exists
