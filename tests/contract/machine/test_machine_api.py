@@ -139,6 +139,7 @@ async def test_what_cannot_be_is_refused_before_anything_happens(
 ):
     error = await api.fails("POST", "/machines", {**BODY, field: value})
     assert (error.code, error.status) == ("invalid_argument", 400)
+    assert not importer.asked
     assert api.world.leftovers == (set(), set(), set())
     assert not api.daemon.machines.records()
 

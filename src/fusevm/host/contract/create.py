@@ -13,6 +13,7 @@ import msgspec
 from fusevm.host.contract.host_key import make_host_key
 from fusevm.host.contract.keys import parse_keys
 from fusevm.host.images.store import Image
+from fusevm.host.machines import check_spec
 from fusevm.model.errors import BadField, Unimplemented
 from fusevm.model.ids import parse_machine_id
 from fusevm.model.machine import Artifact, Contract, Fence, Login, MachineSpec
@@ -86,6 +87,8 @@ async def plan_create(
     authorized = parse_keys(guest.authorized_keys, "guest_config.authorized_keys")
     trusted = parse_keys(authorities, "guest_config.trusted_user_ca_keys")
     artifact = _parse_artifact(body)
+    # Before minutes of downloading.
+    check_spec(render_spec(body, body.image or "artifact", guest, relays))
     image = body.image if artifact is None else await _import(artifact, importer)
     private, public = make_host_key(entropy(32))
     login = Login(host_key=private, host_public_key=public, authorized_keys=authorized, trusted_user_ca_keys=trusted)
