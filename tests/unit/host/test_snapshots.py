@@ -282,6 +282,16 @@ async def test_a_delete_while_it_is_made_usable_wins(world: World) -> None:
         assert daemon.machines.record("m-1").phase is Phase.RUNNING
 
 
+async def test_the_machine_is_free_before_the_digest_is_known(world: World) -> None:
+    async with world.daemon() as daemon:
+        await make(daemon)
+        taken = await daemon.machines.take_snapshot("m-1", "s-1", None)
+        assert (taken.phase.value, taken.artifacts) == ("sealing", ())
+        assert await daemon.journal.operation("m-1") is None
+        await daemon.machines.stop("m-1", None)
+        assert (await daemon.snapshots.seal(taken)).phase.value == "ready"
+
+
 async def test_a_local_restore_is_the_contracts(world: World) -> None:
     async with serving_daemon(world) as (daemon, http):
         await make(daemon)
