@@ -70,6 +70,23 @@ async def test_a_life_through_both(tmp_path: Path) -> None:
         assert shown["state"] == "destroyed"
 
 
+async def test_network_and_ports_through_both(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with together(tmp_path, world) as (server, daemon):
+        rules = [{"domain": "pypi.org", "ports": [443]}]
+        made = await server.create("net", expose=[{"port": 80, "as": "web"}], network={"rules": rules})
+        (machine,) = daemon.machines.records()
+        assert (machine.spec.network.internet, machine.spec.network.rules[0].domain) == (False, "pypi.org")
+        (port,) = machine.ports
+        wanted = {"as": "web", "url": f"127.0.0.1:{port.host_port}", "port": 80, "protocol": "tcp"}
+        assert made["endpoints"] == [wanted]
+        answer = await server.http.put("/v1/environments/fuse-net/network", json={"internet": True, "egress_kbit": 512})
+        assert (answer.status_code, answer.json()["network"]) == (200, {"internet": True, "egress_kbit": 512})
+        assert world.quarters.rewired[machine.id].spec.network.egress_kbit == 512
+        # The order has a number of its own: what was given before is refused from then on.
+        assert daemon.machines.records()[0].fence.action_seq > machine.fence.action_seq
+
+
 async def test_a_terminal_through_both(tmp_path: Path) -> None:
     async with together(tmp_path, World(tmp_path)) as (server, _):
         await server.create()
