@@ -289,7 +289,9 @@ async def test_the_machine_is_free_before_the_digest_is_known(world: World) -> N
         assert (taken.phase.value, taken.artifacts) == ("sealing", ())
         assert await daemon.journal.operation("m-1") is None
         await daemon.machines.stop("m-1", None)
-        assert (await daemon.snapshots.seal(taken)).phase.value == "ready"
+        sealed = await daemon.snapshots.seal(taken)
+        assert sealed.phase.value == "ready"
+        assert await daemon.snapshots.seal(taken) == sealed, "whoever comes second gets the same"
 
 
 async def test_a_local_restore_is_the_contracts(world: World) -> None:

@@ -246,7 +246,10 @@ class SnapshotKeeper:
         try:
             sealed = await self._ledger.finish_seal(await self._folders.seal(snapshot))
         except Superseded:
-            raise SnapshotNotFound(id=snapshot.id) from None
+            # Deleted meanwhile; or a tidy-up has sealed it before its taker came to that.
+            found = await self._ledger.get(snapshot.id)
+            check_ready(found)
+            return found
         except Error as e:
             # Whoever asked hears of it and asks again, under the same id.
             try:
