@@ -265,7 +265,7 @@ async def test_every_route_of_a_machine_refuses_bad_and_unknown_ids(api: Api):
     for route in HOST_ROUTES:
         if "{id}" not in route.path or route.is_websocket or route.method == "HEAD":
             continue
-        body = b'{"command":["true"],"operation":"list"}' if route.takes else None
+        body = b'{"command":["true"],"operation":"list","snapshot_id":"s"}' if route.takes else None
         for machine_id, status in (("m_1", 400), ("..%2f..", 404), ("nobody", 404)):
             target = route.path.replace("{id}", machine_id).replace("{path:path}", "files")
             if route.name == "delete_machine" and machine_id == "nobody":
