@@ -15,12 +15,14 @@ from fusevm.model.event import (
     DestroyRequested,
     DrainRequested,
     HostLost,
+    NetworkRequested,
     RestoreRequested,
     RotateRequested,
     SetUpSucceeded,
     SnapshotRequested,
 )
 from fusevm.model.host import Host, Resources
+from fusevm.model.network import Network
 from fusevm.model.setup import Duties
 from fusevm.model.snapshot import Snapshot, SnapshotState
 
@@ -60,6 +62,11 @@ def running(uid: str = "u1", host_id: str = "h1", *, duties: Duties = NONE, **sp
 
 def rotating(uid: str = "u1", host_id: str = "h1", **spec: Any) -> Environment:
     return step(running(uid, host_id, **spec), RotateRequested(cause="rotate"), NOW + 2_000, POLICY).record
+
+
+def changing_network(uid: str = "u1", host_id: str = "h1", **spec: Any) -> Environment:
+    event = NetworkRequested(cause="network", network=Network(internet=False))
+    return step(running(uid, host_id, **spec), event, NOW + 2_000, POLICY).record
 
 
 def snapshotting(uid: str = "u1", host_id: str = "h1", **spec: Any) -> Environment:
@@ -114,6 +121,7 @@ SITUATIONS = {
     "queued": queued,
     "setting_up": setting_up,
     "rotating": rotating,
+    "changing_network": changing_network,
     "snapshotting": snapshotting,
     "restoring": restoring,
     "draining_agent": draining_agent,

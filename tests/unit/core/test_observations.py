@@ -26,7 +26,16 @@ LATER = NOW + 10_000
 UP = AgentStatus(state=AgentState.RUNNING, since_ms=1)
 PASSING = HealthStatus(state=Verdict.PASSING, since_ms=1)
 #: Where there is a machine to look at.
-SEEN_IN = ["running", "paused", "draining", "setting_up", "rotating", "snapshotting", "draining_agent"]
+SEEN_IN = [
+    "running",
+    "paused",
+    "draining",
+    "setting_up",
+    "rotating",
+    "changing_network",
+    "snapshotting",
+    "draining_agent",
+]
 
 
 def agent(env: Environment, status: AgentStatus) -> Step:

@@ -7,6 +7,7 @@ from making import (
     NOW,
     POLICY,
     SITUATIONS,
+    changing_network,
     creating,
     draining_agent,
     queued,
@@ -43,6 +44,8 @@ from fusevm.model.event import (
     HostLost,
     MachineExited,
     MachineMissing,
+    NetworkChanged,
+    NetworkRequested,
     OutcomeUnknown,
     RestoreRequested,
     RotateRequested,
@@ -53,6 +56,7 @@ from fusevm.model.event import (
     TokenRotated,
 )
 from fusevm.model.fact import Kind
+from fusevm.model.network import Network
 from fusevm.model.setup import AgentState, AgentStatus, HealthStatus, Verdict
 from fusevm.model.snapshot import SnapshotState
 
@@ -60,6 +64,7 @@ LATER = NOW + 10_000
 BUSY = {
     "drain_agent": draining_agent,
     "rotate_token": rotating,
+    "change_network": changing_network,
     "snapshot_machine": snapshotting,
     "restore_machine": restoring,
 }
@@ -67,12 +72,14 @@ EVERY_OPERATION = pytest.mark.parametrize("name", BUSY)
 DEADLINES = {
     "drain_agent": POLICY.drain_deadline_ms,
     "rotate_token": POLICY.rotate_deadline_ms,
+    "change_network": POLICY.network_deadline_ms,
     "snapshot_machine": POLICY.snapshot_deadline_ms,
     "restore_machine": POLICY.restore_deadline_ms,
 }
 TIMEOUTS = {
     "drain_agent": "drain_timeout",
     "rotate_token": "rotate_timeout",
+    "change_network": "network_timeout",
     "snapshot_machine": "snapshot_timeout",
     "restore_machine": "restore_timeout",
 }
@@ -82,6 +89,7 @@ def requests(env: Environment) -> list[Event]:
     """Everything that can be asked of a running machine."""
     return [
         RotateRequested(cause="x"),
+        NetworkRequested(cause="x", network=Network(internet=False)),
         SnapshotRequested(cause="x", snapshot=replace(creating(env), id="snap-new")),
         RestoreRequested(cause="x", snapshot=replace(ready(env), id="snap-new")),
         DrainRequested(cause="x"),
@@ -92,6 +100,7 @@ def outcomes(seq: int) -> list[Event]:
     return [
         AgentDrained(cause="late", seq=seq, exit_code=0),
         TokenRotated(cause="late", seq=seq),
+        NetworkChanged(cause="late", seq=seq),
         SnapshotTaken(cause="late", seq=seq, size_bytes=1, digest="x"),
         SnapshotRestored(cause="late", seq=seq),
         ActionRefused(cause="late", seq=seq, reason="x", message="y"),
@@ -100,7 +109,7 @@ def outcomes(seq: int) -> list[Event]:
 
 def outcome(name: str, env: Environment) -> Event:
     """The one that the pending action waits for."""
-    kinds = dict(zip(("drain_agent", "rotate_token", "snapshot_machine", "restore_machine"), range(4), strict=True))
+    kinds = {name: place for place, name in enumerate(BUSY)}
     assert env.pending is not None
     return outcomes(env.pending.seq)[kinds[name]]
 
@@ -173,7 +182,8 @@ def test_a_refusal_leaves_the_machine_alone_and_is_told(name: str):
     assert (after.state, after.desired, after.pending) == (env.state, env.desired, None)
     assert (after.error, after.ending, after.action_seq) == ("the disk is full", None, env.action_seq + 1)
     (fact,) = found.facts
-    kind = Kind.SNAPSHOT if name.endswith("machine") else Kind.AGENT
+    kinds = {"drain_agent": Kind.AGENT, "rotate_token": Kind.AGENT, "change_network": Kind.HOST}
+    kind = kinds.get(name, Kind.SNAPSHOT)
     assert (fact.kind, fact.reason, fact.message, fact.state) == (kind, "no_space", "the disk is full", env.state)
     assert found.actions == ()
     assert step(after, refused, LATER, POLICY) == Step(after)

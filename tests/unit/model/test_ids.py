@@ -1,5 +1,7 @@
 """Grammars of identifiers, and how they are made."""
 
+from collections.abc import Callable
+
 import pytest
 
 from fusevm.model.errors import BadField, BadTaskId
@@ -9,6 +11,8 @@ from fusevm.model.ids import (
     make_machine_id,
     make_uid,
     parse_machine_id,
+    parse_published_port_id,
+    parse_snapshot_id,
     parse_task_id,
     task_id_of,
 )
@@ -49,6 +53,14 @@ def test_a_machine_id_is_kept_as_given(text: str):
 def test_a_bad_machine_id_is_refused(text: str):
     with pytest.raises(BadField, match="machine_id"):
         parse_machine_id(text)
+
+
+@pytest.mark.parametrize("parse", [parse_published_port_id, parse_snapshot_id])
+def test_what_callers_name_on_a_host_is_kept_as_given_and_is_no_path(parse: Callable[[str], str]):
+    assert parse("web-1") == "web-1"
+    for text in ("", "..", "-a", "a/b", "../a", "a\n", "x" * 129):
+        with pytest.raises(BadField, match="letter"):
+            parse(text)
 
 
 def test_uids_are_ordered_by_time_and_differ_by_entropy():

@@ -61,11 +61,36 @@ def test_the_normal_form_joins_ports_and_spells_names_and_networks():
         Rule(ports=(65_536,)),
         Rule(ports=("1-2-3",)),
         Rule(ports=(443, 853)),
+        Rule(ports=("90-80",)),
+        Rule(ports=tuple(range(1, 131, 2))),
+        Rule(ports=(8,), protocol=Protocol.ICMP),
+        Rule(cidr="192.0.2.0/24", domain="a.org"),
+        Rule(domain="ä" * 80 + ".org"),
     ],
 )
 def test_what_means_nothing_is_refused(rule: Rule):
     with pytest.raises(BadField, match=r"network\.rules\[0\]"):
         closed(rule)
+
+
+@pytest.mark.parametrize(
+    ("policy", "field"),
+    [
+        (Network(rules=tuple(Rule(ports=(n,)) for n in range(1000, 1065))), "network.rules"),
+        (Network(ingress_kbit=1), "network.ingress_kbit"),
+        (Network(egress_kbit=100_000_001), "network.egress_kbit"),
+        (Network(internet=True, rules=(Rule(domain="a.org"),)), "network.internet"),
+    ],
+)
+def test_what_a_policy_as_a_whole_cannot_be_names_its_field(policy: Network, field: str):
+    with pytest.raises(BadField) as caught:
+        check_network(policy)
+    assert caught.value.details["field"] == field
+
+
+def test_the_rules_by_name_are_told_apart():
+    by_name, by_address = Rule(domain="a.org"), Rule(cidr="192.0.2.0/24")
+    assert closed(by_address, by_name).domain_rules == (by_name,)
 
 
 def test_what_is_denied_to_all_may_be_denied_again():
@@ -117,6 +142,12 @@ def test_no_policy_permits_what_is_denied_to_all(cidr: str, internet: bool, port
 def test_ports_are_published_once_each_and_there_is_a_limit():
     twice = [Exposure(port=80), Exposure(port=80), Exposure(port=80, protocol=Transport.UDP)]
     assert len(check_exposures(twice)) == 2
-    for wrong in ([Exposure(port=n) for n in range(1, 66)], [Exposure(port=1, name="a\n")], [Exposure(port=-1)]):
+    for wrong in (
+        [Exposure(port=n) for n in range(1, 66)],
+        [Exposure(port=1, name="a\n")],
+        [Exposure(port=-1)],
+        [Exposure(port=1, host_port=65_536)],
+        [Exposure(port=1), Exposure(port=1, host_port=8080)],
+    ):
         with pytest.raises(BadField, match="expose"):
             check_exposures(wrong)

@@ -125,3 +125,9 @@ def test_a_host_that_may_only_be_cut_off_for_a_moment_is_not_given_up(health, is
         id="h1", url="x", capacity=Resources(), created_at_ms=1, updated_at_ms=1, health=health, is_refusing=is_refusing
     )
     assert can_be_given_up(host) is can_be
+
+
+def test_a_phase_in_the_contracts_word_is_understood_and_no_other_word_is():
+    assert Phase("starting") is Phase.CREATING
+    with pytest.raises(ValueError, match="started"):
+        Phase("started")
