@@ -21,9 +21,9 @@ import msgspec
 import structlog
 
 from fusevm.host.admission import Size
-from fusevm.host.agent import ask_shutdown
 from fusevm.host.boot import Marks, bring_up, check_guest, meet_guest
 from fusevm.host.channel import AgentClient
+from fusevm.host.held_vmm import HeldVmm, was_rebooted, why_gone
 from fusevm.host.mailbox import (
     AnyOrder,
     Create,
@@ -53,7 +53,7 @@ from fusevm.host.tasks import CLEAN_UP_TIMEOUT_S, CleanUp, Stopped, run_unless
 from fusevm.host.visit import end_visit, hold_visit
 from fusevm.host.visitors import Visit
 from fusevm.host.vmm.driver import Vmm
-from fusevm.host.vmm.exit_reason import HOST_REBOOTED, SHUT_DOWN, explain_absence
+from fusevm.host.vmm.exit_reason import HOST_REBOOTED, SHUT_DOWN
 from fusevm.host.writer import Superseded
 from fusevm.model.errors import (
     BootFailed,
@@ -71,8 +71,6 @@ log = structlog.get_logger()
 
 _Boot: TypeAlias = Literal["create", "start", "restore"]
 
-#: How long a guest may take to end in order; the agent itself gives its processes 1 s, and its user's daemon 2.
-SHUTDOWN_GRACE_S = 10.0
 #: How long an adopted guest may take to say who it is.
 _ADOPTION_TIMEOUT_S = 10.0
 #: What a boot gets that a restarted daemon has to begin anew.
@@ -92,17 +90,13 @@ class MachineTask:
         self._work = DiskWork(parts)
         self._mailbox = Mailbox()
         self._creating: Create | None = None
-        self._vmm: Vmm | None = None
-        #: Connections to the agent of the VMM above; they break with it.
-        self._agent: AgentClient | None = None
+        self._held = HeldVmm(machine.id, parts, lambda vmm, reason: self._mailbox.post(Exited(vmm, reason)))
         self._is_gone = False
         #: The last visit; new visitors may come while it is open.
         self._visiting: Visit | None = None
         #: Not set while it is unknown whether the machine runs.
         self._settled = asyncio.Event()
         self._settled.set()
-        self._group: asyncio.TaskGroup | None = None
-        self._watch: asyncio.Task[None] | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._back_off = BackOff(parts.clock)
         self._is_busy = False
@@ -222,10 +216,11 @@ class MachineTask:
     async def guest(self) -> AgentClient:
         """Return the running machine's agent. Raises WrongState."""
         await self._wait_settled()
-        if self._vmm is None or self._agent is None or self._record.phase is not Phase.RUNNING:
+        agent = self._held.agent
+        if agent is None or self._record.phase is not Phase.RUNNING:
             state = self._record.phase.value
             raise WrongState(id=self._record.id, state=state, wanted="it must be running for this")
-        return self._agent
+        return agent
 
     async def note_order(self, fence: Fence) -> None:
         """Take note of an order to the guest. Raises StaleAction for one that a newer one has superseded."""
@@ -240,18 +235,16 @@ class MachineTask:
         Orders that wait stay where they are; `end` answers them.
         """
         try:
-            async with asyncio.TaskGroup() as self._group:
+            async with asyncio.TaskGroup() as self._held.group:
                 try:
                     while not self._is_gone:
                         await self._carry_out(await self._mailbox.take())
                 finally:
-                    self._stop_watching()
+                    self._held.stop_watching()
         finally:
             if self._retry is not None:
                 self._retry.cancel()
-            vmm, self._vmm = self._vmm, None
-            if vmm is not None:
-                await vmm.close()
+            await self._held.release()
 
     def end(self) -> None:
         """`run` will not be called again: answer everybody who waits."""
@@ -320,11 +313,11 @@ class MachineTask:
             case Stop():
                 return await self._stop(order)
             case Resize():
-                return await resize_machine(self._record, order, self._parts, self._shut_down, self._commit)
+                return await resize_machine(self._record, order, self._parts, self._held.shut_down, self._commit)
             case Visit():
                 return await hold_visit(order, self._record, self._parts, self._mailbox.wait_order, self._commit)
             case TakeSnapshot():
-                order.taken = await self._work.take(self._record, self._vmm, order, self._commit)
+                order.taken = await self._work.take(self._record, self._held.vmm, order, self._commit)
                 return self._record
             case RestoreDisk():
                 return await self._restore(order)
@@ -339,7 +332,7 @@ class MachineTask:
         """What nobody has ordered."""
         match order:
             case Exited():
-                if order.vmm is self._vmm:
+                if order.vmm is self._held.vmm:
                     await self._note_exit(order.reason)
                 return self._record
             case Recover():
@@ -374,7 +367,7 @@ class MachineTask:
         return await self._finish_restore(self._parts.clock.now_ms() + order.timeout_ms)
 
     async def _finish_restore(self, deadline_ms: int) -> Machine:
-        await self._kill()
+        await self._held.kill()
         await self._work.put_in_place(self._record)
         return await self._boot("restore", deadline_ms)
 
@@ -400,7 +393,7 @@ class MachineTask:
 
         def commit(saved: Machine) -> None:
             undo.keep_all()
-            self._adopt(vmm)
+            self._held.adopt(vmm)
             self._commit(saved)
 
         machine = msgspec.structs.replace(
@@ -436,7 +429,7 @@ class MachineTask:
         machine = await self._parts.journal.begin_stop(self._record.id, order.fence, on_commit=self._commit)
         match machine.phase:
             case Phase.RUNNING | Phase.PAUSED:
-                await self._shut_down()
+                await self._held.shut_down()
                 return await self._finish_stop()
             case Phase.FAILED:
                 stopped = msgspec.structs.replace(machine, phase=Phase.STOPPED)
@@ -446,19 +439,6 @@ class MachineTask:
             case Phase.CREATING | Phase.DELETING:
                 raise WrongState(id=machine.id, state=machine.phase.value, wanted="wait until that is done")
 
-    async def _shut_down(self) -> None:
-        """Let the guest end in order; kill what does not."""
-        vmm = self._vmm
-        if vmm is None:
-            return
-        try:
-            async with asyncio.timeout(SHUTDOWN_GRACE_S):
-                await ask_shutdown(vmm)
-                await vmm.wait_exit()
-        except (TimeoutError, ConnectionError, Error) as e:
-            self._log.info("guest_not_shut_down", problem=str(e) or "it took too long")
-        await self._kill()
-
     async def _finish_stop(self) -> Machine:
         self._parts.fault.reached("stop.killed")
         await self._parts.quarters.vacate(self._record, keep_disk=True)
@@ -466,7 +446,7 @@ class MachineTask:
         return await self._parts.journal.finish(stopped, "stop", "done", on_commit=self._commit)
 
     async def _delete(self) -> Machine:
-        await self._kill()
+        await self._held.kill()
         self._parts.fault.reached("delete.killed")
         await self._parts.quarters.vacate(self._record, keep_disk=False)
         self._parts.fault.reached("delete.vacated")
@@ -477,9 +457,7 @@ class MachineTask:
 
     async def _note_exit(self, reason: str) -> None:
         """The VMM has ended by itself: say so at once, then free what the run occupied. The disk stays."""
-        vmm, self._vmm = self._vmm, None
-        if vmm is not None:
-            await vmm.close()
+        await self._held.release()
         phase = Phase.STOPPED if reason in ORDERLY else Phase.FAILED
         seen = msgspec.structs.replace(self._record, phase=phase, error=reason)
         self._parts.metrics.exits.inc()
@@ -490,16 +468,6 @@ class MachineTask:
 
     async def _observe(self, machine: Machine, step: str) -> None:
         await self._parts.journal.observe(machine, step, on_commit=self._commit)
-
-    async def _kill(self) -> None:
-        vmm = self._vmm
-        if vmm is None:
-            return
-        async with asyncio.timeout(CLEAN_UP_TIMEOUT_S):
-            await vmm.kill()
-        self._vmm = None
-        self._stop_watching()
-        await vmm.close()
 
     # -- after a restart --------------------------------------------------------------------------------------------
 
@@ -512,21 +480,21 @@ class MachineTask:
             case "create" | "start":
                 return await self._resume_boot(operation.kind, operation)
             case "stop":
-                await self._find_vmm()
-                await self._shut_down()
+                await self._held.find(self._record)
+                await self._held.shut_down()
                 return await self._finish_stop()
             case "resize":
                 if self._record.phase is not Phase.STOPPED:
-                    await self._find_vmm()
-                    await self._shut_down()
+                    await self._held.find(self._record)
+                    await self._held.shut_down()
                 return await finish_resize(self._record, self._parts, self._commit)
             case "visit":
                 return await end_visit(self._record, self._parts, self._commit)
             case "snapshot":
                 await self._work.undo_takes(self._record)
                 resumed = await self._resume()
-                if self._vmm is not None:
-                    await self._work.let_write(self._record, self._vmm)
+                if self._held.vmm is not None:
+                    await self._work.let_write(self._record, self._held.vmm)
                 return resumed
             case "restore":
                 return await self._recover_restore(operation)
@@ -540,7 +508,7 @@ class MachineTask:
             case "booted":
                 return await self._resume_boot("restore", operation)
             case _:
-                await self._find_vmm()
+                await self._held.find(self._record)
                 return await self._finish_restore(max(operation.deadline_ms, self._parts.clock.now_ms() + LATE_BOOT_MS))
 
     async def _resume(self) -> Machine:
@@ -550,26 +518,12 @@ class MachineTask:
                 await self._insist(lambda: self._parts.quarters.vacate(self._record, keep_disk=True))
                 await self._insist(lambda: self._observe(self._record, "vacated"))
             return self._record
-        vmm = await self._find_vmm()
+        vmm = await self._held.find(self._record)
         if vmm is None:
-            await self._note_exit(await self._why_gone())
+            await self._note_exit(await why_gone(self._record, self._parts))
             return self._record
         await self._check_adopted(vmm)
         return self._record
-
-    async def _find_vmm(self) -> Vmm | None:
-        """Adopt the machine's VMM, if exactly that process still lives."""
-        if self._vmm is not None:
-            return self._vmm
-        lodging = await self._parts.quarters.rejoin(self._record)
-        process = self._record.vmm
-        if process is None:
-            return None
-        async with asyncio.timeout(_ADOPTION_TIMEOUT_S):
-            vmm = await self._parts.driver.adopt(lodging.plan, process)
-        if vmm is not None:
-            self._adopt(vmm)
-        return vmm
 
     async def _check_adopted(self, vmm: Vmm) -> None:
         """The right guest must answer; one that is too busy to answer is left alone."""
@@ -580,7 +534,7 @@ class MachineTask:
             self._log.warning("adopted_guest_is_silent", problem=str(e) or "no answer in time")
             return
         if problem:
-            await self._kill()
+            await self._held.kill()
             await self._note_exit(problem)
             return
         self._log.info("machine_adopted", generation=self._record.generation)
@@ -606,40 +560,10 @@ class MachineTask:
         return self._record, vmm
 
     def _lost(self) -> BootFailed:
-        problem = HOST_REBOOTED if self._was_rebooted() else "the daemon ended while it was starting"
+        problem = HOST_REBOOTED if was_rebooted(self._record, self._parts) else "the daemon ended while it was starting"
         return BootFailed(id=self._record.id, problem=problem)
 
-    async def _why_gone(self) -> str:
-        """Nobody has seen its VMM end: what it has left is all that tells."""
-        if self._was_rebooted():
-            return HOST_REBOOTED
-        left = await self._parts.quarters.remains(self._record.id)
-        return explain_absence(left.console, is_out_of_memory=left.is_out_of_memory, is_disk_clean=left.is_disk_clean)
-
-    def _was_rebooted(self) -> bool:
-        process = self._record.vmm
-        return process is not None and process.boot_id != self._parts.boot_id()
-
     # -- small ------------------------------------------------------------------------------------------------------
-
-    def _adopt(self, vmm: Vmm) -> None:
-        """The VMM is the machine's from here on; its end will be an order."""
-        self._vmm = vmm
-        self._agent = AgentClient(vmm.open_stream)
-        if self._group is not None:
-            self._watch = self._group.create_task(self._watch_exit(vmm), name=f"watch {self._record.id}")
-
-    async def _watch_exit(self, vmm: Vmm) -> None:
-        try:
-            reason = await vmm.wait_exit()
-        except ConnectionError:
-            return  # it was let go
-        self._mailbox.post(Exited(vmm, reason))
-
-    def _stop_watching(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
 
     def _commit(self, machine: Machine) -> None:
         """The journal has this record now."""

@@ -14,7 +14,7 @@ async def test_a_create_of_a_damaged_image_is_answered_with_reason_and_remedy() 
         error = answer.json()["error"]
         assert (answer.status_code, error["details"]["reason"]) == (DAMAGE.status, "image_corrupt")
         assert error["message"] == DAMAGE.message
-        assert "rebuild it with `fuse image build --force debian-12`" in error["message"]
+        assert "make it anew with `fuse image build --force debian-12`" in error["message"]
         assert error["details"]["id"] == "fuse-t1"
 
 

@@ -318,7 +318,7 @@ async def test_a_stopped_machine_keeps_its_disk_and_starts_again(world: World):
 
 
 async def test_a_guest_that_does_not_end_is_killed(world: World, monkeypatch):
-    monkeypatch.setattr("fusevm.host.machine.SHUTDOWN_GRACE_S", 0.05)
+    monkeypatch.setattr("fusevm.host.held_vmm.SHUTDOWN_GRACE_S", 0.05)
     async with world.daemon() as daemon:
         await daemon.machines.create(order(), fence())
         world.driver.processes["m-1"].agent.ignores_shutdown = True
