@@ -3,6 +3,7 @@
 import json
 import types as python_types
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import fuse
@@ -63,14 +64,16 @@ def _filled(name: str, kind: Any) -> Any:
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, python_types.UnionType):
         return _filled(name, next(part for part in parts if part not in (type(None), msgspec.UnsetType)))
-    if origin is list:
-        return [_filled(name, parts[0])]
+    if origin in (list, tuple):
+        return origin([_filled(name, parts[0])])
     if origin is dict:
         return {"key": "value"}
     if parts:  # a literal
         return parts[0]
     if issubclass(kind, msgspec.Struct):
         return full(kind)
+    if issubclass(kind, Enum):
+        return next(iter(kind))
     if kind is str:
         return TIME if name.endswith("_at") else TEXTS.get(name, f"a {name}")
     return {bool: True, int: 7, float: 1.5}[kind]
