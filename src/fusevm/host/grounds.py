@@ -18,6 +18,7 @@ from typing import Protocol
 
 from fusevm.host.cgroup import Cgroups
 from fusevm.host.drift import Kind
+from fusevm.host.listing import names_in
 from fusevm.host.mounts import detach_below, find_mounts
 from fusevm.host.net.namespace import run_inside
 from fusevm.host.net.network import HostNetwork
@@ -152,7 +153,7 @@ class Contents:
         talking = {folder.name for folder in _folders(self._run_dir) if _has_socket(folder)}
         talking |= {name for name in jails if _has_socket(self._machines / name / JAIL)}
         return {
-            Kind.DISK: {folder.name for folder in folders if any(folder.glob("overlay.*"))},
+            Kind.DISK: {folder.name for folder in folders if _has_disk(folder)},
             Kind.JAIL: jails,
             Kind.SOCKET: talking,
         }
@@ -206,6 +207,10 @@ def _folders(root: Path) -> Iterator[Path]:
             yield from [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return
+
+
+def _has_disk(folder: Path) -> bool:
+    return any(name.startswith("overlay.") for name in names_in(folder))
 
 
 def _has_socket(folder: Path) -> bool:

@@ -12,14 +12,15 @@ from pathlib import Path
 
 def remove_tree(path: Path) -> None:
     """Remove a directory with all that is in it, however deep. Idempotent; follows no links."""
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
-        path.unlink(missing_ok=True)
-    except RecursionError:
-        _flatten(path)
+    while os.path.lexists(path):  # somebody else may be removing it, too
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:
+            continue
+        except NotADirectoryError:
+            path.unlink(missing_ok=True)
+        except RecursionError:
+            _flatten(path)
 
 
 def _flatten(path: Path) -> None:

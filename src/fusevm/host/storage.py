@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fusevm.host.config import HostConfig
+from fusevm.host.listing import names_in
 from fusevm.host.vmm.driver import JAIL
 from fusevm.wire.host_api import MachineStorage, SnapshotStorage, StoragePool, StorageReport
 
@@ -52,7 +53,7 @@ def allocated_tree(root: Path) -> int:
 
 
 def _machine(folder: Path, run_dir: Path) -> MachineStorage:
-    disk = sum(_allocated(path) for path in folder.glob("overlay.*"))
+    disk = sum(_allocated(folder / name) for name in names_in(folder) if name.startswith("overlay."))
     # A jail's files are links, to the disk above and to what all machines share.
     rest = allocated_tree(folder) - disk - _linked(folder / JAIL) + allocated_tree(run_dir / folder.name)
     return MachineStorage(machine_id=folder.name, system_bytes=disk, runtime_bytes=rest)

@@ -16,6 +16,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+from fusevm.host.listing import names_in
 from fusevm.host.process import ProcessHandle, command_line_of, identify, root_of
 from fusevm.host.vmm.driver import JAIL
 from fusevm.model.errors import Timeout
@@ -75,10 +76,12 @@ def _find(machines: Path) -> dict[str, list[VmmProcess]]:
 def _find_jails(machines: Path) -> dict[tuple[int, int] | None, str]:
     """Root directories of jails (`<machines>/<id>/jail/<program>/<id>/root`), by device and inode."""
     jails: dict[tuple[int, int] | None, str] = {}
-    for root in machines.glob(f"*/{JAIL}/*/*/root"):
-        with contextlib.suppress(OSError):
-            found = root.stat(follow_symlinks=False)
-            jails[found.st_dev, found.st_ino] = root.relative_to(machines).parts[0]
+    for machine_id in names_in(machines):
+        base = machines / machine_id / JAIL
+        for jail in (base / program / name for program in names_in(base) for name in names_in(base / program)):
+            with contextlib.suppress(OSError):
+                found = (jail / "root").stat(follow_symlinks=False)
+                jails[found.st_dev, found.st_ino] = machine_id
     return jails
 
 

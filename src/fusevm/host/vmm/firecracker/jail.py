@@ -10,6 +10,8 @@ from typing import Final
 
 import msgspec
 
+from fusevm.host.listing import names_in
+
 #: More descriptors than a machine with few devices and a thousand streams needs; the table is sized by it at start.
 _MAX_FILES: Final = 2048
 
@@ -64,8 +66,9 @@ class JailOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 def find_jail(base: Path, machine_id: str) -> Jail | None:
     """The jail that is there, whatever its program is called; None without."""
-    for root in sorted(base.glob(f"*/{machine_id}/root")):
-        return Jail(base=base, machine_id=machine_id, program=root.parent.parent.name)
+    for program in names_in(base):
+        if (base / program / machine_id / "root").is_dir():
+            return Jail(base=base, machine_id=machine_id, program=program)
     return None
 
 
