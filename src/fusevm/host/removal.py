@@ -9,9 +9,12 @@ import shutil
 import stat
 from pathlib import Path
 
+from fusevm.host.mounts import detach_below
+
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory with all that is in it, however deep. Idempotent; follows no links."""
+    """Remove a directory with all that is in it, however deep. Idempotent; follows no links, enters no mount."""
+    detach_below(path)
     while os.path.lexists(path):  # somebody else may be removing it, too
         try:
             shutil.rmtree(path)
