@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import secrets
 import shutil
 import stat
+import time
 from pathlib import Path
 
 from fusevm.host.mounts import detach_below
+
+_ATTEMPTS, _PAUSE_S = 50, 0.02
 
 
 def remove_tree(path: Path) -> None:
     """Remove a directory with all that is in it, however deep. Idempotent; follows no links, enters no mount."""
     detach_below(path)
-    while os.path.lexists(path):  # somebody else may be removing it, too
+    for attempt in range(_ATTEMPTS):
+        if not os.path.lexists(path):
+            return
         try:
             shutil.rmtree(path)
         except FileNotFoundError:
-            continue
+            continue  # somebody else is removing it, too
         except NotADirectoryError:
             path.unlink(missing_ok=True)
         except RecursionError:
             _flatten(path)
+        except OSError as e:
+            # The thread of a task that was cancelled may still be writing its last file.
+            if e.errno != errno.ENOTEMPTY or attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(_PAUSE_S)
 
 
 def _flatten(path: Path) -> None:
