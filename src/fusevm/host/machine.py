@@ -100,6 +100,8 @@ class MachineTask:
         self._retry: asyncio.TimerHandle | None = None
         self._back_off = BackOff(parts.clock)
         self._is_busy = False
+        #: The record says of its network what the host may not have made true.
+        self._must_rewire = False
         self._log = log.bind(machine=machine.id, uid=machine.fence.uid)
 
     # -- for other tasks --------------------------------------------------------------------------------------------
@@ -291,7 +293,8 @@ class MachineTask:
     async def _retry_later(self, order: AnyOrder, problem: str) -> None:
         """What is open in the journal, or unknown, is looked at again after a while: until then it is in quarantine."""
         operation = await self._parts.journal.operation(self._record.id)
-        if self._is_gone or (operation is None and not isinstance(order, Recover | Exited)):
+        is_open = operation is not None or self._must_rewire or isinstance(order, Recover | Exited)
+        if self._is_gone or not is_open:
             return
         kind = operation.kind if operation is not None else "none"
         retry_s = self._back_off.fail(f"{kind}: {problem}" if operation is not None else problem)
@@ -324,7 +327,7 @@ class MachineTask:
             case Delete():
                 return await self._delete()
             case SetNetwork() | Publish() | Unpublish():
-                return await carry_out_rewiring(self._record, order, self._parts, self._commit)
+                return await self._rewire(order)
             case Exited() | Recover() | Tidy():
                 return await self._react(order)
 
@@ -341,6 +344,17 @@ class MachineTask:
                 if self._record.phase in (Phase.STOPPED, Phase.FAILED):
                     await self._parts.quarters.vacate(self._record, keep_disk=True)
                 return self._record
+
+    async def _rewire(self, order: Rewiring) -> Machine:
+        """Change its network. Once the journal has the change, it is tried until the host has it, too."""
+
+        def commit(machine: Machine) -> None:
+            self._must_rewire = True
+            self._commit(machine)
+
+        changed = await carry_out_rewiring(self._record, order, self._parts, commit)
+        self._must_rewire = False
+        return changed
 
     # -- create and start -------------------------------------------------------------------------------------------
 
@@ -522,6 +536,9 @@ class MachineTask:
         if vmm is None:
             await self._note_exit(await why_gone(self._record, self._parts))
             return self._record
+        if self._must_rewire:
+            await self._parts.quarters.rewire(self._record)
+            self._must_rewire = False
         await self._check_adopted(vmm)
         return self._record
 
@@ -569,6 +586,8 @@ class MachineTask:
         """The journal has this record now."""
         has_changed = machine.phase is not self._record.phase
         self._record = machine
+        if machine.phase not in (Phase.RUNNING, Phase.PAUSED):
+            self._must_rewire = False  # its next run is connected as the record says
         if has_changed:
             self._parts.events.publish(machine)
 

@@ -1,7 +1,8 @@
 """Changes of a machine's network while it exists: its policy, its published ports.
 
 The journal first, then the kernel: what a crash leaves half done is done when the daemon starts, since all rules are
-then made from the records. A policy that the host cannot enforce is refused before anything is written.
+then made from the records; what the kernel refuses is tried again by the machine's task until it is as the record
+says. A policy that the host cannot enforce is refused before anything is written.
 
 Owns: the order of the two. Must not: know nftables.
 """
@@ -75,7 +76,7 @@ async def publish_port(machine: Machine, order: Publish, parts: Surroundings, co
     changed = await parts.journal.rewire(machine.id, order.fence, change, "port.published", commit)
     try:
         await _apply(changed, "port.published", parts)
-    except Error as e:
+    except (Error, OSError) as e:
         await _take_back(changed, order, parts, commit, blame=e)
         raise
     return changed
@@ -105,7 +106,9 @@ async def _rewire(
     return changed
 
 
-async def _take_back(machine: Machine, order: Publish, parts: Surroundings, commit: Commit, *, blame: Error) -> None:
+async def _take_back(
+    machine: Machine, order: Publish, parts: Surroundings, commit: Commit, *, blame: Exception
+) -> None:
     """Remove the reservation of a port that the host cannot forward. Part of the order, and never too late."""
     fence = msgspec.structs.replace(order.fence, valid_until=None) if order.fence is not None else None
 

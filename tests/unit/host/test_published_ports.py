@@ -12,6 +12,7 @@ from fusevm.host.rewiring import check_enforceable
 from fusevm.model.errors import (
     BadField,
     CommandFailed,
+    Error,
     HostFull,
     HostPortTaken,
     PolicyNotEnforceable,
@@ -20,7 +21,7 @@ from fusevm.model.errors import (
 )
 from fusevm.model.machine import Isolation
 from fusevm.model.network import Exposure, Network, PublishedPort, Rule, Transport
-from fusevm.testing.host_world import SPEC, World, fence, order
+from fusevm.testing.host_world import SPEC, World, fence, order, until
 
 
 @pytest.fixture
@@ -130,6 +131,56 @@ async def test_what_cannot_be_forwarded_is_not_published(world):
         assert daemon.machines.record("m-1").ports == ()
         world.quarters.rewire_error = None
         assert (await daemon.machines.publish("m-1", None, draft("web"))).host_port == 20_000
+
+
+REFUSED = CommandFailed(command="nft", exit_status=1, stderr="no")
+
+
+@pytest.mark.parametrize("error", [REFUSED, OSError(5, "Input/output error")])
+async def test_what_the_host_refuses_is_tried_again_until_it_is_as_the_record_says(world, error):
+    async with world.daemon() as daemon:
+        await daemon.machines.create(order("m-1"), None)
+        await daemon.machines.publish("m-1", None, draft("web"))
+        closed = Network(internet=False)
+        world.quarters.rewire_error = error
+        with pytest.raises(Error):
+            await daemon.machines.set_network("m-1", None, closed)
+        with pytest.raises(Error):
+            await daemon.machines.unpublish("m-1", None, "web")
+        with pytest.raises(Error):
+            await daemon.machines.publish("m-1", None, draft("ssh", 22))
+        assert "m-1" in daemon.machines.quarantined()
+        # What else is ordered meanwhile changes nothing about that.
+        await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        world.quarters.rewire_error = None
+        await until(lambda: daemon.machines.quarantined() == {})
+        record = world.quarters.rewired["m-1"]
+        assert (record.spec.network, record.ports) == (closed, ())
+        assert record == daemon.machines.record("m-1")
+        assert "m-1" in world.driver.processes
+
+
+async def test_a_refused_change_of_a_machine_that_is_stopped_since_is_nobodys_work(world):
+    async with world.daemon() as daemon:
+        await daemon.machines.create(order("m-1"), None)
+        world.quarters.rewire_error = REFUSED
+        with pytest.raises(CommandFailed):
+            await daemon.machines.set_network("m-1", None, Network(internet=False))
+        # It will be connected as its record says.
+        await daemon.machines.stop("m-1", None)
+        await until(lambda: daemon.machines.quarantined() == {})
+        with pytest.raises(WrongState):
+            await daemon.machines.publish("m-1", None, draft("web"))
+        assert daemon.machines.quarantined() == {}
+
+
+async def test_a_change_that_was_not_accepted_leaves_nothing_to_do(world):
+    async with world.daemon() as daemon:
+        await daemon.machines.create(order("m-1"), None)
+        world.quarters.rewire_error = REFUSED
+        with pytest.raises(BadField):
+            await daemon.machines.set_network("m-1", None, Network(rules=(Rule(cidr="10.0.0.0/8"),)))
+        assert daemon.machines.quarantined() == {}
 
 
 async def test_a_change_of_policy_is_in_the_journal_and_a_repeated_create_is_none(world):
