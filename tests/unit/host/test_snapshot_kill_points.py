@@ -23,7 +23,7 @@ from fusevm.host.images.fetch import FetchPolicy
 from fusevm.host.snapshots.record import HostSnapshot
 from fusevm.model.errors import NoSpace, SnapshotNotFound
 from fusevm.model.machine import Phase
-from fusevm.testing.host_world import NOTHING, World, fence, order
+from fusevm.testing.host_world import NOTHING, World, fence, order, until
 from fusevm.wire.host_snapshots import DurableArtifact, DurableSnapshot
 
 
@@ -65,7 +65,8 @@ def test_a_snapshot(tmp_path: Path, point: str):
             is_copied = point in ("snapshot.copied", "snapshot.ready.writing", "snapshot.ready")
             assert phases == (["ready"] if is_copied else [])
             assert folders(world) == ({"s-1"} if is_copied else set())
-            assert not any(running.agent.is_frozen for running in world.driver.processes.values())
+            # Its guest is told last of all that it may write.
+            await until(lambda: not any(running.agent.is_frozen for running in world.driver.processes.values()))
             world.disks.write("m-1", b"after")
             taken = await daemon.snapshots.take("m-1", "s-1", SECOND, live=False)
             await daemon.machines.create(order("m-2", snapshot_id=taken.id), fence("u2"))

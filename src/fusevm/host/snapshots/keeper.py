@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Literal, TypeAlias
 
 import msgspec
 import structlog
@@ -34,13 +34,15 @@ from fusevm.host.snapshots.record import (
 from fusevm.host.snapshots.transfer import check_parts, fetch_disk, find_disk, unpack, upload
 from fusevm.host.surroundings import Surroundings
 from fusevm.host.tasks import gather_all
-from fusevm.host.writer import Superseded
 from fusevm.model.errors import ArtifactNotFound, Error, MachineNotFound, NotSupported, ShuttingDown, SnapshotNotFound
 from fusevm.model.ids import parse_machine_id, parse_snapshot_id
 from fusevm.model.machine import Fence
 from fusevm.wire.host_snapshots import ArtifactUpload, DurableArtifact, DurableSnapshot, UploadedArtifact
 
 log = structlog.get_logger()
+
+_Kind: TypeAlias = Literal["seal", "fetch", "remove"]
+_Task: TypeAlias = asyncio.Task[HostSnapshot]
 
 
 class SnapshotKeeper:
@@ -62,8 +64,8 @@ class SnapshotKeeper:
         self._folders = folders
         self._machines = machines
         self._fault = parts.fault
-        #: What is under way, by snapshot: a seal, a removal.
-        self._work: dict[str, asyncio.Task[HostSnapshot]] = {}
+        #: What is under way. Of one snapshot, one thing at a time: what is begun later waits.
+        self._work: dict[tuple[str, _Kind], _Task] = {}
         self._is_closing = False
 
     @asynccontextmanager
@@ -124,8 +126,11 @@ class SnapshotKeeper:
         return taken if taken.phase is SnapshotPhase.READY else await self.seal(taken)
 
     async def seal(self, snapshot: HostSnapshot) -> HostSnapshot:
-        """Make a snapshot whose bytes are there usable. Raises SnapshotFailed, NoSpace; then it is gone."""
-        return await asyncio.shield(self._begin(snapshot.id, self._seal(snapshot)))
+        """Make a snapshot whose bytes are there usable. Raises SnapshotFailed, NoSpace; then it is gone.
+
+        SnapshotNotFound or SnapshotNotReady when somebody has deleted it meanwhile.
+        """
+        return await self._carry_out(snapshot.id, "seal", lambda: self._seal(snapshot))
 
     async def delete(self, snapshot_id: str, cluster: str) -> None:
         """Free a snapshot, whatever becomes of it; its id is used up. Raises SnapshotNotFound, WrongCluster, NoSpace.
@@ -133,11 +138,10 @@ class SnapshotKeeper:
         Machines that began with it go on; what is being made from it either has its disk already, or fails.
         """
         doomed = await self._ledger.begin_delete(parse_snapshot_id(snapshot_id), cluster)
-        running = self._work.pop(snapshot_id, None)
-        if running is not None:
-            running.cancel()
-            await asyncio.wait({running})
-        await asyncio.shield(self._begin(snapshot_id, self._remove(doomed)))
+        for (busy_id, kind), task in self._work.items():
+            if busy_id == snapshot_id and kind != "remove":
+                task.cancel()
+        await self._carry_out(snapshot_id, "remove", lambda: self._remove(doomed))
 
     async def upload(self, snapshot: HostSnapshot, uploads: list[ArtifactUpload]) -> list[UploadedArtifact]:
         """Send a ready snapshot's artefacts to a store, all at the same time.
@@ -168,6 +172,7 @@ class SnapshotKeeper:
         """Bring a snapshot that was carried away to this host, and return it when it can be used. Idempotent by its id.
 
         Raises BadField, HostFull, NoSpace, SnapshotFailed, and what a download raises; then nothing is left.
+        SnapshotNotReady while somebody takes or deletes one of this id, SnapshotNotFound when it was deleted meanwhile.
         """
         disk = find_disk(durable, self._policy)
         draft = HostSnapshot(
@@ -181,13 +186,13 @@ class SnapshotKeeper:
             source=shown(disk.download_url),
             created_at_ms=self._now_ms(),
         )
-        return await asyncio.shield(self._begin(snapshot_id, self._fetch(draft, disk)))
+        return await self._carry_out(snapshot_id, "fetch", lambda: self._fetch(draft, disk))
 
     async def _fetch(self, draft: HostSnapshot, disk: DurableArtifact) -> HostSnapshot:
         limits = await self._limits()
         begun = await self._ledger.begin_import(draft, limits, 2 * disk.size_bytes)
-        if begun.phase is SnapshotPhase.READY:
-            return begun
+        if begun.phase is not SnapshotPhase.TAKING:
+            return await self._seal(begun)
         try:
             await self._folders.prepare(draft.id)
             packed, target = self._folders.staging(draft.id)
@@ -195,13 +200,11 @@ class SnapshotKeeper:
             size = await unpack(draft.id, packed, target)
             await asyncio.to_thread(packed.unlink)
             taken = await self._ledger.finish_import(msgspec.structs.replace(draft, disk_bytes=size))
-        except BaseException as e:
+        except BaseException:
             # Cancelled, too: the daemon ends, or somebody has deleted it.
             with contextlib.suppress(Error, OSError):
                 await self._folders.remove(draft.id)
                 await self._ledger.forget(draft.id)
-            if isinstance(e, Superseded):
-                raise SnapshotNotFound(id=draft.id) from None
             raise
         return await self._seal(taken)
 
@@ -209,7 +212,7 @@ class SnapshotKeeper:
         """Take up what is open, and remove the folders of nobody. What fails is tried again the next time."""
         known = await self._ledger.load_all()
         for snapshot in known:
-            if snapshot.id not in self._work:
+            if not self._tasks_of(snapshot.id):
                 await self._take_up(snapshot)
         for name in await self._folders.names() - {snapshot.id for snapshot in await self._ledger.load_all()}:
             log.warning("leftover_removed", kind="snapshot directory", name=name)
@@ -220,36 +223,53 @@ class SnapshotKeeper:
 
     async def _take_up(self, snapshot: HostSnapshot) -> None:
         if snapshot.phase is SnapshotPhase.SEALING:
-            self._begin(snapshot.id, self._seal(snapshot))
-        elif snapshot.phase is SnapshotPhase.DELETING or await self._ledger.is_stray(snapshot.id):
-            self._begin(snapshot.id, self._remove(snapshot))
+            self._begin(snapshot.id, "seal", lambda: self._seal(snapshot))
+            return
+        is_doomed = snapshot.phase is SnapshotPhase.DELETING or await self._ledger.is_stray(snapshot.id)
+        # Somebody may have come for it while we read.
+        if is_doomed and not self._tasks_of(snapshot.id):
+            self._begin(snapshot.id, "remove", lambda: self._remove(snapshot))
 
-    def _begin(self, snapshot_id: str, work: Coroutine[Any, Any, HostSnapshot]) -> asyncio.Task[HostSnapshot]:
-        """Begin work on a snapshot, or join what is under way."""
-        running = self._work.get(snapshot_id)
-        if running is not None or self._is_closing:
-            work.close()
-            if running is None:
-                raise ShuttingDown
+    def _tasks_of(self, snapshot_id: str) -> set[_Task]:
+        return {task for (busy_id, _kind), task in self._work.items() if busy_id == snapshot_id}
+
+    async def _carry_out(
+        self, snapshot_id: str, kind: _Kind, work: Callable[[], Awaitable[HostSnapshot]]
+    ) -> HostSnapshot:
+        """Do some work to its end, even if the caller goes away. SnapshotNotFound when a delete has cut it short."""
+        task = self._begin(snapshot_id, kind, work)
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise ShuttingDown if self._is_closing else SnapshotNotFound(id=snapshot_id)
+        return task.result()
+
+    def _begin(self, snapshot_id: str, kind: _Kind, work: Callable[[], Awaitable[HostSnapshot]]) -> _Task:
+        """Begin work on a snapshot, after all other work on it, or join work of the same kind."""
+        running = self._work.get((snapshot_id, kind))
+        if running is not None:
             return running
-        task = self._work[snapshot_id] = asyncio.create_task(work, name=f"snapshot {snapshot_id}")
-        task.add_done_callback(lambda done: self._note_end(snapshot_id, done))
+        if self._is_closing:
+            raise ShuttingDown
+        after = _do_after(self._tasks_of(snapshot_id), work)
+        task = self._work[snapshot_id, kind] = asyncio.create_task(after, name=f"{kind} snapshot {snapshot_id}")
+        task.add_done_callback(lambda done: self._note_end(snapshot_id, kind, done))
         return task
 
-    def _note_end(self, snapshot_id: str, task: asyncio.Task[HostSnapshot]) -> None:
-        if self._work.get(snapshot_id) is task:
-            del self._work[snapshot_id]
+    def _note_end(self, snapshot_id: str, kind: _Kind, task: _Task) -> None:
+        del self._work[snapshot_id, kind]
         if not task.cancelled() and task.exception() is not None:
             log.warning("snapshot_work_failed", snapshot=snapshot_id, problem=str(task.exception()))
 
     async def _seal(self, snapshot: HostSnapshot) -> HostSnapshot:
-        try:
-            sealed = await self._ledger.finish_seal(await self._folders.seal(snapshot))
-        except Superseded:
-            # Deleted meanwhile; or a tidy-up has sealed it before its taker came to that.
-            found = await self._ledger.get(snapshot.id)
+        found = await self._ledger.get(snapshot.id)
+        if found.phase is not SnapshotPhase.SEALING:
+            # Deleted meanwhile; or somebody else has sealed it.
             check_ready(found)
             return found
+        try:
+            sealed = await self._ledger.finish_seal(await self._folders.seal(snapshot))
+        except SnapshotNotFound:
+            raise
         except Error as e:
             # Whoever asked hears of it and asks again, under the same id.
             try:
@@ -267,3 +287,10 @@ class SnapshotKeeper:
         await self._ledger.forget(snapshot.id)
         log.info("snapshot_removed", snapshot=snapshot.id)
         return snapshot
+
+
+async def _do_after(earlier: Collection[_Task], work: Callable[[], Awaitable[HostSnapshot]]) -> HostSnapshot:
+    """Do some work when earlier tasks have ended, however they did."""
+    if earlier:
+        await asyncio.wait(earlier)
+    return await work()

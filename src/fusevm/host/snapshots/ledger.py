@@ -28,7 +28,6 @@ from fusevm.host.rows import (
     save_machine,
 )
 from fusevm.host.snapshots.record import Consistency, HostSnapshot, SnapshotPhase, seed_of
-from fusevm.host.writer import Superseded
 from fusevm.model.errors import (
     HostFull,
     SnapshotExists,
@@ -89,7 +88,10 @@ class Ledger:
         return begun[1]
 
     async def finish_take(self, snapshot: HostSnapshot) -> HostSnapshot:
-        """The bytes are there: give the machine free. Raises Superseded when the snapshot or the machine is deleted."""
+        """The bytes are there: give the machine free. Raises SnapshotNotFound when it was deleted meanwhile.
+
+        Superseded when the machine was.
+        """
 
         def transact(db: sqlite3.Connection) -> HostSnapshot:
             expect_one(db.execute(SQL["clear_operation"], {"id": snapshot.machine_id, "kind": "snapshot"}))
@@ -109,7 +111,7 @@ class Ledger:
         await self._journal.write(transact, point="snapshot.undone", is_urgent=True)
 
     async def finish_seal(self, snapshot: HostSnapshot) -> HostSnapshot:
-        """Digest and manifest are there: it can be used. Raises Superseded when it was deleted meanwhile."""
+        """Digest and manifest are there: it can be used. Raises SnapshotNotFound when it was deleted meanwhile."""
 
         def transact(db: sqlite3.Connection) -> HostSnapshot:
             return _advance(db, snapshot, SnapshotPhase.SEALING, SnapshotPhase.READY)
@@ -117,12 +119,15 @@ class Ledger:
         return await self._journal.write(transact, point="snapshot.ready")
 
     async def begin_import(self, snapshot: HostSnapshot, limits: Limits, needed_bytes: int) -> HostSnapshot:
-        """Write the intent to fetch a snapshot, or return the one that is there. Raises HostFull, NoSpace."""
+        """Write the intent to fetch a snapshot, or return what there is: whole, or begun from the same source.
+
+        Raises SnapshotNotReady while somebody else takes, fetches or deletes it, WrongCluster, HostFull, NoSpace.
+        """
 
         def transact(db: sqlite3.Connection) -> HostSnapshot:
             existing = _load(db, snapshot.id)
             if existing is not None:
-                return existing
+                return _check_begun(existing, snapshot)
             check_room(limits, needed_bytes)
             _insert(db, snapshot)
             return snapshot
@@ -130,7 +135,7 @@ class Ledger:
         return await self._journal.write(transact, point="import.intent")
 
     async def finish_import(self, snapshot: HostSnapshot) -> HostSnapshot:
-        """The bytes are there. Raises Superseded when the snapshot was deleted meanwhile."""
+        """The bytes are there. Raises SnapshotNotFound when it was deleted meanwhile."""
 
         def transact(db: sqlite3.Connection) -> HostSnapshot:
             return _advance(db, snapshot, SnapshotPhase.TAKING, SnapshotPhase.SEALING)
@@ -256,9 +261,13 @@ class Ledger:
         return sorted(found, key=lambda snapshot: (snapshot.created_at_ms, snapshot.id))
 
     async def taking(self, machine_id: str) -> list[HostSnapshot]:
-        """What is being taken of a machine, or was when a daemon died; also what was deleted meanwhile."""
+        """What is being taken of a machine, or was when a daemon died; also what was deleted meanwhile.
+
+        Without what is fetched: that names the machine that it was taken of, elsewhere.
+        """
         begun = (SnapshotPhase.TAKING, SnapshotPhase.DELETING)
-        return [snapshot for snapshot in await self.load_all(machine_id) if snapshot.phase in begun]
+        of_machine = await self.load_all(machine_id)
+        return [snapshot for snapshot in of_machine if snapshot.phase in begun and not snapshot.source]
 
     async def is_stray(self, snapshot_id: str) -> bool:
         """Is it being taken, and no machine has an open operation that would finish that or take it back?"""
@@ -297,6 +306,15 @@ def _check_repetition(existing: HostSnapshot, machine: Machine) -> HostSnapshot:
     if existing.machine_id != machine.id or existing.cluster != machine.fence.cluster:
         raise SnapshotExists(id=existing.id)
     if existing.phase not in (SnapshotPhase.SEALING, SnapshotPhase.READY):
+        raise SnapshotNotReady(id=existing.id, state=existing.phase.value)
+    return existing
+
+
+def _check_begun(existing: HostSnapshot, wanted: HostSnapshot) -> HostSnapshot:
+    _check_cluster(existing, wanted.cluster)
+    is_whole = existing.phase in (SnapshotPhase.SEALING, SnapshotPhase.READY)
+    is_leftover = existing.phase is SnapshotPhase.TAKING and existing.source == wanted.source
+    if not (is_whole or is_leftover):
         raise SnapshotNotReady(id=existing.id, state=existing.phase.value)
     return existing
 
@@ -343,7 +361,7 @@ def _advance(
 ) -> HostSnapshot:
     found = _load(db, snapshot.id)
     if found is None or found.phase is not before:
-        raise Superseded
+        raise SnapshotNotFound(id=snapshot.id)
     return _save(db, msgspec.structs.replace(snapshot, phase=after))
 
 
