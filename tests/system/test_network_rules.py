@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import functools
+import os
+import shutil
 import socket
 import struct
 import time
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from namespaces import private_network
 from network_lab import (
     ECHO_PORT,
@@ -34,8 +37,9 @@ from network_lab import (
 
 from fusevm.host.net.namespace import run_inside
 from fusevm.host.net.network import HostNetwork
-from fusevm.host.net.terms import Terms
-from fusevm.model.network import Network, Protocol, Rule, Verdict, check_network
+from fusevm.host.net.terms import Forward, Terms
+from fusevm.model.errors import CommandFailed
+from fusevm.model.network import Network, Protocol, Rule, Transport, Verdict, check_network
 
 OTHER = "198.51.100.20"
 THIRD = "198.51.100.30"
@@ -375,6 +379,35 @@ async def test_bandwidth_is_limited_in_both_directions_and_changed_while_it_runs
         await lab.set(Terms())
         assert "tbf" not in sh(f"tc qdisc show dev {slot.veth}") + sh(f"tc -n {slot.namespace} qdisc show")
         assert await send_and_receive(lab, size) < took
+
+
+@private_network
+async def test_what_the_host_refuses_of_a_change_is_done_by_its_repetition(tmp_path, monkeypatch):
+    """`tc` fails once the rules are changed: the second try must not take the rest for done."""
+    programs, broken = tmp_path / "programs", tmp_path / "broken"
+    programs.mkdir()
+    (programs / "tc").write_text(f'#!/bin/sh\n[ ! -e {broken} ] || exit 1\nexec {shutil.which("tc")} "$@"\n')
+    (programs / "tc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    limited = policy(internet=True, egress_kbit=2_000, ingress_kbit=4_000)
+    ported = replace(limited, forwards=frozenset({Forward(protocol=Transport.TCP, host_port=20_000, port=80)}))
+    async with world(tmp_path, Terms()) as lab:
+        slot = lab.guest.slot
+        broken.touch()
+        for terms in (limited, ported, ported):
+            with pytest.raises(CommandFailed):
+                await lab.set(terms)
+        broken.unlink()
+        await lab.set(ported)
+        assert "rate 4Mbit" in sh(f"tc qdisc show dev {slot.veth}")
+        assert "rate 2Mbit" in sh(f"tc -n {slot.namespace} qdisc show dev {slot.peer}")
+        assert Path(f"/proc/sys/net/ipv4/conf/{slot.veth}/route_localnet").read_text() == "1\n"
+        broken.touch()
+        with pytest.raises(CommandFailed):
+            await lab.set(policy(internet=True, egress_kbit=3_000))
+        broken.unlink()
+        await lab.set(Terms())
+        assert "tbf" not in sh(f"tc qdisc show dev {slot.veth}") + sh(f"tc -n {slot.namespace} qdisc show")
 
 
 async def send_and_receive(lab: World, size: int) -> float:

@@ -57,6 +57,8 @@ class Pool:
         self._warm = min(warm, plan.capacity)
         self._ready: dict[int, Slot] = {}
         self._used: dict[int, Slot] = {}
+        #: Used ones whose limits and loopback switch may not be those of their terms: a change failed, or was cut off.
+        self._misshapen: set[int] = set()
         self._making: set[int] = set()
         self._doomed: set[int] = set()
         self._wanted: dict[int, asyncio.Future[Slot]] = {}
@@ -78,6 +80,7 @@ class Pool:
         problem = f"{self._plan.range} has only {self._plan.capacity} slots"
         failures |= {index: SlotFailed(index=index, problem=problem) for index in beyond}
         failures |= await self._reshape({index: keep[index] for index in slots.keys() - failures.keys()})
+        self._misshapen = set(failures)
         self._used = slots
         self._task = asyncio.create_task(self._work(), name="network pool")
         return failures
@@ -146,7 +149,7 @@ class Pool:
     async def set_terms(self, index: int, terms: Terms) -> None:
         """Change what is granted to the machine in a slot, open connections included.
 
-        SlotFailed if there is none, CommandFailed if nft or tc refuse.
+        SlotFailed if there is none, CommandFailed or OSError if the host refuses; a repetition does what is missing.
         """
         slot = self._used.get(index)
         old = self._firewall.terms(index)
@@ -155,8 +158,11 @@ class Pool:
         await self._apply(slot, old, terms)
 
     async def _apply(self, slot: Slot, old: Terms, new: Terms, *, is_fresh: bool = False) -> None:
+        is_known = slot.index not in self._misshapen
+        self._misshapen.add(slot.index)
         await self._firewall.admit([slot], new, is_fresh=is_fresh)
-        await shape(slot, old, new)
+        await (shape(slot, old, new) if is_known else reshape(slot, new))
+        self._misshapen.discard(slot.index)
 
     def release(self, index: int) -> None:
         """Give a slot up; it is destroyed in the background, before its number serves again. Idempotent.
@@ -164,6 +170,7 @@ class Pool:
         Nothing may run in it any more, and no descriptor of it be open.
         """
         if self._used.pop(index, None) is not None:
+            self._misshapen.discard(index)
             self._doomed.add(index)
             self._wake_up()
 
