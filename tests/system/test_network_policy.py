@@ -35,8 +35,8 @@ from network_lab import (
 
 from fusevm.host.net.namespace import run_inside
 from fusevm.host.net.network import HostNetwork
-from fusevm.host.net.tables import MAX_CONNECTIONS
 from fusevm.host.net.terms import Terms
+from fusevm.host.net.tracking import MAX_CONNECTIONS
 from fusevm.model.network import Network
 
 OFFLINE = Terms(policy=Network(internet=False))

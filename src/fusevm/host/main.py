@@ -44,6 +44,7 @@ from fusevm.host.metrics import Metrics
 from fusevm.host.net.network import HostNetwork
 from fusevm.host.net.plan import NetworkPlan
 from fusevm.host.net.terms import Terms
+from fusevm.host.net.tracking import ensure_room, machines_at_once
 from fusevm.host.process import boot_id
 from fusevm.host.quarters import HostQuarters
 from fusevm.host.rows import Entry
@@ -104,7 +105,7 @@ async def _serve(config: HostConfig, engines: ChooseEngine, fault: Fault) -> Non
         # What machines are made of.
         images, metrics = ImageStore(config.artefacts), Metrics()
         engine = await engines(config, metrics.count_vmms)
-        wiring, network = _make_wiring(config, engine)
+        wiring, network = await _make_wiring(config, engine)
         cgroups = await _make_cgroups(config)
         quarters = HostQuarters(
             config,
@@ -173,14 +174,19 @@ def _watch_signals() -> asyncio.Event:
     return stop
 
 
-def _make_wiring(config: HostConfig, engine: Engine) -> tuple[Wiring, HostNetwork | None]:
+async def _make_wiring(config: HostConfig, engine: Engine) -> tuple[Wiring, HostNetwork | None]:
     """Slots for root, QEMU's user network for everybody else."""
     ports = parse_port_range(config.published_ports)
     if os.geteuid() != 0:
         if config.user_network:
             log.warning("user_network_open", problem="machines reach whatever this user reaches, the host included")
         return UserWiring(user_network=config.user_network, ports=ports), None
-    plan = NetworkPlan(prefix=config.instance, range=config.network_range, mtu=config.network_mtu)
+    plan = NetworkPlan(
+        prefix=config.instance,
+        range=config.network_range,
+        mtu=config.network_mtu,
+        max_connections=await ensure_room(machines_at_once(config.max_machines)),
+    )
     network = HostNetwork(plan, uplink=config.egress_interface, warm=config.warm_slots)
     return SlotWiring(plan, network, ports, taps=engine.taps), network
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any, Generic, TypeVar
@@ -91,6 +92,20 @@ class CleanUp:
             problem = str(e) or type(e).__name__
             log.warning("clean_up_failed", what=what, problem=problem)
             self.problems.append(f"{what}: {problem}")
+
+
+async def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Run work that others depend on to its end; a caller that is cancelled meanwhile is so only after it."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # nobody waits for it any more
+        raise
 
 
 async def run_all(*work: Coroutine[Any, Any, Any]) -> None:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from fusevm.host.tasks import CleanUp, Stopped, run_all, run_unless
+from fusevm.host.tasks import CleanUp, Stopped, finish, run_all, run_unless
 
 
 async def never() -> None:
@@ -96,3 +96,23 @@ async def test_of_several_failures_the_first_is_raised_and_the_others_are_notes(
         await run_all(fail("one"), fail("two"), never())
     assert caught.value.__notes__ == ["also: two"]
     await run_all(value(1), value(2))
+
+
+async def test_work_that_others_need_ends_before_its_cancelled_caller() -> None:
+    begun, may_end, done = asyncio.Event(), asyncio.Event(), []
+
+    async def work() -> None:
+        begun.set()
+        await may_end.wait()
+        done.append(1)
+
+    caller = asyncio.create_task(finish(work()))
+    await begun.wait()
+    for _ in range(2):
+        caller.cancel()
+        await asyncio.sleep(0)
+    assert not caller.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert done == [1]

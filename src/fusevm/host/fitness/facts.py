@@ -14,6 +14,7 @@ import msgspec
 
 from fusevm.host.config import HostConfig
 from fusevm.host.fitness.programs import ProgramFacts, find_programs, observe_program
+from fusevm.host.net.tracking import machines_at_once
 from fusevm.host.vmm.probe import FIRECRACKER_FILE, last_choice, last_problem
 
 #: linux/kvm.h
@@ -125,6 +126,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     #: Hard limit of descriptors.
     files_limit: int = 0
     max_machines: int = 0
+    #: Those that can run at once, by the host's memory.
+    machines_at_once: int = 0
     disk_free: int = 0
     disk_reserve: int = 0
     inodes_free: int = 0
@@ -186,6 +189,7 @@ def gather(config: HostConfig, ruleset: str | None) -> Facts:
         numa_nodes=max(len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))), 1),
         files_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         max_machines=config.max_machines,
+        machines_at_once=machines_at_once(config.max_machines),
         disk_free=stats.f_bavail * stats.f_frsize,
         disk_reserve=config.disk_reserve_bytes,
         inodes_free=stats.f_favail,

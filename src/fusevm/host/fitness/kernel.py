@@ -13,14 +13,13 @@ _CONTROLLERS: Final = ("cpu", "memory", "io", "pids", "cpuset")
 _LEGACY: Final = {"io": "blkio"}
 _QUIET_LEVEL: Final = 4
 _UNIFIED: Final = "/sys/fs/cgroup"
-#: Per machine: descriptors, threads, connections that are followed, neighbours.
+#: Per machine: descriptors, threads, neighbours.
 _PER_MACHINE: Final = (
     ("descriptors (ulimit -Hn)", "files_limit", 24, "LimitNOFILE= of the unit"),
     ("threads", "/proc/sys/kernel/pid_max", 16, "sysctl kernel.pid_max=4194304"),
     ("mappings of a process", "/proc/sys/vm/max_map_count", 0, "sysctl vm.max_map_count=262144"),
     ("inotify instances", "/proc/sys/fs/inotify/max_user_instances", 0, "sysctl fs.inotify.max_user_instances=8192"),
     ("neighbours", "/proc/sys/net/ipv4/neigh/default/gc_thresh3", 1, "sysctl net.ipv4.neigh.default.gc_thresh3=16384"),
-    ("connections", "/proc/sys/net/netfilter/nf_conntrack_max", 64, "sysctl net.netfilter.nf_conntrack_max=262144"),
 )
 #: What is needed however few machines there are.
 _LEAST: Final = {"/proc/sys/vm/max_map_count": 65_530, "/proc/sys/fs/inotify/max_user_instances": 128}

@@ -5,10 +5,10 @@ from typing import Final
 from fusevm.host.fitness.facts import Facts
 from fusevm.host.fitness.finding import Finding, degraded, ok, unfit
 from fusevm.host.fitness.programs import NAMES
+from fusevm.host.net.tracking import connections_each, needed_entries
 from fusevm.host.vmm.firecracker.versions import judge_versions
 
 _INSTALL: Final = "fuse host install"
-_MIN_CONNTRACK: Final = 65_536
 _METADATA: Final = "169.254."
 
 
@@ -62,9 +62,12 @@ def judge_network(facts: Facts) -> Finding:
     if facts.ruleset is None:
         return unfit("nftables cannot be asked", "apt-get install nftables, and a kernel with CONFIG_NF_TABLES")
     tracked = facts.number("/proc/sys/net/netfilter/nf_conntrack_max")
-    if tracked is not None and tracked < _MIN_CONNTRACK:
-        remedy = "sysctl net.netfilter.nf_conntrack_max=262144"
-        return degraded(f"only {tracked} connections can be followed", remedy)
+    needed = needed_entries(facts.machines_at_once)
+    # The daemon raises it when it starts, where it can.
+    if tracked is not None and tracked < needed and facts.is_serving:
+        each = connections_each(tracked, facts.machines_at_once)
+        text = f"only {tracked} connections can be followed: each of {facts.machines_at_once} machines gets {each}"
+        return degraded(text, f"sysctl net.netfilter.nf_conntrack_max={needed}, and systemctl restart fuse-host")
     forwards = facts.text("/proc/sys/net/ipv4/ip_forward") == "1"
     return ok(f"tun, nftables; packets are {'forwarded' if forwards else 'not forwarded before a machine needs it'}")
 

@@ -25,6 +25,7 @@ from fusevm.model.network import Flow
 
 _NETLINK_NETFILTER = 12
 _CT_GET, _CT_DELETE = (1 << 8) | 1, (1 << 8) | 2
+_CT_GET_STATS = (1 << 8) | 5
 _REQUEST, _ACK, _DUMP = 0x1, 0x4, 0x300
 _DONE, _ERROR = 3, 2
 _TUPLE_ORIG, _TUPLE_REPLY, _MARK = 1, 2, 8
@@ -51,6 +52,14 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
 async def cut(is_doomed: Callable[[Connection], bool]) -> int:
     """Delete the IPv4 connections that a function picks; return how many. OSError if the kernel refuses."""
     return await asyncio.to_thread(_cut, is_doomed)
+
+
+def load() -> None:
+    """Have the kernel load connection tracking, which it otherwise does with the first rule. Raises OSError."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as netlink:
+        netlink.bind((0, 0))
+        netlink.send(_render(_CT_GET_STATS, _REQUEST | _ACK, b""))
+        netlink.recv(_RECEIVE_BYTES)
 
 
 def parse_connections(data: bytes) -> Iterator[Connection]:

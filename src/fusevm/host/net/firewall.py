@@ -10,7 +10,7 @@ Owns: the table `inet fuse_<prefix>`, the tagged rules in foreign chains. Must n
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,7 +27,7 @@ from fusevm.host.net.foreign import (
 )
 from fusevm.host.net.listing import Counts, TableListing, parse_table
 from fusevm.host.net.nft import Json, Table
-from fusevm.host.net.pins import Pinboard
+from fusevm.host.net.pins import PinBatch, Pinboard
 from fusevm.host.net.plan import NetworkPlan, Slot, plan_slot
 from fusevm.host.net.tables import (
     render_host_table,
@@ -40,6 +40,7 @@ from fusevm.host.net.terms import Forward, Terms
 from fusevm.host.net.transaction import apply_transaction
 from fusevm.host.net.verdicts import pin_set
 from fusevm.host.run import run
+from fusevm.host.tasks import finish
 from fusevm.model.errors import CommandFailed
 from fusevm.model.network import Rule, permits
 
@@ -149,20 +150,20 @@ class Firewall:
         if addresses:
             await _cut(lambda connection: connection.source in addresses or connection.answerer in addresses)
 
-    async def pin(self, index: int, rules: Iterable[Rule], addresses: Iterable[str], lifetime_s: int) -> bool:
+    async def pin(self, index: int, rules: Iterable[Rule], addresses: Collection[str], lifetime_s: int) -> bool:
         """Let a machine reach addresses by its domain rules for some seconds; return whether it may now.
 
-        Whoever comes while a transaction is under way shares the next one. False also where a rule is the machine's no
-        more. CommandFailed if nft refuses (too many addresses).
+        Whoever comes while a transaction is under way shares the next one. False where no rule is the machine's any
+        more, where one has as many addresses as it may have, and where nft refuses the machine's own.
         """
-        slot = self._slot(index)
-        names = [pin_set(slot, rule) for rule in rules]
-        now = asyncio.get_running_loop().time()
-        if not self._pins.want(index, names, addresses, now, lifetime_s):
-            return self._has_pins(slot, names)
-        async with self._lock:
-            await self._apply_pins()
-        return self._has_pins(slot, names)
+        slot, loop = self._slot(index), asyncio.get_running_loop()
+        names = {pin_set(slot, rule) for rule in rules}
+        if self._pins.want(index, names, addresses, loop.time(), lifetime_s):
+            async with self._lock:
+                # It carries the pins of others: one who gives up must not take it from them.
+                await finish(self._apply_pins())
+        known = names & self._pin_sets(slot)
+        return bool(known) and self._pins.holds(index, known, addresses, loop.time())
 
     async def remove(self) -> None:
         """Remove the table and our rules in foreign chains. Idempotent."""
@@ -196,16 +197,35 @@ class Firewall:
             (self._slot(index).address, forward) for index, terms in machines for forward in terms.forwards
         )
 
-    def _has_pins(self, slot: Slot, names: Iterable[str]) -> bool:
+    def _pin_sets(self, slot: Slot) -> set[str]:
         terms = self._machines.get(slot.index)
-        known = {pin_set(slot, rule) for rule in terms.policy.domain_rules} if terms is not None else set()
-        return bool(known.intersection(names))
+        return {pin_set(slot, rule) for rule in terms.policy.domain_rules} if terms is not None else set()
 
     async def _apply_pins(self) -> None:
-        """Put what was wanted meanwhile into the kernel."""
-        batch = self._pins.take(lambda index, name: self._has_pins(self._slot(index), [name]))
+        """Put what was wanted meanwhile into the kernel, each machine's by itself if it refuses all together.
+
+        The table is left alone whatever happens: what one machine asks for is no reason to make it anew.
+        """
+        batch = self._pins.take(lambda index, name: name in self._pin_sets(self._slot(index)))
+        if not self._is_open:
+            return
+        if len(batch.slots) > 1:
+            with contextlib.suppress(CommandFailed):
+                await self._apply_batch(batch)
+                return
+        for index in batch.slots:
+            part = batch.of(index)
+            try:
+                await self._apply_batch(part)
+            except CommandFailed as e:
+                self._pins.forget(part)
+                log.warning("addresses_not_pinned", slot=index, problem=e.message)
+
+    async def _apply_batch(self, batch: PinBatch) -> None:
         try:
-            await self._change(batch.render(self._table))
+            await apply_transaction(batch.render(self._table))
+        except CommandFailed:
+            raise
         except BaseException:
             self._pins.forget(batch)
             raise

@@ -16,6 +16,7 @@ from ipaddress import IPv4Network
 
 import msgspec
 
+from fusevm.host.net.tracking import MAX_CONNECTIONS
 from fusevm.model.errors import BadSetting, NetworkRangeConflict
 
 #: Settings that the errors here name.
@@ -60,6 +61,8 @@ class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
     range: str = "10.210.0.0/16"
     #: Bytes; of taps, veths and guests. Part of a live snapshot.
     mtu: int = 1500
+    #: Connections that a machine may have open at once.
+    max_connections: int = MAX_CONNECTIONS
 
     def __post_init__(self) -> None:
         if not _PREFIX.fullmatch(self.prefix):
@@ -103,6 +106,7 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
     #: The namespace's address on the veth: what the host sees the guest as.
     address: str
     mtu: int
+    max_connections: int
     peer: str = PEER
     prefix_length: int = SLOT_PREFIX_LENGTH
     tap: str = TAP
@@ -135,6 +139,7 @@ def plan_slot(plan: NetworkPlan, index: int) -> Slot:
         host_address=str(first + 1),
         address=str(first + 2),
         mtu=plan.mtu,
+        max_connections=plan.max_connections,
     )
 
 

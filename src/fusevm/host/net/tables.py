@@ -60,8 +60,6 @@ from fusevm.model.network import DENIED, DNS_PORTS
 
 DNS_PORT = 53
 
-#: Connections a machine may have open at once; each takes an entry of the host's connection tracking table.
-MAX_CONNECTIONS = 8192
 #: Packets to the forwarder. Beyond it the kernel drops them, so a flood does not reach the daemon.
 DNS_PACKETS_PER_S, DNS_PACKETS_BURST = 300, 300
 DNS_CONNECTIONS_PER_S, DNS_CONNECTIONS_BURST = 20, 20
@@ -374,6 +372,7 @@ def _nat_table(slot: Slot) -> list[Json]:
     table = Table("ip", INSIDE_TABLE)
     from_guest = equals(meta("iifname"), slot.tap)
     to_gateway = equals(payload("ip", "daddr"), slot.gateway)
+    too_many: Json = {"ct count": {"val": slot.max_connections, "inv": True}}
     out = [from_guest, equals(meta("oifname"), slot.peer)]
     back = [equals(meta("iifname"), slot.peer), equals(meta("oifname"), slot.tap)]
     return [
@@ -400,11 +399,11 @@ def _nat_table(slot: Slot) -> list[Json]:
         table.chain("forward", "forward", FILTER, policy="drop"),
         # What connection tracking cannot place would leave without translation.
         table.rule("forward", has_state("invalid"), DROP),
-        table.rule("forward", *out, has_state("new"), {"ct count": {"val": MAX_CONNECTIONS, "inv": True}}, COUNT, DROP),
+        table.rule("forward", *out, has_state("new"), too_many, COUNT, DROP),
         table.rule("forward", *out, ACCEPT),
         table.rule("forward", *back, has_state("established", "related"), ACCEPT),
         # Who may open a connection to the machine is decided on the host; here only that there are not too many.
-        table.rule("forward", *back, {"ct count": {"val": MAX_CONNECTIONS, "inv": True}}, COUNT, DROP),
+        table.rule("forward", *back, too_many, COUNT, DROP),
         table.rule("forward", *back, has_status("dnat"), ACCEPT),
         table.chain("arrive", "prerouting", DSTNAT, kind="nat"),
         table.rule(

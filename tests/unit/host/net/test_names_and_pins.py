@@ -2,6 +2,7 @@
 
 import contextlib
 import struct
+from ipaddress import IPv4Address
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,9 @@ from fusevm.host.net.names import MAX_TTL_S, Ruling, bound_ttl, judge_question, 
 from fusevm.host.net.nft import Table
 from fusevm.host.net.pins import Pinboard
 from fusevm.host.net.plan import NetworkPlan
+from fusevm.host.net.tracking import MAX_CONNECTIONS, connections_each, needed_entries
 from fusevm.host.net.traffic import parse_traffic
+from fusevm.host.net.verdicts import MAX_PINS
 from fusevm.model.network import Network, Rule, check_network
 
 A = b"\0\1\0\1"
@@ -123,3 +126,38 @@ def test_counts_are_the_machines_and_others_interfaces_are_passed_over():
 
 def test_no_table_is_no_machines():
     assert not parse_table(NetworkPlan(), b"").exists
+
+
+def test_what_a_set_cannot_hold_is_not_asked_of_it():
+    """One address too many would have the kernel refuse the pins of all machines that share the transaction."""
+    board = Pinboard()
+    many = [str(IPv4Address(i)) for i in range(1 << 27, (1 << 27) + MAX_PINS + 9)]
+    for start in range(0, MAX_PINS - 1, 9):
+        board.want(1, ["s"], many[start : start + 9], now=0, lifetime_s=100)
+    batch = board.take(lambda *_: True)
+    fitting = MAX_PINS // 9 * 9
+    assert [len(pins) for pins in batch.fresh.values()] == [fitting]
+    assert not board.want(1, ["s"], many[fitting : fitting + 9], now=1, lifetime_s=100)
+    assert not board.holds(1, ["s"], many[fitting : fitting + 9], now=1)
+    assert board.want(1, ["s"], many[:9], now=90, lifetime_s=100), "more time takes no room"
+    assert board.want(1, ["t"], many[-9:], now=1, lifetime_s=100), "another set has its own room"
+    assert not board.want(1, ["s"], many[-9:], now=200, lifetime_s=100), "the kernel may still have the expired ones"
+    assert board.want(1, ["s"], many[-9:], now=400, lifetime_s=100)
+
+
+def test_a_refused_batch_leaves_each_machine_what_it_had():
+    board = Pinboard()
+    board.want(1, ["s"], ["1.2.3.4"], now=0, lifetime_s=100)
+    board.take(lambda *_: True)
+    board.want(1, ["s"], ["1.2.3.4", "5.6.7.8"], now=60, lifetime_s=100)
+    board.want(2, ["t"], ["5.6.7.8"], now=60, lifetime_s=100)
+    batch = board.take(lambda *_: True)
+    assert batch.slots == [1, 2]
+    board.forget(batch.of(1))
+    assert board.remaining(now=60) == {"s": {"1.2.3.4": 40}, "t": {"5.6.7.8": 100}}
+
+
+@pytest.mark.parametrize(("entries", "machines", "each"), [(65_536, 100, 491), (262_144, 20, 8192), (4096, 9999, 64)])
+def test_machines_share_what_the_host_does_not_need_of_its_connections(entries, machines, each):
+    assert connections_each(entries, machines) == each
+    assert connections_each(needed_entries(machines), machines) == MAX_CONNECTIONS
