@@ -50,6 +50,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     #: Every file system that machines take from, with its watermarks.
     places: tuple[Place, ...] = ()
 
+    @property
+    def bookable_disk_bytes(self) -> int:
+        """Bytes of disk that all machines together may have."""
+        return int(self.disk_bytes * self.disk_ratio)
+
 
 def check_admission(usage: Usage, limits: Limits, spec: MachineSpec, *, is_new: bool) -> None:
     """Raise HostFull, naming the resource, when the machine does not fit. A start of a known machine books no disk."""
@@ -73,7 +78,7 @@ def check_admission(usage: Usage, limits: Limits, spec: MachineSpec, *, is_new: 
             raise HostFull(resource="inodes" if "inodes" in needed else "disk", needed=needed, free=free)
     if not is_new:
         return
-    disk_free = int(limits.disk_bytes * limits.disk_ratio) - usage.disk_bytes
+    disk_free = limits.bookable_disk_bytes - usage.disk_bytes
     if spec.disk_bytes > disk_free:
         raise HostFull(resource="disk", needed=f"{spec.disk_bytes} bytes", free=f"{max(0, disk_free)} bytes")
     if usage.machines >= limits.max_machines:
@@ -142,7 +147,7 @@ def render_admission(usage: Usage, limits: Limits) -> AdmissionBody:
     return AdmissionBody(
         cpus=AmountBody(limit=int(limits.cpus * limits.cpu_ratio), booked=usage.cpus),
         memory_mib=AmountBody(limit=limits.memory_mib, booked=memory),
-        disk_bytes=AmountBody(limit=int(limits.disk_bytes * limits.disk_ratio), booked=usage.disk_bytes),
+        disk_bytes=AmountBody(limit=limits.bookable_disk_bytes, booked=usage.disk_bytes),
         machines=AmountBody(limit=limits.max_machines, booked=usage.machines),
         overhead_mib=limits.overhead_mib,
         places=places,

@@ -20,6 +20,7 @@ from file_server import FileServer, ok, serving
 from fusevm.host.api import make_router
 from fusevm.host.boundary import Boundary
 from fusevm.host.daemon import Daemon
+from fusevm.host.disk.qcow2 import CLUSTER, MAX_BYTES, Run, render_head
 from fusevm.host.fencing import LOCAL
 from fusevm.host.images.addresses import parse_networks
 from fusevm.host.images.collect import users_in_journal
@@ -32,6 +33,7 @@ from fusevm.model.errors import (
     GuestUnreachable,
     HostFull,
     MachineNotFound,
+    NoSpace,
     NotSupported,
     SnapshotFailed,
     SnapshotNotFound,
@@ -44,7 +46,7 @@ from fusevm.model.machine import Phase
 from fusevm.testing.host_world import SPEC, KnownPoints, World, fence, order, until
 from fusevm.wire.host_snapshots import DurableSnapshot
 
-LOOPBACK = FetchPolicy(allowed=parse_networks(["127.0.0.0/8"]), max_bytes=1 << 26)
+LOOPBACK = FetchPolicy(allowed=parse_networks(["127.0.0.0/8"]), max_bytes=1 << 26, reserve_bytes=4096)
 
 
 @pytest.fixture
@@ -477,6 +479,43 @@ async def test_what_was_fetched_must_be_a_disk(world: World) -> None:
     async with serving(lambda _target, _headers: ok(content)) as files, serving_daemon(world) as (_, http):
         answer = await http.post("/snapshots/s-1/restore", json=durable(files, known))
         assert (answer.status_code, answer.json()["details"]["reason"]) == (500, "snapshot_failed")
+        assert bytes_of(world) == set()
+
+
+def packed_disk(size: int, *clusters: bytes) -> bytes:
+    return render_head(size, [Run(0, len(clusters))]) + b"".join(clusters)
+
+
+async def restored(http: httpx.AsyncClient, content: bytes) -> httpx.Response:
+    """The answer to a request for a machine that begins with these bytes."""
+    known = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    async with serving(lambda _target, _headers: ok(content)) as files:
+        return await http.post("/snapshots/s-1/restore", json=durable(files, known))
+
+
+async def test_a_fetched_disk_is_not_larger_than_all_that_machines_may_have(world: World) -> None:
+    world.policy = LOOPBACK
+    async with serving_daemon(world) as (_, http):
+        answer = await restored(http, packed_disk(MAX_BYTES, bytes([1]) * CLUSTER))
+        assert answer.json()["details"]["reason"] == "snapshot_failed"
+        assert "this host has" in answer.json()["error"]
+        assert bytes_of(world) == set()
+
+
+async def test_a_fetched_disk_leaves_the_host_its_reserve(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.policy = LOOPBACK
+    asked = []
+
+    def full(folder: Path, needed_bytes: int) -> None:
+        asked.append(needed_bytes)
+        if len(asked) > 2:
+            raise NoSpace(path=str(folder), needed=needed_bytes, free=0)
+
+    monkeypatch.setattr("fusevm.host.snapshots.transfer.ensure_free", full)
+    async with serving_daemon(world) as (_, http):
+        answer = await restored(http, packed_disk(1 << 26, *[bytes([1]) * CLUSTER] * 64))
+        assert answer.json()["details"]["reason"] == "no_space"
+        assert asked == [LOOPBACK.reserve_bytes] * 3
         assert bytes_of(world) == set()
 
 

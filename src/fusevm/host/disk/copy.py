@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from threading import Event
 from typing import Final, Literal, NamedTuple, ParamSpec, TypeVar
@@ -169,7 +170,7 @@ def _of_qcow2(fd: int, backing: int | None, size: int) -> Iterator[_Extent]:
     """What the overlay has is its own, the rest is the backing file's as far as that goes."""
     behind = 0 if backing is None else os.fstat(backing).st_size
     done = 0
-    for piece in (*read_pieces(fd, size), Piece(size, 0, 0)):
+    for piece in chain(read_pieces(fd, size), [Piece(size, 0, 0)]):
         if backing is not None:
             yield from _of_raw(backing, done, min(piece.at, behind))
         if piece.offset:

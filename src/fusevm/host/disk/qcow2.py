@@ -53,6 +53,8 @@ _OFFSET: Final = (1 << 56) - (1 << 9)
 _ZERO: Final = 1
 _COMPRESSED: Final = 1 << 62
 _COPIED: Final = 1 << 63
+#: Bytes by which the map of used clusters grows: 4 GiB of the file.
+_TAKEN_STEP: Final = 1 << 13
 
 
 class QcowDamaged(Exception):
@@ -136,23 +138,49 @@ def read_backing(fd: int) -> str:
 def read_pieces(fd: int, size_bytes: int) -> Iterator[Piece]:
     """Yield every range that does not come from a backing file, ascending; the file is not trusted.
 
-    The backing file that the header names is nobody's business: who opens the file knows it. Raises QcowDamaged, also
-    when the disk has another size.
+    No two ranges are at the same place of the file: together they hold no more data than it does. Of a disk that is
+    being written to a cluster may be seen in its old and its new place, which is QcowDamaged as well. The backing file
+    that the header names is nobody's business: who opens the file knows it. Raises QcowDamaged, also when the disk has
+    another size.
     """
     size, l1_offset, l1_entries = _read_header(fd)
     if size != size_bytes:
         raise QcowDamaged(f"it is a disk of {size} bytes instead of {size_bytes}")
     l1 = _read_table(fd, l1_offset, l1_entries)
+    taken = _Taken()
+    for at in range(l1_offset, l1_offset + l1_entries * 8, CLUSTER):
+        taken.add(at)
     for number, entry in enumerate(l1):
         offset = entry & _OFFSET
         if offset:
-            yield from _read_l2(fd, offset, number * _L1_COVERS, size_bytes)
+            yield from _read_l2(fd, offset, number * _L1_COVERS, size_bytes, taken)
 
 
-def _read_l2(fd: int, offset: int, start: int, size_bytes: int) -> Iterator[Piece]:
+class _Taken:
+    """Clusters of the file that belong to something, a bit each."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray()
+
+    def add(self, offset: int) -> None:
+        """Raises QcowDamaged for one that belongs to something else."""
+        if offset >= MAX_BYTES:
+            raise QcowDamaged(f"it has a cluster at {offset}")
+        byte, bit = divmod(offset // CLUSTER, 8)
+        if byte >= len(self._bits):
+            self._bits += bytes(byte + _TAKEN_STEP - len(self._bits))
+        if self._bits[byte] >> bit & 1:
+            raise QcowDamaged(f"the cluster at {offset} is used twice")
+        self._bits[byte] |= 1 << bit
+
+
+def _read_l2(fd: int, offset: int, start: int, size_bytes: int, taken: _Taken) -> Iterator[Piece]:
     covered = -(-(min(size_bytes, start + _L1_COVERS) - start) // CLUSTER)
+    table = _read_table(fd, offset, covered)
+    taken.add(offset)
+    end = os.fstat(fd).st_size  # after the table: the file may grow
     pending: Piece | None = None
-    for index, entry in enumerate(_read_table(fd, offset, covered)):
+    for index, entry in enumerate(table):
         if entry & _COMPRESSED:
             raise QcowDamaged("it has compressed clusters")
         at = start + index * CLUSTER
@@ -161,6 +189,10 @@ def _read_l2(fd: int, offset: int, start: int, size_bytes: int) -> Iterator[Piec
             continue
         if place % CLUSTER:
             raise QcowDamaged(f"cluster {at // CLUSTER} is at {place}")
+        if place >= end:
+            place = 0  # nothing is there, which reads as zeros
+        elif place:
+            taken.add(place)
         if pending is not None and pending.at + pending.length == at and _goes_on(pending, place):
             pending = pending._replace(length=pending.length + CLUSTER)
             continue

@@ -20,7 +20,7 @@ from typing import Literal
 
 from fusevm.host.disk.copy import DiskImage, share_blocks
 from fusevm.host.disk.overlay import Method, WithoutReflink, allocated_bytes, create_overlay, sync_overlay
-from fusevm.host.disk.qcow2 import MAX_BYTES, QcowDamaged, read_backing, read_size
+from fusevm.host.disk.qcow2 import QcowDamaged, read_backing, read_size
 from fusevm.host.images.blank import ensure_blank
 from fusevm.host.images.workspace import sync_folder
 from fusevm.model.errors import Internal, SnapshotNotFound
@@ -98,8 +98,10 @@ class DiskRoom:
         if found is None:
             raise Internal(problem=f"machine {machine.id} has no disk")
         path, kind = found
+        # The file is the machine's to write: neither its size nor what it names is believed.
+        limit = blank_size(machine.spec.disk_bytes)
         if kind == "raw":
-            return DiskImage(path=path, format=kind, size_bytes=path.stat().st_size)
+            return DiskImage(path=path, format=kind, size_bytes=min(path.stat().st_size, limit))
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             size, backing = read_size(fd), Path(read_backing(fd))
@@ -107,10 +109,11 @@ class DiskRoom:
             raise Internal(problem=f"the disk of {machine.id} is damaged: {e}") from e
         finally:
             os.close(fd)
-        # The file is the machine's to write: what it names is read only if it can be nobody else's.
+        if size > limit:
+            raise Internal(problem=f"the disk of {machine.id} claims {size} bytes instead of {limit}")
         if not self._is_base(machine.id, backing):
             raise Internal(problem=f"the disk of {machine.id} names a base that is not its own")
-        return DiskImage(path=path, format=kind, size_bytes=min(size, MAX_BYTES), backing=backing)
+        return DiskImage(path=path, format=kind, size_bytes=size, backing=backing)
 
     def _needed_bytes(self, machine: Machine) -> int:
         image = self._image(machine)

@@ -197,7 +197,7 @@ class SnapshotKeeper:
             await self._folders.prepare(draft.id)
             packed, target = self._folders.staging(draft.id)
             await fetch_disk(draft.id, disk, packed, self._policy)
-            size = await unpack(draft.id, packed, target)
+            size = await unpack(draft.id, packed, target, self._policy, limits.bookable_disk_bytes)
             await asyncio.to_thread(packed.unlink)
             taken = await self._ledger.finish_import(msgspec.structs.replace(draft, disk_bytes=size))
         except BaseException:

@@ -14,9 +14,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
-from fusevm.host.disk.copy import DiskImage, Stop, copy_disk
+from fusevm.host.disk.copy import CopyStopped, DiskImage, Stop, copy_disk
 from fusevm.host.disk.qcow2 import QcowDamaged, read_size
 from fusevm.host.images.fetch import FetchPolicy, connect, fetch, parse_url, shown
+from fusevm.host.images.workspace import ensure_free
 from fusevm.host.snapshots.packed import PackedDisk
 from fusevm.host.snapshots.record import DISK_ARTIFACT
 from fusevm.model.errors import BadField, SnapshotFailed, UploadFailed
@@ -129,14 +130,35 @@ async def fetch_disk(snapshot_id: str, disk: DurableArtifact, target: Path, poli
         raise SnapshotFailed(id=snapshot_id, problem=problem)
 
 
-async def unpack(snapshot_id: str, packed: Path, target: Path) -> int:
-    """Make a raw disk of a packed one; return its size. Raises SnapshotFailed."""
+async def unpack(snapshot_id: str, packed: Path, target: Path, policy: FetchPolicy, max_disk_bytes: int) -> int:
+    """Make a raw disk of a packed one, which is not trusted; return its size. Raises SnapshotFailed, NoSpace."""
     try:
         size = await asyncio.to_thread(_read_size, packed)
-        await copy_disk(DiskImage(path=packed, format="qcow2", size_bytes=size), target, Stop())
+        if size > max_disk_bytes:
+            problem = f"it is a disk of {size} bytes; this host has {max_disk_bytes} for machines"
+            raise SnapshotFailed(id=snapshot_id, problem=problem)
+        disk = DiskImage(path=packed, format="qcow2", size_bytes=size)
+        await copy_disk(disk, target, _Watch(policy.timeout_s, target.parent, policy.reserve_bytes))
     except QcowDamaged as e:
         raise SnapshotFailed(id=snapshot_id, problem=f"what was fetched is no packed disk: {e}") from e
+    except CopyStopped as e:
+        problem = f"what was fetched could not be unpacked within {policy.timeout_s:.0f} s"
+        raise SnapshotFailed(id=snapshot_id, problem=problem) from e
     return size
+
+
+class _Watch(Stop):
+    """Lets a copy go on only while the file system keeps its reserve."""
+
+    def __init__(self, limit_s: float, folder: Path, reserve_bytes: int) -> None:
+        super().__init__(limit_s)
+        self._folder = folder
+        self._reserve_bytes = reserve_bytes
+
+    def check(self) -> None:
+        """As `Stop.check`; raises NoSpace, too."""
+        super().check()
+        ensure_free(self._folder, self._reserve_bytes)
 
 
 def _read_size(packed: Path) -> int:

@@ -192,3 +192,43 @@ def test_data_ranges_keep_within_their_bounds(tmp_path: Path) -> None:
             (5 * MIB, 8192),
         ]
         assert list(data_ranges(file.fileno(), 2 * MIB, 3 * MIB)) == []
+
+
+def unfolding(path: Path, l1: list[int], l2: list[int], size: int) -> DiskImage:
+    """A qcow2 file with two tables and two clusters of data, which are where the entries (numbers of clusters) say."""
+    head = bytearray(render_head(size, [Run(0, 1), Run(8192, 1)]))
+    place = [cluster * CLUSTER | 1 << 63 for cluster in l1]
+    struct.pack_into(f">{len(l1)}Q", head, 3 * CLUSTER, *place)
+    for table in (4, 5):
+        struct.pack_into(f">{len(l2)}Q", head, table * CLUSTER, *[cluster * CLUSTER | 1 << 63 for cluster in l2])
+    path.write_bytes(head + bytes([1]) * 2 * CLUSTER)
+    return DiskImage(path=path, format="qcow2", size_bytes=size)
+
+
+@pytest.mark.parametrize(
+    ("l1", "l2"),
+    [([4, 4], [6]), ([4], [6] * 8192), ([4], [6, 7, 6]), ([4], [4]), ([4], [3]), ([3], [6]), ([4, 5], [6])],
+)
+def test_a_file_whose_clusters_are_used_twice_does_not_unfold(tmp_path: Path, l1: list[int], l2: list[int]) -> None:
+    """Tables and data that are shared would make a disk of any size out of a few clusters."""
+    disk = unfolding(tmp_path / "a", l1, l2, 1 << 30)
+    with pytest.raises(QcowDamaged, match="used twice"):
+        asyncio.run(copy_disk(disk, tmp_path / "b", Stop()))
+    assert allocated_bytes(tmp_path / "b") <= 3 * CLUSTER
+
+
+def test_what_is_behind_the_end_of_the_file_takes_no_room(tmp_path: Path) -> None:
+    disk = unfolding(tmp_path / "a", [4, 0], [6, 9, 7, 1 << 30], 1 << 30)
+    asyncio.run(copy_disk(disk, tmp_path / "b", Stop()))
+    assert allocated_bytes(tmp_path / "b") <= 3 * CLUSTER
+    with (tmp_path / "b").open("rb") as file:
+        assert [any(file.read(CLUSTER)) for _ in range(4)] == [True, False, True, False]
+
+
+def test_pieces_are_copied_as_they_are_found(tmp_path: Path) -> None:
+    """However many a disk has: they are never kept together. Here the second table is found out after the first."""
+    disk = unfolding(tmp_path / "a", [4, 4], [6], 1 << 30)
+    with pytest.raises(QcowDamaged):
+        asyncio.run(copy_disk(disk, tmp_path / "b", Stop()))
+    with (tmp_path / "b").open("rb") as file:
+        assert any(file.read(CLUSTER))

@@ -110,3 +110,17 @@ async def test_a_disk_cannot_name_what_is_not_its_own(tmp_path: Path, content: b
     (folder / "overlay.qcow2").write_bytes(render_overlay(SIZE, str(folder / name) if name[0] == "." else name))
     with pytest.raises(Internal, match="not its own"):
         await room(tmp_path).image(machine())
+
+
+async def test_a_disk_is_not_larger_than_its_machines_record_says(tmp_path: Path, content: bytes) -> None:
+    assert content
+    disks, overlay = room(tmp_path), tmp_path / "machines" / "m-1" / "overlay.qcow2"
+    await disks.ensure(machine())
+    backing = (await disks.image(machine())).backing
+    overlay.write_bytes(render_overlay(64 << 40, str(backing)))
+    with pytest.raises(Internal, match="claims"):
+        await disks.image(machine())
+    overlay.unlink()
+    (tmp_path / "machines" / "m-1" / "overlay.raw").touch()
+    os.truncate(tmp_path / "machines" / "m-1" / "overlay.raw", 1 << 40)
+    assert (await disks.image(machine())).size_bytes == SIZE
