@@ -22,6 +22,10 @@ class ProtocolError(ConnectionError):
     """The peer does not speak HTTP/1.1 as it should."""
 
 
+class TooLong(ProtocolError):
+    """An answer has more bytes than its reader takes."""
+
+
 class Response:
     """Head of an answer, and its body to be read once. Use as a context manager, or read to the end."""
 
@@ -42,12 +46,12 @@ class Response:
                 raise ProtocolError(f"connection ended within a body ({type(event).__name__})")
 
     async def read(self, limit: int = 64 << 20) -> bytes:
-        """The whole body. Raises ProtocolError when it is longer than `limit` bytes."""
+        """The whole body. Raises TooLong (a ProtocolError) when it is longer than `limit` bytes."""
         body = bytearray()
         async for chunk in self.chunks():
             body += chunk
             if len(body) > limit:
-                raise ProtocolError(f"answer is longer than {limit} bytes")
+                raise TooLong(f"answer is longer than {limit} bytes")
         return bytes(body)
 
     async def __aenter__(self) -> Self:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import threading
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -10,7 +11,7 @@ import pytest
 from machine_client import MachineApi
 
 from fusevm.host import visitors
-from fusevm.host.contract import operations
+from fusevm.host.contract import agent_files, operations
 from fusevm.host.contract.agent_files import Reader
 from fusevm.host.contract.operations import OPERATIONS
 from fusevm.model.errors import (
@@ -193,6 +194,49 @@ async def test_a_guest_that_answers_nothing_or_nonsense_costs_one_request(
     fresh = await api.daemon.machines.guest("m-1", None)
     await fresh.close()
     assert (await api.files_fail("list")).reason == "timeout"
+
+
+async def test_a_guest_that_lists_without_end_costs_no_more_than_a_full_folder(
+    api: MachineApi, monkeypatch: pytest.MonkeyPatch
+):
+    await api.create()
+    agent = api.world.driver.processes["m-1"].agent
+
+    def answer(**content: object) -> None:
+        told = FakeAnswer(200, msgspec.json.encode(content))
+        monkeypatch.setattr(agent._disk, "answer", lambda *_words: told)
+
+    one = {"path": f"{ROOT}/a", "name": "a", "type": "file"}
+    looked_at = []
+    monkeypatch.setattr(operations, "_item", looked_at.append)
+    answer(entries=[one] * (operations.MAX_ENTRIES + 1))
+    for is_recursive in (False, True):
+        error = await api.files_fail("list", recursive=is_recursive)
+        assert isinstance(error, BadField)
+        assert str(operations.MAX_ENTRIES) in error.message
+    assert not looked_at
+    for more in ({"path": "a" * 4097}, {"name": "a" * 256}, {"mode": "0" * 9}):
+        answer(entries=[{**one, **more}])
+        assert (await api.files_fail("list")).reason == "agent_failure"
+    answer(**{**one, "path": "a" * 4097})
+    assert (await api.files_fail("stat")).reason == "agent_failure"
+    answer(matches=[{"path": "a", "line": 1, "match": "x"}] * 10_001)
+    assert (await api.files_fail("grep", pattern="x")).reason == "agent_failure"
+    monkeypatch.setattr(agent_files, "_MAX_ANSWER_BYTES", 10)
+    error = await api.files_fail("list")
+    assert error.reason == "agent_failure"
+    assert "ask for less" in error.message
+
+
+async def test_what_a_guest_lists_is_not_read_in_the_event_loop(api: MachineApi, monkeypatch: pytest.MonkeyPatch):
+    await api.create()
+    await api.files("write_text", path="f", content="x")
+    threads = []
+    item = operations._item
+    monkeypatch.setattr(operations, "_item", lambda entry: (threads.append(threading.current_thread()), item(entry))[1])
+    assert (await api.files("list"))["entries"]
+    assert threads
+    assert threading.main_thread() not in threads
 
 
 async def test_every_operation_of_the_contract_is_served(api: MachineApi):

@@ -14,12 +14,16 @@ from fusevm.wire.contract import USER_ID
 from fusevm.wire.decode import UNREADABLE
 from fusevm.wire.errors import parse_error
 from fusevm.wire.guest import FileEntry, FileList, FileMatches, FilePatched, FileWritten
-from fusevm.wire.http1 import Body, Response
+from fusevm.wire.http1 import Body, Response, TooLong
 
 T = TypeVar("T")
 
-#: A folder of a hundred thousand entries is some twenty of these.
-_MAX_ANSWER_BYTES = 64 << 20
+#: Some forty thousand entries of a folder, or as many matches as an agent gives with long lines.
+_MAX_ANSWER_BYTES = 16 << 20
+#: guest/internal/files/grep.go, maxMatches.
+_MAX_MATCHES = 10_000
+#: linux/limits.h, PATH_MAX and NAME_MAX; octal permissions.
+_MAX_PATH, _MAX_NAME, _MAX_MODE = 4096, 255, 8
 _MAX_ERROR_BYTES = 1 << 20
 #: Between two pieces of a file that is read.
 SILENCE_S = 60
@@ -44,11 +48,12 @@ class AgentFiles:
 
     async def stat(self, path: str) -> FileEntry:
         """One entry; a link is itself."""
-        return await self._operate("stat", FileEntry, path=path)
+        return _checked(await self._operate("stat", FileEntry, path=path))
 
-    async def entries(self, path: str) -> list[FileEntry]:
-        """What is in a folder, by name."""
-        return (await self._operate("list", FileList, path=path)).entries
+    async def entries(self, path: str, most: int) -> list[FileEntry]:
+        """What is in a folder, by name; of more than `most` entries one more than that."""
+        found = await self._operate("list", FileList, path=path)
+        return [_checked(entry) for entry in found.entries[: most + 1]]
 
     async def make_folder(self, path: str) -> None:
         """Make a folder, and those above it, for the contract's user. Idempotent."""
@@ -68,7 +73,10 @@ class AgentFiles:
 
     async def grep(self, path: str, **query: Any) -> FileMatches:
         """Search."""
-        return await self._operate("grep", FileMatches, path=path, **query)
+        found = await self._operate("grep", FileMatches, path=path, **query)
+        if len(found.matches) > _MAX_MATCHES:
+            raise AgentFailure(problem=f"it has found {len(found.matches)} matches, of {_MAX_MATCHES} at most")
+        return found
 
     async def write(self, path: str, content: bytes, mode: str) -> FileWritten:
         """Replace a file, whole or not at all. A new one belongs to the contract's user; others keep owner and mode."""
@@ -113,9 +121,14 @@ class AgentFiles:
     async def _call(self, method: str, target: str, body: bytes, kind: type[T]) -> T:
         response = await self._agent.request(method, target, body=body)
         await _check(response)
-        content = await response.read(_MAX_ANSWER_BYTES)
         try:
-            return msgspec.json.decode(content, type=kind)
+            content = await response.read(_MAX_ANSWER_BYTES)
+        except TooLong as e:
+            problem = f"{method} /files was answered with more than {_MAX_ANSWER_BYTES >> 20} MiB; ask for less at once"
+            raise AgentFailure(problem=problem) from e
+        try:
+            # Not in the event loop: the guest decides how long it takes.
+            return await asyncio.to_thread(msgspec.json.decode, content, type=kind)
         except UNREADABLE as e:
             raise AgentFailure(problem=f"{method} /files was answered with something else ({e})") from e
 
@@ -148,6 +161,13 @@ class Reader:
     async def close(self) -> None:
         """Leave the rest unread."""
         await self._response.__aexit__(None, None, None)
+
+
+def _checked(entry: FileEntry) -> FileEntry:
+    """Raises AgentFailure for what is no entry of any file system."""
+    if len(entry.path) > _MAX_PATH or len(entry.name) > _MAX_NAME or len(entry.mode) > _MAX_MODE:
+        raise AgentFailure(problem=f"it has named a file that cannot be: {entry.path[:200]!r}")
+    return entry
 
 
 async def _check(response: Response) -> None:

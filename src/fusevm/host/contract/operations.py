@@ -23,13 +23,13 @@ from fusevm.host.contract.agent_files import AgentFiles, Reader
 from fusevm.host.contract.paths import relative, resolve, resolve_below
 from fusevm.model.errors import BadField, BadRange, FileNotFound, FileTooLarge, Timeout
 from fusevm.wire.contract import WORKSPACE, FileHit, FileItem, FilesAnswer, FilesOperation
-from fusevm.wire.guest import FileEntry
+from fusevm.wire.guest import FileEntry, FileMatches
 
 #: A file that is edited is in memory, as it was and as it will be.
 MAX_PATCH_BYTES = 16 << 20
 #: A search of a whole disk in software emulation takes its time; what is read afterwards is not counted.
 OPERATION_S = 300
-#: Entries of one recursive list.
+#: Entries of one list.
 MAX_ENTRIES = 20_000
 #: Beyond what any file system of a guest can have.
 _MAX_OFFSET = 1 << 56
@@ -90,26 +90,28 @@ async def _exists(files: AgentFiles, asked: FilesOperation) -> FilesAnswer:
 async def _list(files: AgentFiles, asked: FilesOperation) -> FilesAnswer:
     """By name; of a recursive list by path, a folder before what is in it. Links are not followed."""
     top = resolve(asked.path)
-    found: list[FileItem] = []
+    found: list[FileEntry] = []
     folders = [top]
     while folders:
         folder = folders.pop()
         try:
-            entries = await files.entries(folder)
+            entries = await files.entries(folder, MAX_ENTRIES - len(found))
         except FileNotFound:
             if folder == top != WORKSPACE:
                 raise
             continue  # removed meanwhile, or nobody has written there yet
-        found += [_item(entry) for entry in entries]
+        found += entries
+        if len(found) > MAX_ENTRIES:
+            field = "recursive" if asked.recursive else "path"
+            raise BadField(field=field, problem=f"there are more than {MAX_ENTRIES} entries; list parts of it")
         if asked.recursive:
             folders += [entry.path for entry in entries if entry.type == "directory"]
-            _check_bounded(found)
-    return FilesAnswer(entries=sorted(found, key=lambda item: item.path.split("/")))
+    # Not in the event loop: the guest decides how much work the paths are.
+    return FilesAnswer(entries=await asyncio.to_thread(_in_order, found))
 
 
-def _check_bounded(found: list[FileItem]) -> None:
-    if len(found) > MAX_ENTRIES:
-        raise BadField(field="recursive", problem=f"there are more than {MAX_ENTRIES} entries; list parts of it")
+def _in_order(found: list[FileEntry]) -> list[FileItem]:
+    return sorted(map(_item, found), key=lambda item: item.path.split("/"))
 
 
 async def _stat(files: AgentFiles, asked: FilesOperation) -> FilesAnswer:
@@ -138,8 +140,12 @@ async def _grep(files: AgentFiles, asked: FilesOperation) -> FilesAnswer:
         if path != WORKSPACE:
             raise
         return FilesAnswer(matches=[])
-    hits = [FileHit(path=relative(hit.path), line=hit.line, match=hit.match) for hit in found.matches]
+    hits = await asyncio.to_thread(_hits, found)
     return FilesAnswer(matches=hits, truncated=found.truncated or msgspec.UNSET)
+
+
+def _hits(found: FileMatches) -> list[FileHit]:
+    return [FileHit(path=relative(hit.path), line=hit.line, match=hit.match) for hit in found.matches]
 
 
 def _item(entry: FileEntry) -> FileItem:
