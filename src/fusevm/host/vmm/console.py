@@ -199,18 +199,15 @@ class FifoReader:
     At a bounded rate: a writer that floods it fills the pipe, and loses what it writes beyond.
     """
 
-    def __init__(self, path: Path, on_data: Callable[[bytes], None]) -> None:
+    def __init__(self, path: Path, on_data: Callable[[bytes], None], *, uid: int | None = None) -> None:
+        """`uid`: whose pipe it must be (None: anybody's). Raises OSError."""
         self._on_data = on_data
         self._loop = asyncio.get_running_loop()
         self._budget = _Budget()
         self._resuming: asyncio.TimerHandle | None = None
         #: How often a flood was slowed down.
         self.pauses = 0
-        # The writer's directory is not ours: no link is followed, and nothing but a pipe is read.
-        self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        if not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
-            os.close(self._fd)
-            raise OSError(errno.EINVAL, "not a named pipe", str(path))
+        self._fd = _open_fifo(path, uid)
         self._loop.add_reader(self._fd, self._read)
 
     def drain(self) -> None:
@@ -247,6 +244,24 @@ class FifoReader:
             return 0
         self._on_data(data)
         return len(data)
+
+
+def _open_fifo(path: Path, uid: int | None) -> int:
+    """Open a pipe for reading and writing in a directory that is the writer's.
+
+    What is there may be anything, and the directory itself a link to another machine's: so it is looked at before it is
+    opened, and opened by its descriptor.
+    """
+    found = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(found)
+        if not stat.S_ISFIFO(status.st_mode):
+            raise OSError(errno.EINVAL, "not a named pipe", str(path))
+        if uid not in (None, status.st_uid):
+            raise OSError(errno.EPERM, "another user's named pipe", str(path))
+        return os.open(f"/proc/self/fd/{found}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(found)
 
 
 def last_lines(data: bytes, count: int = 6, limit: int = 600) -> str:

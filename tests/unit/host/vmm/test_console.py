@@ -176,6 +176,15 @@ async def test_only_a_fifo_itself_is_read(fifo, tmp_path, kind):
         FifoReader(path, lambda _data: None)
 
 
+async def test_a_fifo_of_another_user_is_not_read(fifo, tmp_path):
+    """The folder is the writer's, who may put a link in its place to that of another machine."""
+    (tmp_path / "run").symlink_to(tmp_path)
+    path = tmp_path / "run" / "fifo"
+    with pytest.raises(PermissionError):
+        FifoReader(path, lambda _data: None, uid=os.geteuid() + 1)
+    FifoReader(path, lambda _data: None, uid=os.geteuid()).close()
+
+
 def test_last_lines_are_printable_and_few():
     data = b"\r\n".join(b"line %d \x1b[1mbold\x1b[0m\x00" % i for i in range(50))
     assert last_lines(data, count=2) == "line 48 bold\nline 49 bold"

@@ -144,9 +144,9 @@ class FirecrackerVmm:
         inside, outside = self._inside, self._jail.outside
         self._readers = [
             FifoReader(self._pipe, self._on_output),
-            FifoReader(outside(inside.log), self._on_log),
-            FifoReader(outside(inside.console), self._console.write),
-            FifoReader(outside(inside.metrics), self._on_metrics),
+            FifoReader(outside(inside.log), self._on_log, uid=self._uid),
+            FifoReader(outside(inside.console), self._console.write, uid=self._uid),
+            FifoReader(outside(inside.metrics), self._on_metrics, uid=self._uid),
         ]
 
     def reattach(self) -> None:
