@@ -266,7 +266,7 @@ def test_the_control_plane_serves_with_a_key_that_only_root_can_read(world: Worl
 
 
 def test_the_daemons_unit_allows_what_a_jailer_does(world: World):
-    """Device nodes in a jail, a root of its own, a mount namespace, another user: all under what the unit forbids."""
+    """Device nodes in a jail, a root of its own, namespaces, another user and where that is: within what it forbids."""
     work = [
         "mkdir /var/lib/fuse-probe",
         "mknod /var/lib/fuse-probe/tun c 10 200",
@@ -274,7 +274,12 @@ def test_the_daemons_unit_allows_what_a_jailer_does(world: World):
         "head -c 1 /var/lib/fuse-probe/urandom >/dev/null",
         "unshare --mount true",
         "chroot / true",
-        "setpriv --reuid 200001 --regid 200001 --clear-groups true",
+        "{ setpriv --reuid 200001 --regid 200001 --clear-groups sleep 600 & }",
+        'until [ "$$(stat -c %%u /proc/$$!)" = 200001 ]; do sleep 0.1; done',
+        "stat /proc/$$!/root/. >/dev/null",
+        "kill $$!",
+        "unshare --net true",
+        "unshare --ipc true",
         "! unshare --user true",
         "! mknod /var/lib/fuse-probe/disk b 8 0",
         "echo --done--",
@@ -282,7 +287,12 @@ def test_the_daemons_unit_allows_what_a_jailer_does(world: World):
     command = f"ExecStart=/bin/sh -exc '{'; '.join(work)}'"
     unit = re.sub(r"^ExecStart=.*$", command, UNITS["fuse-host.service"], flags=re.MULTILINE)
     unit = unit.replace("Restart=on-failure", "Restart=no").replace("Type=exec", "Type=oneshot")
-    for name, text in (("enough", unit), ("too-little", unit.replace("CAP_MKNOD", "").replace("-probe", "-probe2"))):
+    units = {
+        "enough": unit,
+        "no-nodes": unit.replace("CAP_MKNOD", "").replace("-probe", "-probe2"),
+        "blind": unit.replace("CAP_SYS_PTRACE", "").replace("-probe", "-probe3"),
+    }
+    for name, text in units.items():
         world.path(f"/etc/systemd/system/{name}.service").write_text(text)
         world.run("systemctl", "start", name, check=False)
         said = world.journal("-u", name, "-o", "cat").splitlines()

@@ -7,6 +7,7 @@ Does not start processes.
 
 import asyncio
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -18,6 +19,8 @@ from fusevm.model.machine import VmmProcess
 _PROC = Path("/proc")
 #: Fields of /proc/<pid>/stat after the command name in parentheses, counted from 0 (proc(5)).
 _STATE, _START = 0, 19
+#: Of pidfd_open(2): no such process, or the number is by now that of a thread. Anything else says nothing about it.
+_NO_PROCESS = (errno.ESRCH, errno.EINVAL, errno.ENOENT)
 
 
 @cache
@@ -51,13 +54,14 @@ def resident_bytes(pid: int) -> int:
 
 
 def root_of(pid: int) -> tuple[int, int] | None:
-    """Return device and inode of a process's root directory; None when it has gone, or belongs to somebody else.
+    """Return device and inode of a process's root directory; None when it has gone. OSError when we may not look.
 
-    Where a process lives in a mount namespace of its own, the directory has no name that we could read.
+    Where a process lives in a mount namespace of its own, the directory has no name that we could read. Other users'
+    processes take CAP_SYS_PTRACE (proc(5)): without it a living VMM would pass for one that has gone.
     """
     try:
         found = (_PROC / str(pid) / "root" / ".").stat()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     return found.st_dev, found.st_ino
 
@@ -65,7 +69,7 @@ def root_of(pid: int) -> tuple[int, int] | None:
 def _stat(pid: int) -> list[str] | None:
     try:
         text = (_PROC / str(pid) / "stat").read_text(errors="replace")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     return text.rpartition(")")[2].split()
 
@@ -92,15 +96,22 @@ class ProcessHandle:
 
     @classmethod
     def find(cls, identity: VmmProcess) -> "ProcessHandle | None":
-        """Find a process of any parent; None when exactly that one no longer runs."""
+        """Find a process of any parent; None when exactly that one no longer runs. OSError when we cannot tell."""
         if identity.boot_id != boot_id():
             return None
         try:
             pidfd = os.pidfd_open(identity.pid)
-        except OSError:
-            return None
+        except OSError as e:
+            if e.errno in _NO_PROCESS:
+                return None
+            raise
         # Compared after the pidfd exists: from here on the pid cannot be somebody else's unnoticed.
-        if identify(identity.pid) != identity:
+        try:
+            is_same = identify(identity.pid) == identity
+        except BaseException:
+            os.close(pidfd)
+            raise
+        if not is_same:
             os.close(pidfd)
             return None
         return cls(identity, pidfd)

@@ -27,7 +27,10 @@ _KILL_TIMEOUT_S = 10
 
 
 async def find_strays(machines: Path) -> dict[str, list[VmmProcess]]:
-    """Find all processes that name a path below a machine's directory, or are jailed there; by machine id."""
+    """Find all processes that name a path below a machine's directory, or are jailed there; by machine id.
+
+    OSError where jails exist and some process may not be looked at: not all would be found.
+    """
     return await asyncio.to_thread(_find, machines)
 
 
@@ -86,7 +89,12 @@ def _find_jails(machines: Path) -> dict[tuple[int, int] | None, str]:
 
 
 def _pids() -> Iterator[int]:
-    return (int(entry.name) for entry in os.scandir(_PROC) if entry.name.isdecimal())
+    """Processes that may be a machine's: an ordinary user has none of others, and may not be told of them (proc(5))."""
+    own = os.geteuid()
+    for entry in _PROC.iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if entry.name.isdecimal() and own in (0, entry.stat().st_uid):
+                yield int(entry.name)
 
 
 def _named(words: list[str], marker: str) -> set[str]:

@@ -1,13 +1,20 @@
 """Processes by identity."""
 
 import asyncio
+import errno
 import os
+import re
 import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import msgspec
 import pytest
 
+from fusevm.cli.install.observe import read_units
+from fusevm.host import strays
 from fusevm.host.process import ProcessHandle, command_line_of, identify
 from fusevm.testing.processes import find_processes, observe_cpu_s
 
@@ -95,6 +102,64 @@ def test_usage_of_ourselves_and_of_nobody():
 def test_the_command_line_of_ourselves_and_of_nobody():
     assert "pytest" in " ".join(command_line_of(os.getpid()))
     assert command_line_of(2**22 - 1) == []
+
+
+#: What it says of the root directory of a process, with no more capabilities than it was given.
+LOOK = """
+import sys
+from fusevm.host.process import root_of
+try:
+    print(root_of(int(sys.argv[1])))
+except PermissionError:
+    print("forbidden")
+"""
+
+
+def look(pid: int, capabilities: set[str]) -> str:
+    bounding = ",".join(["-all", *(f"+{name}" for name in sorted(capabilities))])
+    words = ["setpriv", f"--bounding-set={bounding}", "--inh-caps=-all", sys.executable, "-c", LOOK, str(pid)]
+    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, timeout=60).stdout.strip()
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root looks at others")
+def test_under_its_unit_the_daemon_sees_where_a_jailed_vmm_is():
+    """And without the right to look, it does not take a living process for one that has gone."""
+    allowed = re.findall(r"^CapabilityBoundingSet=(.*)$", read_units()["fuse-host.service"], flags=re.MULTILINE)
+    unit = {name.removeprefix("CAP_").lower() for line in allowed for name in line.split()}
+    root = Path("/").stat()
+    with subprocess.Popen(["setpriv", "--reuid=65534", "--clear-groups", "sleep", "600"]) as other:
+        try:
+            while Path(f"/proc/{other.pid}").stat().st_uid != 65534:
+                time.sleep(0.01)
+            assert look(other.pid, unit) == str((root.st_dev, root.st_ino))
+            assert look(other.pid, unit - {"sys_ptrace"}) == "forbidden"
+        finally:
+            other.kill()
+    assert look(other.pid, unit) == "None"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EPERM])
+async def test_a_process_that_cannot_be_looked_for_has_not_gone(number: int, monkeypatch: pytest.MonkeyPatch):
+    def refuse(_pid: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    identity = identify(os.getpid())
+    assert identity is not None
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        ProcessHandle.find(identity)
+
+
+async def test_strays_are_not_counted_while_some_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(_pid: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(strays, "root_of", refuse)
+    assert await strays.find_strays(tmp_path) == {}
+    (tmp_path / "m-1/jail/firecracker/m-1/root").mkdir(parents=True)
+    with pytest.raises(PermissionError):
+        await strays.find_strays(tmp_path)
 
 
 async def test_processes_are_found_by_a_word_of_their_command_line():

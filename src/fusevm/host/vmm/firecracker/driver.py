@@ -93,14 +93,19 @@ class FirecrackerDriver:
             return vmm
 
     async def adopt(self, plan: BootPlan, process: VmmProcess) -> FirecrackerVmm | None:
-        """Take over a Firecracker of an earlier daemon; None when exactly that process no longer runs this machine."""
+        """Take over a Firecracker of an earlier daemon; None when exactly that process no longer runs this machine.
+
+        OSError when it may not be looked at: it may well run.
+        """
         handle = ProcessHandle.find(process)
         if handle is None:
             return None
-        jail = await asyncio.to_thread(find_jail, _base_of(plan), plan.machine_id)
-        if jail is None or not await asyncio.to_thread(_is_inside, process.pid, jail):
-            handle.close()
-            return None
+        with ExitStack() as undo:
+            undo.callback(handle.close)
+            jail = await asyncio.to_thread(find_jail, _base_of(plan), plan.machine_id)
+            if jail is None or not await asyncio.to_thread(_is_inside, process.pid, jail):
+                return None
+            undo.pop_all()
         vmm = self._hold(plan, jail, handle)
         vmm.reattach()
         return vmm
@@ -132,7 +137,7 @@ def _is_inside(pid: int, jail: Jail) -> bool:
     """Is the jail this process's root directory? Its own command line might say anything."""
     try:
         root = jail.root.stat(follow_symlinks=False)
-    except OSError:
+    except FileNotFoundError:
         return False
     return root_of(pid) == (root.st_dev, root.st_ino)
 

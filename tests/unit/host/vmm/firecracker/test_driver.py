@@ -170,6 +170,22 @@ async def test_a_vmm_that_hangs_is_noticed_also_by_a_later_daemon(bench):
         assert "the VMM hung" in await vmm.wait_exit()
 
 
+async def test_a_vmm_that_may_not_be_looked_at_is_not_given_up(bench, monkeypatch):
+    """Whoever hears that it has gone kills what is left of it."""
+
+    def refuse(_pid):
+        raise PermissionError
+
+    first = await bench.boot(plan := await bench.plan())
+    await first.close()
+    with monkeypatch.context() as patch:
+        patch.setattr("fusevm.host.vmm.firecracker.driver.root_of", refuse)
+        with pytest.raises(PermissionError):
+            await bench.adopt(plan, first.process)
+    again = await bench.adopt(plan, first.process)
+    assert await bench.ask_nonce(again) == plan.machine_id
+
+
 # -- pauses ------------------------------------------------------------------------------------------------------------
 
 
