@@ -35,7 +35,6 @@ from fusevm.control.entry import Entry
 from fusevm.control.fleet_gauges import Fleet
 from fusevm.control.host_api import HostApi
 from fusevm.control.host_client import HttpHost
-from fusevm.control.http_protocol import LimitedHttp
 from fusevm.control.metrics import Metrics
 from fusevm.control.performer import Performer
 from fusevm.control.plane import Plane
@@ -51,6 +50,7 @@ from fusevm.control.watcher import Around, Watchers
 from fusevm.control.worker import Worker
 from fusevm.model.errors import BadSetting, PortInUse
 from fusevm.wire.frames import HEADER, MAX_PAYLOAD
+from fusevm.wire.http_protocol import LimitedHttp
 from fusevm.wire.journald import choose_output
 
 log = structlog.get_logger()

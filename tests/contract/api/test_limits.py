@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 from control_harness import Running, running
 
-from fusevm.control import http_protocol
+from fusevm.wire import http_protocol
 from fusevm.wire.routes import KIB, MIB, NO_LIMIT, ROUTES, Payload, Route
 
 TIMEOUT_S = 10.0
@@ -51,6 +51,17 @@ async def test_headers_over_their_limit_are_refused(head: bytes) -> None:
         answer = await _answer(reader)
         assert answer.startswith("HTTP/1.1 431 ")
         assert '"code":"payload_too_large"' in answer
+        assert (await server.http.get("/health")).status_code == 200
+
+
+@pytest.mark.parametrize("trailer", [b"a" * MIB, b"a\r\nx: " * (MIB // 6)], ids=["one", "many"])
+async def test_trailers_over_their_limit_are_refused(trailer: bytes) -> None:
+    head = b"POST /v1/environments HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    async with running() as server, _connected(server) as (reader, writer):
+        with contextlib.suppress(ConnectionError):
+            writer.write(head + b"2\r\n{}\r\n0\r\nx: " + trailer)
+        with contextlib.suppress(ConnectionError):
+            await _answer(reader)  # it ends
         assert (await server.http.get("/health")).status_code == 200
 
 

@@ -1,32 +1,35 @@
-"""uvicorn's HTTP/1.1 protocol, with limits that it lacks: how long the head of a request may be, and may take.
+"""uvicorn's HTTP/1.1 protocol, with limits that it lacks: how long the head of a request may be, and may take, and how
+long what follows the last piece of a body (its trailers).
 
 Without them, a client that sends a byte now and then holds a connection for ever, and one header without an end fills
-the memory. Bodies have their limits by route (`control.call`).
+the memory, all before anybody has looked at a token. Bodies have their limits by route.
 """
 
 import asyncio
 from typing import Any
 
+import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-#: All headers together, names and values.
+from fusevm.wire.errors import Envelope, EnvelopeError, FlatError
+
+#: All headers together, names and values; all trailers.
 MAX_HEAD = 64 << 10
 #: Seconds for the head of a request, from the connection or from its first byte on.
 HEAD_TIMEOUT_S = 10.0
 #: Seconds for which what is still sent after a refusal is thrown away: closing at once could lose the answer.
 LINGER_S = 0.5
 _HEAD = "HTTP/1.1 {status}\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
-_BODY = '{{"error":{{"code":"{code}","message":"{message}","details":{{"reason":"{reason}"}}}}}}'
 
 
 class LimitedHttp(HttpToolsProtocol):
-    """One connection."""
+    """One connection to the public API."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._deadline: asyncio.TimerHandle | None = None
-        self._is_in_head = True
-        self._head_bytes = 0
+        #: Received since the beginning of the head, or since there was a piece of body.
+        self._bare_bytes = 0
         self._is_refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as the base class has it
@@ -40,9 +43,9 @@ class LimitedHttp(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
-        self._head_bytes += len(data)
+        self._bare_bytes += len(data)
         super().data_received(data)
-        if self._is_in_head and self._head_bytes > MAX_HEAD:
+        if self._bare_bytes > MAX_HEAD:
             self._refuse_head()
 
     def on_message_begin(self) -> None:
@@ -55,22 +58,25 @@ class LimitedHttp(HttpToolsProtocol):
         if size > MAX_HEAD:
             self._refuse_head()
             return
+        self._bare_bytes = 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._bare_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._is_in_head, self._head_bytes = True, 0
+        self._bare_bytes = 0
 
     def send_400_response(self, msg: str) -> None:
         self._refuse("400 Bad Request", "invalid_argument", "bad_request", msg)
 
     def _expect_head(self) -> None:
         self._got_head()
-        self._is_in_head = True
         self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._head_is_late)
 
     def _got_head(self) -> None:
-        self._is_in_head = False
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -95,7 +101,17 @@ class LimitedHttp(HttpToolsProtocol):
             return
         self._is_refused = True
         self._got_head()
-        body = _BODY.format(code=code, message=message, reason=reason)
+        body = self._render(code, message, {"reason": reason})
         if not self._is_answering():
-            self.transport.write((_HEAD.format(status=status, length=len(body)) + body).encode())
+            self.transport.write(_HEAD.format(status=status, length=len(body)).encode() + body)
         self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _render(self, code: str, message: str, details: dict[str, str]) -> bytes:
+        return msgspec.json.encode(Envelope(EnvelopeError(code, message, details)))
+
+
+class LimitedHostHttp(LimitedHttp):
+    """One connection to a host daemon, whose errors are flat."""
+
+    def _render(self, code: str, message: str, details: dict[str, str]) -> bytes:
+        return msgspec.json.encode(FlatError(message, code, details))
