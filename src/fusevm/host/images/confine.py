@@ -45,12 +45,16 @@ def make_workplace(folder: Path) -> None:
 def drop_rights(*, max_file_bytes: int) -> None:
     """Give up for good: root, the network, new programs, more memory and larger files than the work needs.
 
-    Relative paths below the current directory stay reachable. Raises OSError.
+    Relative paths below the current directory stay reachable. Raises OSError when one of them cannot be given up: then
+    the work must not be begun.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if os.geteuid() == 0:
-        # Some sandboxes allow no new namespaces; the rest holds all the same.
-        libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC)
+        # Each by itself: a filter that forbids one kind of namespace refuses every call that names it.
+        for flag, name in ((_CLONE_NEWNET, "network"), (_CLONE_NEWIPC, "IPC")):
+            if libc.unshare(flag) != 0:
+                problem = os.strerror(number := ctypes.get_errno())
+                raise OSError(number, f"no {name} namespace of its own for what reads layers: {problem}")
         os.setgroups([])
         os.setresgid(WORKER_UID, WORKER_UID, WORKER_UID)
         os.setresuid(WORKER_UID, WORKER_UID, WORKER_UID)
