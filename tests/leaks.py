@@ -81,7 +81,8 @@ class Watch:
                 found = ((folder, name) for folder, inner, _ in os.walk("/sys/fs/cgroup") for name in inner)
                 return (f"{folder}/{name}" for folder, name in found if name.startswith(run_prefix()))
             case "run directory" if is_ours:
-                return _entries("/run")
+                # A killed process leaves the file of its lock, and no lock.
+                return (name for name in _entries("/run") if not name.endswith(".lock"))
         return ()
 
     def _processes(self) -> Iterator[int]:

@@ -112,4 +112,5 @@ async def check_kernel(path: Path) -> None:
 def _check_addresses(control: Loaded, host: Loaded, config: HostConfig) -> None:
     choose_address(host, "host_listen", HOST_LISTEN)
     choose_address(control, "listen", CONTROL_LISTEN)
-    lock_instance(config.instance).close()
+    with lock_instance(config.instance):
+        pass

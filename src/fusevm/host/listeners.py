@@ -20,9 +20,11 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
-from fusevm.host.config import SOCKET_PATH_LIMIT, Listen
+from fusevm.host.config import SOCKET_PATH_LIMIT, Listen, default_run_dir
+from fusevm.host.name_lock import name_lock
 from fusevm.model.errors import BadSetting, PathTooLong, PortInUse
 from fusevm.wire.frames import HEADER, MAX_PAYLOAD
+from fusevm.wire.http_protocol import LimitedHostHttp
 
 _BACKLOG = 1024
 #: Open requests may end in order for this long when the daemon stops.
@@ -79,18 +81,19 @@ def bind_tcp(listen: Listen) -> socket.socket:
     return sock
 
 
-def lock_instance(instance: str) -> socket.socket:
-    """Claim the instance's name for our user in this network namespace, where its slots have theirs. Raises PortInUse.
-
-    An abstract socket (unix(7)): it goes with the process, however that ends.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.bind(f"\0fuse-host-{os.geteuid()}-{instance}")
-    except OSError as e:
-        sock.close()
-        raise PortInUse(address=f"instance {instance!r}", setting="--instance") from e
-    return sock
+@contextmanager
+def lock_instance(instance: str) -> Iterator[None]:
+    """Hold the instance's name for our user, whatever directories it was given. Raises PortInUse, BadSetting."""
+    directory = default_run_dir(instance)
+    path = directory.with_name(f"{directory.name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            is_ours = stack.enter_context(name_lock(path))
+        except (FileNotFoundError, PermissionError) as e:
+            raise BadSetting(setting="instance", problem=f"{path} cannot be made: {e.strerror}") from e
+        if not is_ours:
+            raise PortInUse(address=f"instance {instance!r}", setting="--instance")
+        yield
 
 
 @asynccontextmanager
@@ -127,7 +130,7 @@ class _Server(uvicorn.Server):
 def _configure(app: ASGIApp, tls: ssl.SSLContext | None) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=LimitedHostHttp,
         ws="websockets-sansio",
         # Exec frames are small or already dense; and compressing what guests send invites trouble.
         ws_per_message_deflate=False,

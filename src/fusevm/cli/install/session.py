@@ -42,14 +42,14 @@ from fusevm.cli.progress import Meter
 from fusevm.cli.teardown import has_machines
 from fusevm.control.tls import check_pair
 from fusevm.host.config import HostConfig, parse_listen
+from fusevm.host.name_lock import name_lock
 from fusevm.host.vmm.firecracker.pins import KERNELS, RELEASES
 from fusevm.model.errors import BadSetting
 
 DEFAULT_DATABASE: Final = "sqlite:///var/lib/fuse-control/fuse.db"
 #: Where the control plane's user may write.
 _CONTROL_FOLDER: Final = "/var/lib/fuse-control/"
-#: An abstract socket (unix(7)): it leaves no file, and ends with its holder.
-_LOCK: Final = "\0fuse-install"
+_LOCK: Final = Path("/run/fuse-install.lock")
 Planner = Callable[[Wanted, Facts, Places], Sequence[Step]]
 
 
@@ -299,12 +299,10 @@ async def _perform(config: HostConfig, plan: Callable[[], Any]) -> None:
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """Be the only one that installs, until the end of this process at the latest. Raises CliError."""
-    with socket.socket(socket.AF_UNIX) as lock:
-        try:
-            lock.bind(_LOCK)
-        except OSError as error:
+    with name_lock(_LOCK) as is_ours:
+        if not is_ours:
             problem = "another `fuse host` command is changing this machine"
-            raise CliError(problem, hint="repeat it when that has ended") from error
+            raise CliError(problem, hint="repeat it when that has ended")
         yield
 
 
