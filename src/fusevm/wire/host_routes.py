@@ -168,7 +168,10 @@ SNAPSHOT_ROUTES: tuple[Route, ...] = (
         gives=Payload.BYTES,
         statuses=(200, 206),
         limit=NO_LIMIT,
-        errors=(e.BadField, e.SnapshotNotFound, e.SnapshotNotReady, e.ArtifactNotFound, e.BadRange),
+        errors=(
+            *(e.BadField, e.SnapshotNotFound, e.SnapshotNotReady, e.WrongCluster),
+            *(e.ArtifactNotFound, e.BadRange),
+        ),
     ),
 )
 

@@ -44,6 +44,7 @@ from fusevm.model.errors import (
 )
 from fusevm.model.machine import Phase
 from fusevm.testing.host_world import SPEC, KnownPoints, World, fence, order, until
+from fusevm.wire.host_api import CLUSTER_HEADER
 from fusevm.wire.host_snapshots import DurableSnapshot
 
 LOOPBACK = FetchPolicy(allowed=parse_networks(["127.0.0.0/8"]), max_bytes=1 << 26, reserve_bytes=4096)
@@ -265,6 +266,17 @@ async def test_snapshots_belong_to_a_cluster(world: World) -> None:
         with pytest.raises(WrongCluster):
             await daemon.snapshots.delete("s-1", "")
         assert bytes_of(world) == {"s-1"}
+
+
+async def test_the_bytes_of_a_snapshot_are_for_its_cluster(world: World) -> None:
+    url = "/snapshots/s-1/artifacts/disk-system"
+    async with serving_daemon(world) as (daemon, http):
+        await daemon.machines.create(order(), fence())
+        await daemon.snapshots.take("m-1", "s-1", fence(), live=False)
+        for headers in ({}, {CLUSTER_HEADER: "another"}):
+            refused = await http.get(url, headers=headers)
+            assert (refused.status_code, refused.json()["details"]["reason"]) == (409, "wrong_cluster")
+        assert (await http.get(url, headers={CLUSTER_HEADER: fence().cluster})).status_code == 200
 
 
 async def test_a_snapshot_keeps_its_image(world: World) -> None:

@@ -15,6 +15,8 @@ Owns: the socket and the messages. Must not: decide which connections may stay.
 """
 
 import asyncio
+import errno
+import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -84,8 +86,11 @@ def _dump(netlink: socket.socket) -> Iterator[Connection]:
     while True:
         data = netlink.recv(_RECEIVE_BYTES)
         yield from parse_connections(data)
-        if any(kind in (_DONE, _ERROR) for kind, _ in _messages(data)):
-            return
+        for kind, body in _messages(data):
+            if kind in (_DONE, _ERROR):
+                if code := _code_of(body):
+                    raise OSError(code, f"the connections could not be listed: {os.strerror(code)}")
+                return
 
 
 def _delete(netlink: socket.socket, connection: Connection) -> bool:
@@ -93,10 +98,16 @@ def _delete(netlink: socket.socket, connection: Connection) -> bool:
     original = _ATTRIBUTE.pack(_ATTRIBUTE.size + len(connection.original), 0x8000 | _TUPLE_ORIG) + connection.original
     netlink.send(_render(_CT_DELETE, _REQUEST | _ACK, original))
     _, body = next(_messages(netlink.recv(_RECEIVE_BYTES)))
-    code: int = -struct.unpack_from("=i", body)[0]
-    if code not in (0, 2):  # ENOENT
-        raise OSError(code, "a connection could not be deleted")
+    code = _code_of(body)
+    if code not in (0, errno.ENOENT):
+        raise OSError(code, f"a connection could not be deleted: {os.strerror(code)}")
     return code == 0
+
+
+def _code_of(body: bytes) -> int:
+    """The errno that the messages ERROR and DONE begin with, negative on the wire; 0: none (netlink(7))."""
+    code: int = struct.unpack_from("=i", body)[0] if len(body) >= 4 else 0
+    return -code
 
 
 def _render(kind: int, flags: int, attributes: bytes) -> bytes:

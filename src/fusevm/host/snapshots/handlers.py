@@ -87,7 +87,7 @@ async def restore_snapshot(daemon: Daemon, request: Request, route: Route) -> Re
 
 
 async def get_artifact(daemon: Daemon, request: Request, _route: Route) -> Response:
-    snapshot = await daemon.snapshots.get(request.path_params["sid"])
+    snapshot = await daemon.snapshots.owned(request.path_params["sid"], request.headers.get(CLUSTER_HEADER, ""))
     if request.path_params["aid"] != DISK_ARTIFACT:
         raise ArtifactNotFound(snapshot=snapshot.id, id=request.path_params["aid"][:80])
     artifact = disk_artifact(snapshot)
