@@ -86,7 +86,10 @@ class FirecrackerDriver:
                 )
                 vmm = self._hold(plan, jail, ProcessHandle.of_child(await start_in_thread(launch)))
                 undo.push_async_callback(_discard, vmm)
-                vmm.listen()
+                try:
+                    vmm.listen()
+                except OSError as e:
+                    raise BootFailed(id=plan.machine_id, problem=f"its pipes cannot be read: {e}") from e
             await vmm.carry_out(plan_boot(plan, _INSIDE))
             vmm.oversee()
             undo.pop_all()

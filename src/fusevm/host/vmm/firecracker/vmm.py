@@ -142,12 +142,10 @@ class FirecrackerVmm:
     def listen(self) -> None:
         """Read what Firecracker and its guest say from now on. Raises OSError."""
         inside, outside = self._inside, self._jail.outside
-        self._readers = [
-            FifoReader(self._pipe, self._on_output),
-            FifoReader(outside(inside.log), self._on_log, uid=self._uid),
-            FifoReader(outside(inside.console), self._console.write, uid=self._uid),
-            FifoReader(outside(inside.metrics), self._on_metrics, uid=self._uid),
-        ]
+        self._readers.append(FifoReader(self._pipe, self._on_output))
+        pipes = ((inside.log, self._on_log), (inside.console, self._console.write), (inside.metrics, self._on_metrics))
+        for path, on_data in pipes:
+            self._readers.append(FifoReader(outside(path), on_data, uid=self._uid))
 
     def reattach(self) -> None:
         """Take up what an earlier daemon has left of the same run."""

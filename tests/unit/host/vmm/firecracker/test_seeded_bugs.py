@@ -223,7 +223,7 @@ REFUSED = {
     no_metadata_option: "metadata are {}",
     a_connection_for_each_call: "did not start",
     a_body_with_a_question: "GET request cannot have a body",
-    what_the_machines_user_cannot_open: "Permission denied",
+    what_the_machines_user_cannot_open: "another user's named pipe",
     a_jail_that_is_used_again: "Jailer error",
 }
 
