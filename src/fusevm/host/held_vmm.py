@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 #: How long a guest may take to end in order; the agent itself gives its processes 1 s, and its user's daemon 2.
 SHUTDOWN_GRACE_S = 10.0
-#: How long an adopted VMM may take to be taken over.
+#: How long an adopted VMM may take to be taken over, and its guest to say who it is.
 ADOPTION_TIMEOUT_S = 10.0
 
 

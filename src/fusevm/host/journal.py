@@ -34,6 +34,7 @@ from fusevm.host.rows import (
     Kind,
     Numbers,
     Operation,
+    check_complete,
     check_repetition,
     draft_machine,
     expect_one,
@@ -171,11 +172,11 @@ class Journal:
         """Write the intent to start a stopped machine; one in another phase is returned unchanged.
 
         Raises MachineNotFound, WrongCluster, MachineExists, StaleIncarnation, StaleAction, OrderExpired, HostFull,
-        NoSpace.
+        NoSpace, WrongState while another operation of the machine is open.
         """
 
         def transact(db: sqlite3.Connection) -> Machine:
-            machine = self.take_order(db, machine_id, fence)
+            machine = self.take_next(db, machine_id, fence)
             if machine.phase is not Phase.STOPPED:
                 return machine
             check_admission(load_usage(db, exclude=machine_id), limits, machine.spec, is_new=False)
@@ -195,7 +196,7 @@ class Journal:
         """
 
         def transact(db: sqlite3.Connection) -> Machine:
-            machine = self.take_order(db, machine_id, fence)
+            machine = self.take_next(db, machine_id, fence)
             if machine.phase in (Phase.RUNNING, Phase.PAUSED):
                 save_intent(db, machine.id, "stop", self._clock())
             return machine
@@ -217,7 +218,7 @@ class Journal:
         """
 
         def transact(db: sqlite3.Connection) -> tuple[Machine, bool]:
-            machine = self.take_order(db, machine_id, fence)
+            machine = self.take_next(db, machine_id, fence)
             if machine.phase not in (Phase.RUNNING, Phase.PAUSED, Phase.STOPPED):
                 raise WrongState(id=machine.id, state=machine.phase.value, wanted="it must be running or stopped")
             spec = resized(machine.spec, size, load_usage(db, exclude=machine_id), limits)
@@ -234,7 +235,7 @@ class Journal:
     ) -> Machine:
         """Write the intent to open the disk of a machine at rest, whose memory is booked for as long.
 
-        Raises MachineNotFound, WrongState for one that does not rest, HostFull, NoSpace.
+        Raises MachineNotFound, WrongState for one that does not rest or has an operation open, HostFull, NoSpace.
         """
 
         def transact(db: sqlite3.Connection) -> Machine:
@@ -243,6 +244,7 @@ class Journal:
                 raise MachineNotFound(id=machine_id)
             if machine.phase not in (Phase.STOPPED, Phase.FAILED):
                 raise WrongState(id=machine_id, state=machine.phase.value, wanted="it has changed; try again")
+            check_complete(db, machine)
             check_admission(load_usage(db, exclude=machine_id), limits, machine.spec, is_new=False)
             machine = save_machine(db, msgspec.structs.replace(machine, nonce=nonce), self._clock())
             save_intent(db, machine.id, "visit", self._clock())
@@ -304,7 +306,7 @@ class Journal:
         """
 
         def transact(db: sqlite3.Connection) -> Machine:
-            machine = self.take_order(db, machine_id, fence)
+            machine = self.take_next(db, machine_id, fence)
             changed = change(db, machine)
             return machine if changed == machine else save_machine(db, changed, self._clock())
 
@@ -446,6 +448,12 @@ class Journal:
             return machine
         check_valid(fence, self._moment())
         return self._note(db, machine, seen, fence)
+
+    def take_next(self, db: sqlite3.Connection, machine_id: str, fence: Fence | None) -> Machine:
+        """The same for an order that changes the machine: what was begun before must be complete. Raises WrongState."""
+        machine = self.take_order(db, machine_id, fence)
+        check_complete(db, machine)
+        return machine
 
     def _note(self, db: sqlite3.Connection, machine: Machine, seen: Seen, fence: Fence) -> Machine:
         """Remember an order's number; the record as it then is."""

@@ -5,7 +5,9 @@ after another, so there is no lock. A delete overtakes: it cancels what is under
 removes everything. Users' streams to the guest never pass through the mailbox.
 
 Journal first: the intent is on disk before the first side effect, and goes when the operation is complete or undone.
-What cannot be completed now (a full disk, a tool that fails) stays in the journal and is tried again.
+What cannot be completed now (a full disk, a tool that fails) stays in the journal and is tried again after a pause. An
+order that comes meanwhile does not wait for that: what is open is finished or undone first, or the order fails with
+what keeps it open. Only a delete takes its place.
 
 Owns: the machine's record and its VMM. Must not: know HTTP, or other machines.
 """
@@ -13,7 +15,8 @@ Owns: the machine's record and its VMM. Must not: know HTTP, or other machines.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+import sqlite3
+from collections.abc import Coroutine
 from contextlib import AbstractAsyncContextManager
 from typing import Literal, TypeAlias
 
@@ -21,9 +24,10 @@ import msgspec
 import structlog
 
 from fusevm.host.admission import Size
-from fusevm.host.boot import Marks, bring_up, check_guest, meet_guest
+from fusevm.host.adoption import judge_adopted, meet_again
+from fusevm.host.boot import bring_up
 from fusevm.host.channel import AgentClient
-from fusevm.host.held_vmm import HeldVmm, was_rebooted, why_gone
+from fusevm.host.held_vmm import HeldVmm, why_gone
 from fusevm.host.mailbox import (
     AnyOrder,
     Create,
@@ -42,8 +46,9 @@ from fusevm.host.mailbox import (
     Tidy,
     Unpublish,
 )
-from fusevm.host.quarantine import BackOff, Quarantine
+from fusevm.host.quarantine import Quarantine
 from fusevm.host.resize import finish_resize, resize_machine
+from fusevm.host.retry import Retry
 from fusevm.host.rewiring import carry_out_rewiring
 from fusevm.host.rows import Operation
 from fusevm.host.snapshots.record import HostSnapshot
@@ -53,7 +58,7 @@ from fusevm.host.tasks import CLEAN_UP_TIMEOUT_S, CleanUp, Stopped, run_unless
 from fusevm.host.visit import end_visit, hold_visit
 from fusevm.host.visitors import Visit
 from fusevm.host.vmm.driver import Vmm
-from fusevm.host.vmm.exit_reason import HOST_REBOOTED, SHUT_DOWN
+from fusevm.host.vmm.exit_reason import SHUT_DOWN
 from fusevm.host.writer import Superseded
 from fusevm.model.errors import (
     BootFailed,
@@ -65,14 +70,12 @@ from fusevm.model.errors import (
     StaleIncarnation,
     WrongState,
 )
-from fusevm.model.machine import Fence, Machine, Phase
+from fusevm.model.machine import Fence, Machine, Phase, VmmProcess
 
 log = structlog.get_logger()
 
 _Boot: TypeAlias = Literal["create", "start", "restore"]
 
-#: How long an adopted guest may take to say who it is.
-_ADOPTION_TIMEOUT_S = 10.0
 #: What a boot gets that a restarted daemon has to begin anew.
 LATE_BOOT_MS = 60_000
 #: How long a caller waits for a machine that is being adopted.
@@ -97,8 +100,11 @@ class MachineTask:
         #: Not set while it is unknown whether the machine runs.
         self._settled = asyncio.Event()
         self._settled.set()
-        self._retry: asyncio.TimerHandle | None = None
-        self._back_off = BackOff(parts.clock)
+        #: Why the last boot failed that did.
+        self._why_lost = ""
+        #: The last process that was seen to end by itself, and why.
+        self._seen_end: tuple[VmmProcess | None, str] = (None, "")
+        self._retry = Retry(parts.clock, lambda: self._mailbox.post(Recover()))
         self._is_busy = False
         #: The record says of its network what the host may not have made true.
         self._must_rewire = False
@@ -119,21 +125,21 @@ class MachineTask:
     @property
     def quarantine(self) -> Quarantine | None:
         """What could not be carried out and is tried again; None while all is well."""
-        return self._back_off.state
+        return self._retry.quarantine
 
     @property
     def is_quiet(self) -> bool:
         """True while nothing is under way with it, and nothing waits or is in quarantine."""
-        is_well = self._settled.is_set() and self._back_off.state is None
+        is_well = self._settled.is_set() and self._retry.quarantine is None
         return is_well and self._mailbox.is_empty and not (self._is_busy or self._is_gone)
 
     def isolate(self, problem: str) -> None:
         """Nothing is tried with it until somebody orders it: its record cannot be trusted."""
-        self._back_off.give_up(problem)
+        self._retry.give_up(problem)
 
     def note_crash(self, problem: str) -> float:
         """The task itself has failed, by a bug of ours; return the seconds until it should run again."""
-        return self._back_off.fail(problem)
+        return self._retry.note_crash(problem)
 
     def begin_create(self, deadline_ms: int) -> None:
         """The intent was just written: boot the machine. Returns at once; `wait_created` has the outcome."""
@@ -210,10 +216,11 @@ class MachineTask:
         self._mailbox.post(order)
         return order
 
-    def recover(self, operation: Operation | None) -> None:
+    def recover(self) -> None:
         """Finish or undo what an earlier daemon left, or adopt its VMM. Returns at once."""
         self._settled.clear()
-        self._mailbox.post(Recover(operation))
+        self._retry.begin()
+        self._mailbox.post(Recover())
 
     async def guest(self) -> AgentClient:
         """Return the running machine's agent. Raises WrongState."""
@@ -244,8 +251,7 @@ class MachineTask:
                 finally:
                     self._held.stop_watching()
         finally:
-            if self._retry is not None:
-                self._retry.cancel()
+            self._retry.cancel()
             await self._held.release()
 
     def end(self) -> None:
@@ -270,8 +276,8 @@ class MachineTask:
         self._is_busy = True
         try:
             order.succeed(await self._dispatch(order))
-            if self._retry is None:
-                self._back_off.succeed()
+            if not self._retry.is_open:
+                self._settle()
         except asyncio.CancelledError:
             order.fail(self._interruption())
             raise
@@ -279,35 +285,48 @@ class MachineTask:
             order.fail(self._interruption())
         except Error as e:
             self._log.warning("order_failed", order=name, problem=e.message, notes=getattr(e, "__notes__", []))
-            await self._retry_later(order, e.message)
-            order.fail(e)
+            await self._fail(order, e, e.message)
         except Exception as e:  # noqa: BLE001 - the loop's boundary: logged with its traceback, told, tried again
             self._log.exception("order_crashed", order=name)
-            await self._retry_later(order, f"{type(e).__name__}: {e}")
-            order.fail(Internal(problem=f"{type(e).__name__}: {e}"))
+            problem = f"{type(e).__name__}: {e}"
+            await self._fail(order, Internal(problem=problem), problem)
         finally:
             self._is_busy = False
-            if self._retry is None:
+            if not self._retry.is_open:
                 self._settled.set()
 
-    async def _retry_later(self, order: AnyOrder, problem: str) -> None:
-        """What is open in the journal, or unknown, is looked at again after a while: until then it is in quarantine."""
-        operation = await self._parts.journal.operation(self._record.id)
-        is_open = operation is not None or self._must_rewire or isinstance(order, Recover | Exited)
-        if self._is_gone or not is_open:
-            return
-        kind = operation.kind if operation is not None else "none"
-        retry_s = self._back_off.fail(f"{kind}: {problem}" if operation is not None else problem)
-        self._log.warning("machine_quarantined", kind=kind, problem=problem, retry_s=retry_s)
-        if self._retry is not None:
-            self._retry.cancel()
-        self._retry = asyncio.get_running_loop().call_later(retry_s, self._post_retry, operation)
+    async def _fail(self, order: AnyOrder, error: Error, problem: str) -> None:
+        """Those who wait hear of it whatever comes; a machine that is in quarantine then is so before they do."""
+        try:
+            await self._look_again(order, problem)
+        finally:
+            order.fail(error)
 
-    def _post_retry(self, operation: Operation | None) -> None:
-        self._retry = None
-        self._mailbox.post(Recover(operation))
+    async def _look_again(self, order: AnyOrder, problem: str) -> None:
+        """What is open in the journal, or unknown, is looked at again after a while: until then it is in quarantine."""
+        if self._is_gone:
+            return
+        kind = await self._open_kind()
+        comes_first = bool(kind) or self._retry.is_open or isinstance(order, Exited)
+        if not (comes_first or self._must_rewire):
+            return
+        retry_s = self._retry.fail(f"{kind}: {problem}" if kind else problem, comes_first=comes_first)
+        self._log.warning("machine_quarantined", kind=kind or "none", problem=problem, retry_s=retry_s)
+
+    async def _open_kind(self) -> str:
+        """The operation that is open; empty without one. A journal that cannot be read may hold any."""
+        try:
+            operation = await self._parts.journal.operation(self._record.id)
+        except (Error, sqlite3.Error) as e:
+            self._log.warning("operation_unknown", problem=str(e))
+            return "unknown"
+        return operation.kind if operation is not None else ""
 
     async def _dispatch(self, order: AnyOrder) -> Machine:
+        if self._retry.is_open and not isinstance(order, Create | Delete | Exited | Recover):
+            await self._recover()
+            if self._is_gone:
+                raise MachineNotFound(id=self._record.id)
         match order:
             case Create():
                 return await self._boot("create", order.deadline_ms)
@@ -339,7 +358,12 @@ class MachineTask:
                     await self._note_exit(order.reason)
                 return self._record
             case Recover():
-                return await self._recover(order.operation)
+                if self._retry.is_open:
+                    await self._recover()
+                if self._must_rewire:
+                    await self._parts.quarters.rewire(self._record)
+                    self._must_rewire = False
+                return self._record
             case Tidy():
                 if self._record.phase in (Phase.STOPPED, Phase.FAILED):
                     await self._parts.quarters.vacate(self._record, keep_disk=True)
@@ -395,6 +419,7 @@ class MachineTask:
             machine, vmm = await work
             return await self._finish_boot(kind, machine, vmm, undo)
         except BaseException as error:
+            self._why_lost = error.problem if isinstance(error, BootFailed) else self._explain(error)
             await undo.run(blame=error)
             if not undo.problems:
                 await self._give_up(kind, error)
@@ -420,7 +445,7 @@ class MachineTask:
         if self._record.phase is Phase.RUNNING:
             return  # cancelled in the moment of its commit
         self._parts.metrics.boot_failures.inc()
-        text = error.message if isinstance(error, Error) else self._interruption().message
+        text = self._explain(error)
         try:
             if kind == "create" and not self._is_kept(error):
                 gone = msgspec.structs.replace(self._record, phase=Phase.FAILED, error=text)
@@ -432,6 +457,10 @@ class MachineTask:
             return
         except Error as e:
             error.add_note(f"the journal could not take the intent back: {e.message}")
+
+    def _explain(self, error: BaseException) -> str:
+        """Why a boot was given up."""
+        return error.message if isinstance(error, Error) else self._interruption().message
 
     def _is_kept(self, error: BaseException) -> bool:
         """The contract's users look at a machine whose guest did not get ready, and stop and start it, or delete it."""
@@ -471,21 +500,38 @@ class MachineTask:
 
     async def _note_exit(self, reason: str) -> None:
         """The VMM has ended by itself: say so at once, then free what the run occupied. The disk stays."""
+        self._seen_end = (self._record.vmm, reason)
         await self._held.release()
         phase = Phase.STOPPED if reason in ORDERLY else Phase.FAILED
         seen = msgspec.structs.replace(self._record, phase=phase, error=reason)
+        await self._parts.journal.observe(seen, "seen", on_commit=self._commit)
         self._parts.metrics.exits.inc()
         self._log.warning("machine_exited", reason=reason, phase=phase.value)
-        await self._insist(lambda: self._observe(seen, "seen"))
-        await self._insist(lambda: self._parts.quarters.vacate(self._record, keep_disk=True))
-        await self._insist(lambda: self._observe(self._record, "vacated"))
+        await self._vacate()
 
-    async def _observe(self, machine: Machine, step: str) -> None:
-        await self._parts.journal.observe(machine, step, on_commit=self._commit)
+    async def _vacate(self) -> None:
+        """Free what a run has occupied that nobody ordered to end."""
+        async with asyncio.timeout(CLEAN_UP_TIMEOUT_S):
+            await self._parts.quarters.vacate(self._record, keep_disk=True)
+        await self._parts.journal.observe(self._record, "vacated", on_commit=self._commit)
 
-    # -- after a restart --------------------------------------------------------------------------------------------
+    # -- after a restart, or a failure ------------------------------------------------------------------------------
 
-    async def _recover(self, operation: Operation | None) -> Machine:
+    async def _recover(self) -> None:
+        """Finish or undo what is open now, and find out how the machine is. Raises what keeps it so."""
+        operation = await self._parts.journal.operation(self._record.id)
+        try:
+            await self._finish(operation)
+        except (Error, OSError) as e:
+            if operation is None or await self._parts.journal.operation(self._record.id) is not None:
+                raise
+            # Undone, which its own caller has heard of, or nobody.
+            self._log.warning("operation_undone", kind=operation.kind, problem=str(e) or "it took too long")
+            if not self._is_gone:
+                await self._resume()
+        self._settle()
+
+    async def _finish(self, operation: Operation | None) -> Machine:
         if operation is None:
             return await self._resume()
         match operation.kind:
@@ -528,57 +574,26 @@ class MachineTask:
     async def _resume(self) -> Machine:
         """No operation was open: the machine runs, or rests."""
         if self._record.phase in (Phase.STOPPED, Phase.FAILED):
-            if self._record.slot >= 0:
-                await self._insist(lambda: self._parts.quarters.vacate(self._record, keep_disk=True))
-                await self._insist(lambda: self._observe(self._record, "vacated"))
+            if self._record.slot >= 0 or self._record.vmm is not None:
+                await self._vacate()
             return self._record
         vmm = await self._held.find(self._record)
         if vmm is None:
-            await self._note_exit(await why_gone(self._record, self._parts))
+            process, reason = self._seen_end
+            is_known = process is not None and process == self._record.vmm
+            await self._note_exit(reason if is_known else await why_gone(self._record, self._parts))
             return self._record
-        if self._must_rewire:
-            await self._parts.quarters.rewire(self._record)
-            self._must_rewire = False
-        await self._check_adopted(vmm)
-        return self._record
-
-    async def _check_adopted(self, vmm: Vmm) -> None:
-        """The right guest must answer; one that is too busy to answer is left alone."""
-        try:
-            async with asyncio.timeout(_ADOPTION_TIMEOUT_S):
-                problem = await check_guest(self._record, vmm)
-        except (TimeoutError, ConnectionError, Error) as e:
-            self._log.warning("adopted_guest_is_silent", problem=str(e) or "no answer in time")
-            return
-        if problem:
+        if problem := await judge_adopted(self._record, vmm):
             await self._held.kill()
             await self._note_exit(problem)
-            return
-        self._log.info("machine_adopted", generation=self._record.generation)
+        return self._record
 
     async def _resume_boot(self, kind: _Boot, operation: Operation) -> Machine:
         """Go on waiting for a guest that an earlier daemon started, or undo what that one began."""
         undo = CleanUp()
         undo.push("quarters", lambda: self._parts.quarters.vacate(self._record, keep_disk=kind != "create"))
-        return await self._complete(kind, undo, self._meet_again(kind, operation, undo))
-
-    async def _meet_again(self, kind: _Boot, operation: Operation, undo: CleanUp) -> tuple[Machine, Vmm]:
-        process = self._record.vmm
-        if operation.step != "booted" or process is None:
-            raise self._lost()
-        lodging = await self._parts.quarters.rejoin(self._record)
-        async with asyncio.timeout(_ADOPTION_TIMEOUT_S):
-            vmm = await self._parts.driver.adopt(lodging.plan, process)
-        if vmm is None:
-            raise self._lost()
-        undo.push("vmm", vmm.kill)
-        marks = Marks(started=0)
-        await meet_guest(self._record, kind, vmm, lodging.configure, operation.deadline_ms, self._parts, marks)
-        return self._record, vmm
-
-    def _lost(self) -> BootFailed:
-        problem = HOST_REBOOTED if was_rebooted(self._record, self._parts) else "the daemon ended while it was starting"
-        return BootFailed(id=self._record.id, problem=problem)
+        again = meet_again(self._record, kind, operation, self._parts, undo, self._why_lost)
+        return await self._complete(kind, undo, again)
 
     # -- small ------------------------------------------------------------------------------------------------------
 
@@ -595,6 +610,12 @@ class MachineTask:
         """The journal has no record any more."""
         self._is_gone = True
         self._parts.events.publish(machine, kind="gone")
+
+    def _settle(self) -> None:
+        """Orders may come. A network that is not as the record says keeps none waiting: they may be what mends it."""
+        self._retry.is_open = False
+        if not self._must_rewire:
+            self._retry.settle()
 
     def _interruption(self) -> Error:
         """What callers hear whose order was cancelled."""
@@ -617,18 +638,3 @@ class MachineTask:
         except TimeoutError:
             problem = "the daemon is still finding out how it is"
             raise GuestUnreachable(id=self._record.id, problem=problem) from None
-
-    async def _insist(self, action: Callable[[], Awaitable[None]]) -> None:
-        """Repeat an action until it succeeds; a delete, or the end of the daemon, cancels it."""
-        while True:
-            try:
-                async with asyncio.timeout(CLEAN_UP_TIMEOUT_S):
-                    await action()
-            except (Error, OSError, TimeoutError) as e:
-                problem = str(e) or "it took too long"
-                delay_s = self._back_off.fail(problem)
-                self._log.warning("machine_quarantined", problem=problem, retry_s=delay_s)
-            else:
-                self._back_off.succeed()
-                return
-            await asyncio.sleep(delay_s)

@@ -309,7 +309,7 @@ class Machines:
             log.error("record_damaged", machine=entry.machine.id, problem=entry.damage)
             task.isolate(entry.machine.error)
         if entry.operation is not None or not entry.damage:
-            task.recover(entry.operation)
+            task.recover()
 
     def _spawn(self, machine: Machine) -> MachineTask:
         task = self._tasks[machine.id] = MachineTask(machine, self._parts)
@@ -333,7 +333,7 @@ class Machines:
         except Exception as e:
             log.exception("machine_task_crashed", machine=task.record.id)
             await asyncio.sleep(task.note_crash(f"{type(e).__name__}: {e}"))
-            task.recover(await self._parts.journal.operation(task.record.id))
+            task.recover()
 
     async def _protect(self, work: Coroutine[Any, Any, T]) -> T:
         """Run to its end even if the caller is cancelled."""

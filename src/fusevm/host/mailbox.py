@@ -13,7 +13,6 @@ from typing import TypeAlias
 from fusevm.host.admission import Size
 from fusevm.host.order import Order
 from fusevm.host.port_rows import PortDraft
-from fusevm.host.rows import Operation
 from fusevm.host.snapshots.record import HostSnapshot
 from fusevm.host.visitors import Visit
 from fusevm.host.vmm.driver import Vmm
@@ -80,11 +79,7 @@ class Exited(Order):
 
 
 class Recover(Order):
-    """The daemon has started, or an operation could not be completed: finish or undo it, or adopt the VMM."""
-
-    def __init__(self, operation: Operation | None) -> None:
-        super().__init__()
-        self.operation = operation
+    """The daemon has started, or something could not be completed: finish or undo what is open, or adopt the VMM."""
 
 
 class Resize(Order):

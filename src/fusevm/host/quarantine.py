@@ -1,8 +1,8 @@
 """What cannot be carried out with one machine now: how often it was tried, and when it will be tried again.
 
 A machine in quarantine keeps its record, its numbers and whatever still exists of it; all others go on without it.
-Orders for it are taken all the same, and one that succeeds ends the quarantine. It is not kept: a daemon that starts
-begins with a first try at once.
+An order for it is another try, at once: what is open is finished or undone before the order is carried out, and where
+that fails again the order fails with the reason. It is not kept: a daemon that starts begins with a first try at once.
 
 Owns: the count and the pause. Must not: try.
 """

@@ -15,7 +15,7 @@ from fusevm.host.admission import Usage
 from fusevm.host.fencing import check_repeated
 from fusevm.host.sql import load_queries
 from fusevm.host.writer import Superseded
-from fusevm.model.errors import HostFull, Internal, MachineExists, StaleIncarnation
+from fusevm.model.errors import HostFull, Internal, MachineExists, StaleIncarnation, WrongState
 from fusevm.model.fencing import Seen
 from fusevm.model.machine import ALLOWED, Contract, DiskSeed, Fence, Isolation, Machine, MachineSpec, Phase
 from fusevm.model.network import Transport
@@ -156,7 +156,7 @@ def save_machine(db: sqlite3.Connection, machine: Machine, now_ms: int) -> Machi
 
 
 def save_intent(db: sqlite3.Connection, machine_id: str, kind: Kind, now_ms: int, deadline_ms: int = 0) -> None:
-    """Write what is about to be done; replaces what was intended before."""
+    """Write what is about to be done. Only a delete may replace what was intended before (`check_complete`)."""
     values = {"id": machine_id, "kind": kind, "step": "intent", "started_at_ms": now_ms, "deadline_ms": deadline_ms}
     db.execute(SQL["put_operation"], values)
 
@@ -239,6 +239,14 @@ def load_operation(db: sqlite3.Connection, machine_id: str) -> Operation | None:
     """What is not complete with a machine."""
     row = db.execute(SQL["get_operation"], {"id": machine_id}).fetchone()
     return Operation(kind=row[0], step=row[1], started_at_ms=row[2], deadline_ms=row[3]) if row else None
+
+
+def check_complete(db: sqlite3.Connection, machine: Machine) -> None:
+    """Raise WrongState while an operation is open: replacing its intent would leave it half done for ever."""
+    operation = load_operation(db, machine.id)
+    if operation is not None:
+        wanted = f"its {operation.kind} is not complete yet and is tried again; repeat this later, or delete it"
+        raise WrongState(id=machine.id, state=machine.phase.value, wanted=wanted)
 
 
 def load_entries(db: sqlite3.Connection) -> list[Entry]:

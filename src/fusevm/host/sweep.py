@@ -12,6 +12,7 @@ Owns: the second look, and what follows from it. Must not: touch anything of a m
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
@@ -22,6 +23,9 @@ from fusevm.host.grounds import Ground, Slots, Witness
 from fusevm.model.errors import Error
 
 log = structlog.get_logger()
+
+#: How long a sweep waits for the task of one machine: it may be at something else.
+_TIDY_TIMEOUT_S = 60.0
 
 
 class Sweeper:
@@ -107,9 +111,10 @@ class Sweeper:
             things = {thing for thing in surplus if thing.name == name}
             kinds = sorted(thing.kind for thing in things)
             try:
-                await self._tidy(name)
+                async with asyncio.timeout(_TIDY_TIMEOUT_S):
+                    await self._tidy(name)
             except (Error, OSError) as e:
-                log.warning("surplus_not_removed", machine=name, kinds=kinds, problem=str(e))
+                log.warning("surplus_not_removed", machine=name, kinds=kinds, problem=str(e) or "it took too long")
                 continue
             log.warning("surplus_removed", machine=name, kinds=kinds)
             removed |= things

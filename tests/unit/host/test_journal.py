@@ -7,13 +7,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from fusevm.host.admission import Limits
+from fusevm.host.admission import Limits, Size
 from fusevm.host.faults import NoFault
 from fusevm.host.journal import Journal
 from fusevm.host.rows import FENCE_LIFETIME_MS, Draft, Numbers, Operation
@@ -32,6 +32,7 @@ from fusevm.model.errors import (
     StaleAction,
     StaleIncarnation,
     WrongCluster,
+    WrongState,
 )
 from fusevm.model.machine import Fence, Isolation, Machine, MachineSpec, Moment, Phase
 
@@ -630,3 +631,24 @@ async def test_one_refused_transaction_of_a_batch_takes_nothing_from_the_others(
     outcomes = await asyncio.gather(*(attempt(n) for n in range(20)))
     assert sum(outcomes) == 11
     assert len(await journal.entries()) == 11
+
+
+async def test_nothing_is_begun_while_an_operation_is_open_but_a_delete(journal: Journal):
+    await create_running(journal, fence())
+    await journal.begin_stop("m-1", fence(action_seq=2), nothing)
+    order = fence(action_seq=3)
+    begin: list[Callable[[], Awaitable[object]]] = [
+        lambda: journal.begin_start("m-1", order, LIMITS, NUMBERS, "cd" * 16, 0, nothing),
+        lambda: journal.begin_stop("m-1", order, nothing),
+        lambda: journal.begin_resize("m-1", order, LIMITS, Size(memory_mib=512, disk_bytes=0), nothing),
+        lambda: journal.rewire("m-1", order, lambda _db, machine: machine, "network.changed", nothing),
+    ]
+    for one in begin:
+        with pytest.raises(WrongState, match="its stop is not complete"):
+            await one()
+    (entry,) = await journal.entries()
+    assert (entry.operation is not None, entry.machine.fence.action_seq) == (True, 2)
+    await journal.begin_delete("m-1", order, nothing)
+    operation = await journal.operation("m-1")
+    assert operation is not None
+    assert operation.kind == "delete"

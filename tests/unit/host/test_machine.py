@@ -445,7 +445,7 @@ async def test_a_foreign_guest_on_the_channel_is_not_adopted(world: World):
 
 
 async def test_a_silent_guest_is_left_alone(world: World, monkeypatch):
-    monkeypatch.setattr("fusevm.host.machine._ADOPTION_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("fusevm.host.adoption.ADOPTION_TIMEOUT_S", 0.05)
     async with world.daemon() as daemon:
         await daemon.machines.create(order(), fence())
     world.driver.is_mute = True

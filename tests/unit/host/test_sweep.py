@@ -1,11 +1,14 @@
 """Sweeps: what nobody owns goes, what somebody owns stays, nothing at the first glance; what is missing is told."""
 
+import asyncio
 import os
 import socket
 from collections.abc import Callable, Iterable
 
 import msgspec
+import pytest
 
+from fusevm.host import sweep
 from fusevm.host.drift import Claim, Kind, Thing, claim_of, compare
 from fusevm.host.grounds import Contents, Directories, Processes
 from fusevm.host.metrics import Metrics
@@ -263,3 +266,19 @@ async def test_a_recorded_process_counts_only_if_it_is_exactly_that_one(tmp_path
     for vmm, wanted in ((mine, {"m-1"}), (reused, set()), (None, set())):
         record = msgspec.structs.replace(MACHINE, vmm=vmm)
         assert await Processes(tmp_path, lambda record=record: [record]).observe() == wanted
+
+
+async def test_a_machine_that_does_not_get_round_to_it_keeps_no_sweep_waiting(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sweep, "_TIDY_TIMEOUT_S", 0.01)
+    things, tidied = Things(Kind.PROCESS, "m-1", "m-2"), []
+
+    async def tidy(machine_id: str) -> None:
+        if machine_id == "m-1":
+            await asyncio.Event().wait()
+        tidied.append(machine_id)
+
+    sweeper = Sweeper([things], claimed(["m-1", "m-2"], Claim(may=frozenset())), tidy=tidy)
+    await sweeper.sweep()
+    async with asyncio.timeout(30):
+        assert await sweeper.sweep() == {thing(Kind.PROCESS, "m-2")}
+    assert (tidied, sweeper.drift.surplus) == (["m-2"], {thing(Kind.PROCESS, "m-1")})

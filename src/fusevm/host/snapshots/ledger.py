@@ -69,7 +69,7 @@ class Ledger:
         """
 
         def transact(db: sqlite3.Connection) -> tuple[Machine, HostSnapshot]:
-            machine = self._journal.take_order(db, machine_id, fence)
+            machine = self._journal.take_next(db, machine_id, fence)
             existing = _load(db, snapshot_id)
             if existing is not None:
                 return machine, _check_repetition(existing, machine)
@@ -99,14 +99,18 @@ class Ledger:
 
         return await self._journal.write(transact, point="snapshot.copied")
 
-    async def undo_take(self, machine_id: str, snapshot_id: str) -> None:
-        """Nothing is left of the attempt: take the intent back. Idempotent."""
+    async def undo_takes(self, machine_id: str, *snapshot_ids: str) -> None:
+        """Nothing is left of what was taken of a machine: take the intent back, also when no snapshot is left of it.
+
+        Idempotent.
+        """
 
         def transact(db: sqlite3.Connection) -> None:
             operation = load_operation(db, machine_id)
             if operation is not None and operation.kind == "snapshot":
                 db.execute(SQL["clear_operation"], {"id": machine_id, "kind": "snapshot"})
-            db.execute(SQL["delete_snapshot"], {"id": snapshot_id})
+            for snapshot_id in snapshot_ids:
+                db.execute(SQL["delete_snapshot"], {"id": snapshot_id})
 
         await self._journal.write(transact, point="snapshot.undone", is_urgent=True)
 
@@ -160,7 +164,7 @@ class Ledger:
         """
 
         def transact(db: sqlite3.Connection) -> Machine:
-            machine = self._journal.take_order(db, machine_id, fence)
+            machine = self._journal.take_next(db, machine_id, fence)
             if fence is not None and _was_restored(machine, fence, snapshot_id):
                 return machine
             snapshot = _owned(db, snapshot_id, machine.fence.cluster)

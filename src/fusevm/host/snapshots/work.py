@@ -79,9 +79,10 @@ class DiskWork:
 
     async def undo_takes(self, machine: Machine) -> None:
         """Take back what an earlier daemon was at when it died. The agent's own limit ends a freeze of that time."""
-        for snapshot in await self._ledger.taking(machine.id):
+        begun = await self._ledger.taking(machine.id)
+        for snapshot in begun:
             await self._parts.snapshot_folders.remove(snapshot.id)
-            await self._ledger.undo_take(machine.id, snapshot.id)
+        await self._ledger.undo_takes(machine.id, *(snapshot.id for snapshot in begun))
 
     async def let_write(self, machine: Machine, guest: Guest) -> None:
         """End a freeze that an earlier daemon may have left, before its limit does. Raises nothing."""
@@ -153,7 +154,7 @@ class DiskWork:
         try:
             async with asyncio.timeout(CLEAN_UP_TIMEOUT_S):
                 await self._parts.snapshot_folders.remove(snapshot.id)
-                await self._ledger.undo_take(machine.id, snapshot.id)
+                await self._ledger.undo_takes(machine.id, snapshot.id)
         except (Error, OSError, TimeoutError) as e:
             blame.add_note(f"while cleaning up: {e or 'it took too long'}")
 
