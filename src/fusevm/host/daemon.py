@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -215,15 +215,21 @@ class Daemon:
             await self._sweep(is_start=False)
 
     async def _sweep(self, *, is_start: bool) -> None:
-        """Remove leftovers and expired fences. A failure is logged and tried again; it stops nothing."""
+        """Remove leftovers and expired fences. What fails is logged and tried again; it stops nothing else."""
+        await _try("leftovers", self._remove_leftovers(is_start=is_start))
+        await _try("snapshots", self.snapshots.tidy())
+        await _try("fences", self.journal.purge())
+        await _try("ballast", self.journal.ensure_ballast())
+        await _try("images", self.images.relieve())
+
+    async def _remove_leftovers(self, *, is_start: bool) -> None:
         began = time.monotonic()
-        try:
-            removed = await self._sweeper.sweep(is_start=is_start)
-            await self.snapshots.tidy()
-            await self.journal.purge()
-            await self.journal.ensure_ballast()
-            await self.images.relieve()
-        except Exception:
-            log.exception("sweep_failed")
-            return
+        removed = await self._sweeper.sweep(is_start=is_start)
         self.metrics.note_sweep(self._sweeper.drift, removed, time.monotonic() - began)
+
+
+async def _try(what: str, work: Awaitable[object]) -> None:
+    try:
+        await work
+    except Exception:
+        log.exception("sweep_failed", part=what)

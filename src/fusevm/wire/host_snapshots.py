@@ -25,7 +25,7 @@ class SnapshotBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     created_at: str = ""
     #: Ours from here on. What was written.
     kind: SnapshotKind = msgspec.field(default=SnapshotKind.DISK)
-    #: `sealing` until its digest is known, then `ready`.
+    #: `sealing` until its digest is known, then `ready`; `damaged` when its record cannot be read.
     state: str = ""
     #: Of the artefact; holes do not count.
     size_bytes: int = 0

@@ -1,8 +1,10 @@
 """Snapshots of a daemon with a fake VMM: real journal, real bytes, small disks."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
+import sqlite3
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -26,6 +28,7 @@ from fusevm.host.images.addresses import parse_networks
 from fusevm.host.images.collect import users_in_journal
 from fusevm.host.images.fetch import FetchPolicy
 from fusevm.host.removal import remove_tree
+from fusevm.host.snapshots import folders
 from fusevm.host.snapshots.folders import SnapshotFolders
 from fusevm.host.snapshots.ledger import Ledger
 from fusevm.host.snapshots.record import HostSnapshot, SnapshotPhase
@@ -729,3 +732,86 @@ async def test_a_fetch_waits_for_the_removal_of_what_an_earlier_one_has_left(
             assert (await fetching).phase is SnapshotPhase.READY
         await daemon.machines.create(order("m-2", snapshot_id="s-1"), None)
         assert world.disks.read("m-2") == b"content"
+
+
+# -- damage ----------------------------------------------------------------------------------------------------------
+
+
+def damage(world: World, change: str = "record = x'00'") -> None:
+    with contextlib.closing(sqlite3.connect(world.root / "data/journal.db", isolation_level=None)) as db:
+        db.execute(f"UPDATE snapshots SET {change} WHERE id = 's-1'")
+
+
+def is_swept(daemon: Daemon) -> bool:
+    """Has the metric heard of a sweep?"""
+    lines = daemon.metrics.render().decode().splitlines()
+    return any(float(line.split()[-1]) > 0 for line in lines if line.startswith("fuse_host_sweep_seconds "))
+
+
+async def test_a_record_that_cannot_be_read_costs_neither_the_start_nor_the_others_anything(world: World):
+    async with world.daemon() as daemon:
+        await make(daemon)
+        await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        await daemon.snapshots.take("m-1", "s-2", None, live=False)
+    damage(world)
+    async with serving_daemon(world) as (daemon, http):
+        listed = (await http.get("/snapshots")).json()["snapshots"]
+        assert {one["id"]: one["state"] for one in listed} == {"s-1": "damaged", "s-2": "ready"}
+        with pytest.raises(SnapshotNotReady, match="damaged"):
+            await daemon.machines.restore("m-1", "s-1", None)
+        assert (await daemon.machines.restore("m-1", "s-2", None)).phase is Phase.RUNNING
+        assert is_swept(daemon)
+        assert (await http.delete("/snapshots/s-1")).status_code == 204
+        assert [one.id for one in await daemon.snapshots.load_all()] == ["s-2"]
+    assert {folder.name for folder in (world.root / "data/snapshots").iterdir()} == {"s-2"}
+
+
+@pytest.mark.parametrize("phase", ["taking", "deleting"])
+async def test_a_damaged_record_of_what_was_not_complete_goes(world: World, phase: str):
+    async with world.daemon() as daemon:
+        await make(daemon)
+        await daemon.snapshots.take("m-1", "s-1", None, live=False)
+    damage(world, f"record = x'00', phase = '{phase}'")
+    async with world.daemon():
+        await until(lambda: not (world.root / "data/snapshots/s-1").exists())
+
+
+async def test_a_folder_that_cannot_be_removed_costs_neither_the_start_nor_the_others_anything(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    async with world.daemon() as daemon:
+        await make(daemon)
+    root = world.root / "data/snapshots"
+    for name in ("a", "stray", "z"):
+        (root / name).mkdir()
+    remove_tree = folders.remove_tree
+
+    def remove(path: Path) -> None:
+        if path.name == "stray":
+            raise PermissionError(1, "Operation not permitted")
+        remove_tree(path)
+
+    monkeypatch.setattr(folders, "remove_tree", remove)
+    async with world.daemon() as daemon:
+        assert daemon.machines.record("m-1").phase is Phase.RUNNING
+        assert {folder.name for folder in root.iterdir()} == {"stray"}
+        assert (await daemon.snapshots.take("m-1", "s-1", None, live=False)).id == "s-1"
+
+
+async def test_what_fails_in_a_sweep_keeps_nothing_else_from_being_swept(world: World, monkeypatch: pytest.MonkeyPatch):
+    async with world.daemon() as daemon:
+        await make(daemon)
+        await daemon.snapshots.take("m-1", "s-1", None, live=False)
+    tried: list[str] = []
+
+    async def fail(what: str) -> None:
+        tried.append(what)
+        raise RuntimeError(what)
+
+    monkeypatch.setattr("fusevm.host.snapshots.keeper.SnapshotKeeper.tidy", lambda _self: fail("tidy"))
+    monkeypatch.setattr("fusevm.host.journal.Journal.purge", lambda _self: fail("purge"))
+    monkeypatch.setattr("fusevm.host.image_service.ImageService.relieve", lambda _self: fail("relieve"))
+    async with world.daemon() as daemon:
+        assert tried == ["tidy", "purge", "relieve"]
+        assert is_swept(daemon)
+        assert daemon.machines.record("m-1").phase is Phase.RUNNING

@@ -70,9 +70,8 @@ class SnapshotKeeper:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Take up what an earlier daemon has left. What is under way at the end is taken up by the next one."""
+        """What is under way at the end is taken up by the next daemon's `tidy`."""
         await self._folders.open()
-        await self.tidy()
         try:
             yield
         finally:
@@ -209,14 +208,17 @@ class SnapshotKeeper:
         return await self._seal(taken)
 
     async def tidy(self) -> None:
-        """Take up what is open, and remove the folders of nobody. What fails is tried again the next time."""
-        known = await self._ledger.load_all()
-        for snapshot in known:
+        """Take up what is open, and remove the folders of nobody.
+
+        What fails with one is logged, keeps no other from its turn, and is tried again the next time.
+        """
+        for snapshot in await self._ledger.load_all():
+            if snapshot.phase is SnapshotPhase.DAMAGED:
+                log.error("record_damaged", snapshot=snapshot.id)
             if not self._tasks_of(snapshot.id):
                 await self._take_up(snapshot)
         for name in await self._folders.names() - {snapshot.id for snapshot in await self._ledger.load_all()}:
-            log.warning("leftover_removed", kind="snapshot directory", name=name)
-            await self._folders.remove(name)
+            await self._clear(name)
         await self._ledger.purge()
 
     # -- inside -----------------------------------------------------------------------------------------------------
@@ -229,6 +231,14 @@ class SnapshotKeeper:
         # Somebody may have come for it while we read.
         if is_doomed and not self._tasks_of(snapshot.id):
             self._begin(snapshot.id, "remove", lambda: self._remove(snapshot))
+
+    async def _clear(self, name: str) -> None:
+        try:
+            await self._folders.remove(name)
+        except OSError as e:
+            log.warning("leftover_not_removed", kind="snapshot directory", name=name, problem=str(e))
+        else:
+            log.warning("leftover_removed", kind="snapshot directory", name=name)
 
     def _tasks_of(self, snapshot_id: str) -> set[_Task]:
         return {task for (busy_id, _kind), task in self._work.items() if busy_id == snapshot_id}

@@ -371,7 +371,7 @@ def _advance(
 
 def _load(db: sqlite3.Connection, snapshot_id: str) -> HostSnapshot | None:
     row = db.execute(SQL["get_snapshot"], {"id": snapshot_id}).fetchone()
-    return msgspec.json.decode(row[0], type=HostSnapshot) if row is not None else None
+    return _decode(row) if row is not None else None
 
 
 def _load_all(db: sqlite3.Connection, machine_id: str) -> list[HostSnapshot]:
@@ -379,7 +379,26 @@ def _load_all(db: sqlite3.Connection, machine_id: str) -> list[HostSnapshot]:
         rows = db.execute(SQL["snapshots_of_machine"], {"machine_id": machine_id}).fetchall()
     else:
         rows = db.execute(SQL["list_snapshots"]).fetchall()
-    return [msgspec.json.decode(row[0], type=HostSnapshot) for row in rows]
+    return [_decode(row) for row in rows]
+
+
+def _decode(row: tuple[str, str, str, str, str, bytes]) -> HostSnapshot:
+    """A snapshot; one whose record is damaged is made up from the columns, and good for nothing but to be deleted."""
+    snapshot_id, cluster, machine_id, phase, image_digest, record = row
+    try:
+        return msgspec.json.decode(record, type=HostSnapshot)
+    except msgspec.DecodeError:
+        is_doomed = phase == SnapshotPhase.DELETING
+        return HostSnapshot(
+            id=snapshot_id,
+            cluster=cluster,
+            machine_id=machine_id,
+            phase=SnapshotPhase.DELETING if is_doomed else SnapshotPhase.DAMAGED,
+            image_digest=image_digest,
+            disk_bytes=0,
+            consistency=Consistency.UNKNOWN,
+            created_at_ms=0,
+        )
 
 
 def _insert(db: sqlite3.Connection, snapshot: HostSnapshot) -> None:

@@ -22,6 +22,8 @@ class SnapshotPhase(StrEnum):
     SEALING = "sealing"
     READY = "ready"
     DELETING = "deleting"
+    #: Its record cannot be read: it can be deleted, and that is all. Never written.
+    DAMAGED = "damaged"
 
 
 class Consistency(StrEnum):

@@ -110,13 +110,13 @@ INSERT INTO published_ports (protocol, host_port, id, machine_id) VALUES (:proto
 -- name: unpublish
 DELETE FROM published_ports WHERE id = :id AND machine_id = :machine_id;
 -- name: get_snapshot
-SELECT record FROM snapshots WHERE id = :id;
+SELECT id, cluster, machine_id, phase, image_digest, record FROM snapshots WHERE id = :id;
 
 -- name: list_snapshots
-SELECT record FROM snapshots ORDER BY id;
+SELECT id, cluster, machine_id, phase, image_digest, record FROM snapshots ORDER BY id;
 
 -- name: snapshots_of_machine
-SELECT record FROM snapshots WHERE machine_id = :machine_id ORDER BY id;
+SELECT id, cluster, machine_id, phase, image_digest, record FROM snapshots WHERE machine_id = :machine_id ORDER BY id;
 
 -- name: snapshot_images
 SELECT image_digest, id FROM snapshots ORDER BY id;
