@@ -146,6 +146,11 @@ def is_tcp_or_udp() -> Json:
     return equals(meta("l4proto"), {"set": ["tcp", "udp"]})
 
 
+def is_within_tcp() -> Json:
+    """Selects TCP but for what opens a connection, also where connection tracking has forgotten it."""
+    return equals({"&": [payload("tcp", "flags"), "syn"]}, 0)
+
+
 def goto(chain: str) -> Json:
     return {"goto": {"target": chain}}
 

@@ -38,6 +38,7 @@ from fusevm.host.net.nft import (
     has_state,
     has_status,
     is_tcp_or_udp,
+    is_within_tcp,
     limit,
     meta,
     payload,
@@ -227,14 +228,13 @@ def _host_port(forward: Forward) -> Json:
 
 def _endings(table: Table) -> list[Json]:
     """The chains where packets of machines end."""
-    is_tcp = equals(meta("l4proto"), "tcp")
     return [
         table.chain(ALLOW_OUT),
         table.rule(ALLOW_OUT, has_state("new"), equals(meta("iifname"), "@opened")),
         table.rule(ALLOW_OUT, ACCEPT),
         table.chain(REFUSE_OUT),
         table.rule(REFUSE_OUT, equals(meta("iifname"), "@refused")),
-        table.rule(REFUSE_OUT, is_tcp, has_state("established"), RESET),
+        table.rule(REFUSE_OUT, is_within_tcp(), RESET),
         table.rule(REFUSE_OUT, REJECT),
         table.chain(NOTHING_OUT),
         table.rule(NOTHING_OUT, goto(REFUSE_OUT)),
