@@ -28,6 +28,7 @@ from fusevm.host.images.store import ImageStore
 from fusevm.host.images.subordinate import NEEDED, find_shortage
 from fusevm.host.net.foreign import find_blocking_chains, parse_ruleset
 from fusevm.host.net.plan import NetworkPlan, check_range
+from fusevm.host.net.transaction import list_ruleset
 from fusevm.host.net.uplink import observe_routes, observe_uplinks
 from fusevm.host.quarters import check_reachable
 from fusevm.host.run import PACKAGES, program_environment, run
@@ -264,8 +265,7 @@ async def _range(config: HostConfig) -> Finding:
 async def _foreign_rules(_config: HostConfig) -> Finding:
     if os.geteuid() != 0:
         return ok("not needed without root")
-    done = await run(["nft", "-j", "-t", "list", "ruleset"], timeout_s=_TIMEOUT_S)
-    chains = find_blocking_chains(parse_ruleset(done.stdout))
+    chains = find_blocking_chains(parse_ruleset(await list_ruleset()))
     if not chains:
         return ok("no other program drops forwarded packets")
     names = ", ".join(f"{chain.family} {chain.table} {chain.name}" for chain in chains)

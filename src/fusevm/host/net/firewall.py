@@ -37,16 +37,14 @@ from fusevm.host.net.tables import (
     render_terms_change,
 )
 from fusevm.host.net.terms import Forward, Terms
-from fusevm.host.net.transaction import apply_transaction
+from fusevm.host.net.transaction import apply_transaction, list_rules, list_ruleset, list_table
 from fusevm.host.net.verdicts import pin_set
-from fusevm.host.run import run
 from fusevm.host.tasks import finish
 from fusevm.model.errors import CommandFailed
 from fusevm.model.network import Rule, permits
 
 log = structlog.get_logger()
 
-_TIMEOUT_S = 30.0
 #: Tables of the older iptables, which `nft` does not show (one name a line; absent without the module).
 _LEGACY_TABLES = Path("/proc/net/ip_tables_names")
 
@@ -171,7 +169,7 @@ class Firewall:
             self._is_open = False
             self._machines = {}
             await apply_transaction(render_host_table_removal(self._plan))
-            await apply_transaction(render_passage_removal(self._plan, parse_ruleset(await _list_ruleset())))
+            await apply_transaction(render_passage_removal(self._plan, parse_ruleset(await list_ruleset())))
 
     def terms(self, index: int) -> Terms | None:
         """Return what a slot is granted, None if it is not in the table."""
@@ -271,23 +269,19 @@ class Firewall:
                 self._pins.restore(wanted[name], name, addresses, now)
 
     async def _open_passage(self) -> bool:
-        commands = render_passage(self._plan, parse_ruleset(await _list_ruleset()))
+        commands = render_passage(self._plan, parse_ruleset(await list_ruleset()))
         await apply_transaction(commands)
         return bool(commands)
 
     async def _read_fingerprint(self) -> bytes:
-        """List our chains and rules without what changes by itself: elements (-t), counters (-s)."""
-        argv = ["nft", "-s", "-t", "list", "table", "inet", self._plan.table]
-        return (await run(argv, timeout_s=_TIMEOUT_S, check=False)).stdout
+        return await list_rules(self._plan.table)
 
     async def _list_table(self) -> TableListing:
-        argv = ["nft", "-j", "list", "table", "inet", self._plan.table]
-        listing = await run(argv, timeout_s=_TIMEOUT_S, check=False)
-        return parse_table(self._plan, listing.stdout if listing.returncode == 0 else b"")
+        return parse_table(self._plan, await list_table(self._plan.table))
 
     async def _observe(self) -> Rules:
         listing = await self._list_table()
-        ruleset = parse_ruleset(await _list_ruleset())
+        ruleset = parse_ruleset(await list_ruleset())
         return Rules(
             has_table=listing.exists,
             machines=listing.machines,
@@ -326,11 +320,6 @@ async def _cut(is_doomed: Callable[[Connection], bool]) -> None:
         await cut(is_doomed)
     except OSError as e:
         log.warning("connections_not_forgotten", problem=str(e))
-
-
-async def _list_ruleset() -> bytes:
-    """List all rules of the host, without the elements of sets, which may be many."""
-    return (await run(["nft", "-j", "-t", "list", "ruleset"], timeout_s=_TIMEOUT_S)).stdout
 
 
 def _has_legacy_filter() -> bool:
