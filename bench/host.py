@@ -1,11 +1,13 @@
 """What the host daemon costs: measured with VMMs that are small processes, or with real ones.
 
-    sudo .venv/bin/python bench/host.py [--vmm agent qemu] [--only phases parallel footprint bulk network]
+    sudo .venv/bin/python bench/host.py [--vmm agent qemu] [--only phases stop parallel footprint bulk network]
                                         [--creates 20] [--parallel 1 2 4 8 16] [--machines 0 50 200] [--mib 64]
                                         [--artefacts DIR] [--json FILE]
 
 - phases: creates one after another; what each of their parts takes (reserve, disk, cgroup, net, spawn, boot, agent),
   with a warm pool of network slots and without.
+- stop: orderly ends from the order to the answer, one after another: of a machine that does nothing, and of one whose
+  daemon ignores SIGTERM (real VMMs only). The budget of both is 2 s, where the guest's processors are real.
 - parallel: so many creates at the same time; time of each, and creates per second.
 - footprint: memory and processor time of the daemon at rest with 0, 50 and 200 machines (agent processes only).
 - bulk: a file up and down and the output of a command, through the daemon and straight to an agent on the same kind of
@@ -55,6 +57,8 @@ _BOOT_MS, _START_S, _WATCH_S = 300_000, 120.0, 20.0
 _CHUNK = 1 << 16
 _PAIRS, _REPEATS = 3, 4
 _FILES = "fuse-bench-"
+#: Of a user who has not thought of the end.
+_STUBBORN = ["sh", "-c", "trap '' TERM; echo up; while :; do sleep 1; done"]
 #: Of the first machine of a daemon.
 _UID = 200_000
 
@@ -231,6 +235,33 @@ async def bench_phases(vmm: str, asked: argparse.Namespace, report: Report) -> N
             report.say("phases", f"{name}: whole create", median_ms(took), took)
 
 
+# -- stop --------------------------------------------------------------------------------------------------------------
+
+
+async def bench_stop(vmm: str, asked: argparse.Namespace, report: Report) -> None:
+    async with running(vmm, asked, warm=4) as daemon:
+        # An agent that is a process runs no daemons: their home is root's.
+        kinds = {"idle": []} if daemon.is_small else {"idle": [], "a daemon ignores SIGTERM": _STUBBORN}
+        for what, command in kinds.items():
+            took = []
+            for _ in range(asked.creates):
+                machine_id, _ = await daemon.create(asked.image)
+                if command:
+                    await _start_daemon(daemon, machine_id, command)
+                took.append(await timed(lambda one=machine_id: daemon.ask("POST", f"/machines/{one}/stop")))
+                await daemon.delete([machine_id])
+            report.say("stop", f"{vmm}, {what}", median_ms(took), took)
+
+
+async def _start_daemon(daemon: Daemon, machine_id: str, command: list[str]) -> None:
+    """Give the machine a daemon, and wait for its first word."""
+    guest = f"/machines/{machine_id}/guest"
+    await daemon.ask("PUT", f"{guest}/agent", json.dumps({"id": "bench", "command": command}).encode())
+    async with asyncio.timeout(_START_S):
+        while not await daemon.ask("GET", f"{guest}/agent/output?stream=stdout&offset=0"):  # noqa: ASYNC110 - it comes from outside
+            await asyncio.sleep(0.05)
+
+
 # -- many at once ------------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +433,8 @@ async def measure(asked: argparse.Namespace, report: Report) -> None:
     for vmm in asked.vmm:
         if "phases" in asked.only:
             await bench_phases(vmm, asked, report)
+        if "stop" in asked.only:
+            await bench_stop(vmm, asked, report)
         if "parallel" in asked.only:
             await bench_parallel(vmm, asked, report)
     if "footprint" in asked.only:
@@ -415,7 +448,7 @@ async def measure(asked: argparse.Namespace, report: Report) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vmm", nargs="+", default=["agent"], choices=sorted(MODULES))
-    parser.add_argument("--only", nargs="+", default=["phases", "parallel", "footprint", "bulk", "network"])
+    parser.add_argument("--only", nargs="+", default=["phases", "stop", "parallel", "footprint", "bulk", "network"])
     parser.add_argument("--creates", type=int, default=20)
     parser.add_argument("--parallel", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--machines", type=int, nargs="+", default=[0, 50, 200])

@@ -302,12 +302,16 @@ async def test_verdicts_of_a_command(machine: Machine):
 
 
 async def test_a_stop_lets_the_daemon_say_goodbye_and_the_next_boot_knows_nothing(machine: Machine):
+    """Each process is told once; one that does not care keeps nobody from a clean end."""
     daemon = "trap 'echo bye > /bye; exit 0' TERM; echo waiting; while :; do sleep 0.1; done"
+    stubborn = "trap 'echo asked >> /asked' TERM; touch /stubborn; while :; do sleep 0.1; done"
+    await machine.shell(f'setsid sh -c "{stubborn}" > /dev/null 2>&1 & until test -e /stubborn; do sleep 0.1; done')
     await machine.put_setup(SetupBody(id="last", fuse={"auth-token": file("t0ken")}, env={"LAST": "1"}))
     await machine.start_daemon(AgentOrder(id="last", command=["sh", "-c", daemon]))
     await until(lambda: machine.says("/agent/output", "waiting"), PATIENCE_S)
     await machine.host.ask("POST", "/machines/m-setup/stop", machine.fence)
     await machine.host.ask("POST", "/machines/m-setup/start", machine.fence)
-    assert await machine.shell("cat /bye; ls -A /fuse; echo .$LAST") == "bye\n.\n"
+    assert await machine.shell("cat /bye /asked; ls -A /fuse; echo .$LAST") == "bye\nasked\n.\n"
+    assert "guest_not_shut_down" not in machine.host.log.read_text()
     state = await machine.send("GET", "/state", GuestState)
     assert (state.setup_id, state.agent_id, state.agent, state.health) == ("", "", None, None)

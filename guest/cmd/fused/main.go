@@ -78,8 +78,7 @@ func pid1() {
 	console.Printf("ready after %d ms", machine.Uptime().Milliseconds())
 	err := a.Serve(listener)
 	console.Printf("FATAL: the channel has failed: %v", err)
-	a.Stop()
-	machine.Shutdown(m.Disks)
+	a.End()
 	select {}
 }
 

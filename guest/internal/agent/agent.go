@@ -36,7 +36,7 @@ type Config struct {
 	// Owned says that the machine is ours: clock, names and power may be
 	// changed. False when running as an ordinary process.
 	Owned bool
-	// Shutdown ends the machine.
+	// Shutdown ends the machine, and where it is ours all its processes, too.
 	Shutdown func()
 	// Disks are the paths of the mounted file systems that a snapshot is taken
 	// of; none for an ordinary process.
@@ -61,6 +61,8 @@ type Agent struct {
 	defaults process.Defaults
 	applied  [32]byte // digest of the last configure body
 	login    login.Status
+
+	ending sync.Once
 }
 
 // New makes an agent.

@@ -53,7 +53,7 @@ func newServer(t *testing.T) *server {
 	dial := func(string, string) (net.Conn, error) { return net.Dial("unix", s.path) }
 	s.client = &http.Client{Transport: &http.Transport{Dial: dial}, Timeout: patience}
 	t.Cleanup(func() {
-		s.agent.Stop()
+		s.agent.stop()
 		listener.Close()
 		reaper.Stop()
 	})
@@ -279,16 +279,19 @@ func awaitThere(t *testing.T, marker string) {
 	t.Fatalf("%s does not run", marker)
 }
 
-func countProcesses(marker string) int {
+func countProcesses(marker string) int { return len(processes(marker)) }
+
+func processes(marker string) []int {
 	lines, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	n := 0
+	var pids []int
 	for _, path := range lines {
 		text, _ := os.ReadFile(path)
 		if strings.Contains(strings.ReplaceAll(string(text), "\x00", " "), marker) {
-			n++
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(path)))
+			pids = append(pids, pid)
 		}
 	}
-	return n
+	return pids
 }
 
 // marker is a sleep that no other test uses.

@@ -16,12 +16,8 @@ import (
 	"fused/internal/setup"
 )
 
-const (
-	// maxWait is how long GET /state may wait for news.
-	maxWait = time.Minute
-	// daemonGrace is the daemon's time to end when the machine goes down.
-	daemonGrace = 2 * time.Second
-)
+// maxWait is how long GET /state may wait for news.
+const maxWait = time.Minute
 
 // duties are what an environment asks of its machine beside commands and files:
 // docs/guest-protocol.md, section 6.
@@ -61,19 +57,6 @@ func (d *duties) join(defaults process.Defaults) process.Defaults {
 		defaults.Workdir = workdir
 	}
 	return defaults
-}
-
-// stop ends the health check and the daemon, in order and for good.
-func (d *duties) stop() {
-	d.health.Set(nil)
-	d.daemon.Stop(daemonGrace)
-}
-
-// Stop ends what would otherwise go on by itself, as before the machine goes down.
-func (a *Agent) Stop() {
-	a.freezer.Thaw() // what ends may have to write
-	a.duties.stop()
-	a.sshd.Stop(daemonGrace)
 }
 
 func (a *Agent) resolve(request process.Request) (process.Spec, error) {

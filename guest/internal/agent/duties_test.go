@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -194,6 +195,32 @@ func TestStateWaitsForNews(t *testing.T) {
 	for _, query := range []string{"after=x", "after=-1", "wait_ms=60001", "wait_ms=-1", "after=1.5"} {
 		s.do("GET", "/state?"+query, nil).fails(t, 400, "invalid_argument", "bad_request")
 	}
+}
+
+// A machine of our own has one end for all that runs in it: the agent hands it over as it is.
+func TestAMachinesEndFindsEverythingAsItWas(t *testing.T) {
+	s := newServer(t)
+	s.agent.config.Owned = true
+	mark := marker()
+	s.do("PUT", "/agent", object{"id": "1", "command": []string{"sh", "-c", mark + " & wait"}, "restart": "always"})
+	awaitThere(t, mark)
+	for range 2 {
+		if a := s.do("POST", "/shutdown", nil); a.status != http.StatusAccepted {
+			t.Fatalf("%d %s", a.status, a.body)
+		}
+	}
+	<-s.shutDown
+	if countProcesses(mark) == 0 {
+		t.Error("the daemon has got less than the machine's own time")
+	}
+	for _, pid := range processes(mark) {
+		syscall.Kill(pid, syscall.SIGKILL)
+	}
+	awaitGone(t, mark)
+	if len(s.shutDown) > 0 {
+		t.Error("the machine was ended twice")
+	}
+	s.agent.config.Owned = false
 }
 
 func TestAShutdownEndsTheDaemonFirst(t *testing.T) {

@@ -176,9 +176,6 @@ func (a *Agent) shutdown(w http.ResponseWriter, r *http.Request) error {
 	}
 	send(w, http.StatusAccepted, []byte("{}"))
 	http.NewResponseController(w).Flush()
-	console.Go("shutdown", func() {
-		a.Stop()
-		a.config.Shutdown()
-	})
+	console.Go("shutdown", a.End)
 	return nil
 }

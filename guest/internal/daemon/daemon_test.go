@@ -47,7 +47,7 @@ func newWorld(t *testing.T) *world {
 		Changed: w.board.Changed,
 	})
 	t.Cleanup(func() {
-		w.Stop(0)
+		w.Stop(time.Now())
 		awaitNone(t)
 		reaper.Stop()
 	})
@@ -526,7 +526,7 @@ func TestStopAlsoEndsADrain(t *testing.T) {
 	w.awaitOutput("up")
 	go w.Drain(context.Background(), maxDrainMS)
 	w.awaitOutput("draining")
-	w.Stop(time.Second)
+	w.Stop(time.Now().Add(time.Second))
 	w.awaitState(Drained)
 }
 
@@ -541,11 +541,42 @@ func TestStopDoesNotWaitForALongDrain(t *testing.T) {
 	}()
 	w.awaitOutput("term")
 	w.put(Order{ID: "b", Command: sh("echo never")})
-	w.Stop(20 * time.Millisecond)
+	w.Stop(time.Now().Add(20 * time.Millisecond))
 	if answer := <-answers; *answer.ExitCode != 137 || !strings.Contains(answer.Message, "was killed") {
 		t.Errorf("%+v", answer)
 	}
 	if out := w.output("stdout"); strings.Contains(out, "never") {
 		t.Errorf("%q", out)
+	}
+}
+
+func TestADaemonThatIsLeftIsEndedByOthers(t *testing.T) {
+	w := newWorld(t)
+	w.put(Order{Command: sh(`trap 'echo term; exit 0' TERM; (trap '' TERM; exec sleep 1000) & echo up $! $$; while :; do sleep 0.01; done`)})
+	w.awaitOutput("up")
+	var child, pid int
+	if _, err := fmt.Sscanf(w.output("stdout"), "up %d %d", &child, &pid); err != nil {
+		t.Fatal(err)
+	}
+	duty := w.current
+	w.Leave()
+	w.Leave()
+	select {
+	case <-duty.over:
+	case <-time.After(patience):
+		t.Fatal("it is still looked after")
+	}
+	syscall.Kill(pid, syscall.SIGTERM) // as the machine's end does
+	w.awaitOutput("term")
+	if out := w.output("stdout"); strings.Count(out, "term") != 1 || strings.Count(out, "up") != 1 {
+		t.Errorf("told or started more than once: %q", out)
+	}
+	if err := syscall.Kill(child, 0); err != nil {
+		t.Errorf("what it leaves behind was not given its time: %v", err)
+	}
+	syscall.Kill(child, syscall.SIGKILL)
+	w.put(Order{ID: "late", Command: sh("echo never")})
+	if status := w.awaitState(Exited); status.Message != "it was ended before it ran" {
+		t.Errorf("%+v", status)
 	}
 }

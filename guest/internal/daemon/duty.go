@@ -138,6 +138,12 @@ func (d *duty) liveOnce(restarts int, before string) (again bool, message string
 	case <-command.Finished():
 	case <-d.ending:
 		d.killed = d.terminate(command)
+	case <-d.s.left:
+	}
+	select {
+	case <-d.s.left: // its tree has its own time to end, as long as the machine's
+		return false, ""
+	default:
 	}
 	// What it leaves behind would hold its ports and files.
 	command.Kill()

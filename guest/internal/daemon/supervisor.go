@@ -73,14 +73,17 @@ type Supervisor struct {
 	config Config
 	rings  [2]*process.Ring
 
+	left chan struct{} // closed: what runs is not ours to end any more
+
 	mu      sync.Mutex
 	current *duty // nil: no order came yet
 	status  Status
+	isLeft  bool
 }
 
 // New makes a supervisor without a daemon.
 func New(config Config) *Supervisor {
-	s := &Supervisor{config: config, rings: [2]*process.Ring{process.NewRing(), process.NewRing()}}
+	s := &Supervisor{config: config, rings: [2]*process.Ring{process.NewRing(), process.NewRing()}, left: make(chan struct{})}
 	s.closeRings()
 	return s
 }
@@ -132,6 +135,9 @@ func (s *Supervisor) Put(order Order) error {
 		return nil
 	}
 	d := newDuty(s, order, before)
+	if s.isLeft {
+		d.retire()
+	}
 	s.current = d
 	s.status = Status{State: Starting, SinceMS: time.Now().UnixMilli()}
 	for _, ring := range s.rings {
@@ -194,9 +200,9 @@ func (s *Supervisor) Drain(ctx context.Context, timeoutMS int64) (Answer, error)
 	}
 }
 
-// Stop ends the daemon for good, as before the machine goes down: what is left
-// after the grace is killed, also where a drain or an older order had more time.
-func (s *Supervisor) Stop(grace time.Duration) {
+// Stop ends the daemon for good: what is left at killAt is killed, also where a
+// drain or an older order had more time.
+func (s *Supervisor) Stop(killAt time.Time) {
 	s.mu.Lock()
 	var duties []*duty
 	for d := s.current; d != nil; d = d.before {
@@ -207,8 +213,23 @@ func (s *Supervisor) Stop(grace time.Duration) {
 		return
 	}
 	for _, d := range duties {
-		d.end(time.Now().Add(grace))
-		defer time.AfterFunc(grace, d.kill).Stop()
+		d.end(killAt)
+		defer time.AfterFunc(time.Until(killAt), d.kill).Stop()
 	}
 	<-duties[0].over
+}
+
+// Leave hands the daemon over to who ends the whole machine, and returns at
+// once: nothing is started any more, and what runs gets no signal from here.
+func (s *Supervisor) Leave() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.isLeft {
+		return
+	}
+	s.isLeft = true
+	close(s.left)
+	for d := s.current; d != nil; d = d.before {
+		d.retire()
+	}
 }

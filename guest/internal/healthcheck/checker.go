@@ -80,6 +80,15 @@ func (c *Checker) Set(plan *Plan) {
 	c.config.Changed()
 }
 
+// Leave ends the health check without waiting for it: nothing more is found out.
+func (c *Checker) Leave() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.stop != nil {
+		c.stop()
+	}
+}
+
 func (c *Checker) loop(ctx context.Context, plan *Plan) {
 	first := time.Now()
 	timer := time.NewTimer(0)
