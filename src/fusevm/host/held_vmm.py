@@ -21,8 +21,8 @@ from fusevm.model.machine import Machine
 
 log = structlog.get_logger()
 
-#: How long a guest may take to end in order. Its agent waits 1.2 s for processes (guest/internal/machine/ending.go); the
-#: rest is for a guest that has much to write back, or whose processors are emulated.
+#: How long a guest may take to end in order. Its agent waits 1.2 s for processes (guest/internal/machine/ending.go);
+#: the rest is for a guest that has much to write back, or whose processors are emulated.
 SHUTDOWN_GRACE_S = 10.0
 #: How long an adopted VMM may take to be taken over, and its guest to say who it is.
 ADOPTION_TIMEOUT_S = 10.0
