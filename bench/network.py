@@ -1,7 +1,9 @@
 """Times the life of network slots, in a network namespace of its own: `python bench/network.py [--runs N]` as root.
 
 Medians in milliseconds. Creation is without a warm pool; acquire is of a warm slot with the default policy; release is
-the call, `destroyed` the background work until nothing is left of the slot. Nothing outside the namespaces is touched.
+the call, `destroyed` the background work until nothing is left of the slot. `raw_nft` adds one element to a set by the
+program `nft`, `raw_library` by its library: what an acquire with terms of its own costs at least. Nothing outside the
+namespaces is touched.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 _INSIDE = "FUSE_BENCH_PRIVATE_NETWORK"
@@ -31,13 +33,16 @@ async def timed(samples: list[float], work: Callable[[], Awaitable[object]]) -> 
 async def measure(runs: int) -> dict[str, list[float]]:
     # Imported here: the outer process only starts the inner one.
     from fusevm.host.net.network import HostNetwork  # noqa: PLC0415
+    from fusevm.host.net.nft import Table  # noqa: PLC0415
     from fusevm.host.net.plan import NetworkPlan  # noqa: PLC0415
     from fusevm.host.net.tap import open_tap  # noqa: PLC0415
     from fusevm.host.net.terms import Terms  # noqa: PLC0415
+    from fusevm.host.net.transaction import apply_transaction  # noqa: PLC0415
     from fusevm.model.network import Network  # noqa: PLC0415
 
-    names = ("create", "create_in_batch_each", "acquire_warm", "acquire_warm_offline", "set_terms", "open_tap")
-    samples: dict[str, list[float]] = {name: [] for name in (*names, "serve_dns", "release", "destroyed", "ensure")}
+    names = ["create", "create_in_batch_each", "acquire_warm", "acquire_warm_offline", "raw_nft", "raw_library"]
+    names += ["set_terms", "open_tap", "serve_dns", "release", "destroyed", "ensure"]
+    samples: dict[str, list[float]] = {name: [] for name in names}
     plan = NetworkPlan(prefix="fb", range="10.211.0.0/16")
 
     cold = HostNetwork(plan, warm=0)
@@ -58,6 +63,9 @@ async def measure(runs: int) -> dict[str, list[float]]:
     warm = HostNetwork(plan, warm=_BATCH)
     await warm.open({})
     offline = Terms(policy=Network(internet=False))
+    numbers = itertools.cycle(range(250))
+    raw = Table("inet", "raw")
+    await apply_transaction([*raw.replace(), raw.set("seen", "ipv4_addr")])
     for _ in range(runs):
         await warm.settle()
         first, second, third = itertools.islice(warm.candidates(), 3)
@@ -68,6 +76,9 @@ async def measure(runs: int) -> dict[str, list[float]]:
         await timed(samples["serve_dns"], functools.partial(warm.serve_dns, slot))
         await timed(samples["set_terms"], functools.partial(warm.set_terms, slot, offline))
         await timed(samples["acquire_warm_offline"], functools.partial(warm.acquire, third, offline))
+        await timed(samples["raw_nft"], functools.partial(add_by_program, numbers))
+        element = [f"192.0.2.{next(numbers)}"]
+        await timed(samples["raw_library"], functools.partial(apply_transaction, raw.add_elements("seen", element)))
         await warm.settle()
         await timed(samples["ensure"], warm.ensure)
         for index in (first, second, third):
@@ -75,6 +86,12 @@ async def measure(runs: int) -> dict[str, list[float]]:
     await warm.close()
     await warm.sweep(set())
     return samples
+
+
+async def add_by_program(numbers: Iterator[int]) -> None:
+    argv = ["nft", f"add element inet raw seen {{ 198.51.100.{next(numbers)} }}"]
+    process = await asyncio.create_subprocess_exec(*argv)
+    await process.wait()
 
 
 async def close_tap(opening: Awaitable[int]) -> None:

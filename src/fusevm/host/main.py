@@ -12,6 +12,7 @@ import platform
 import resource
 import secrets
 import signal
+import socket
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -83,88 +84,118 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """What no second daemon can have: directories, instance name, addresses."""
+
+    journal: Journal
+    #: Bound, not yet served.
+    unix: socket.socket
+    tcp: socket.socket | None
+    identity: Identity
+
+
 async def _serve(config: HostConfig, engines: ChooseEngine, fault: Fault) -> None:
     stop = _watch_signals()
     clock = SystemClock()
     async with AsyncExitStack() as stack:
-        # Nobody else works in these directories, under this name, or at these addresses.
-        stack.callback(os.close, await asyncio.to_thread(lock_directory, config.runtime_directory))
-        stack.enter_context(lock_instance(config.instance))
-        journal = await Journal.open(config.data_root, fault, clock.now_ms)
-        stack.push_async_callback(journal.close)
-        listen = parse_listen(config.listen)
-        tcp = stack.enter_context(bind_tcp(listen)) if listen is not None else None
-        unix = stack.enter_context(bind_unix(config.api_socket))
-        stack.callback(remove_socket, config.api_socket)
-        # Written when everything serves, and only there while it does.
-        state_file = config.data_root / STATE_FILE
-        await asyncio.to_thread(state_file.unlink, missing_ok=True)
-        stack.callback(state_file.unlink, missing_ok=True)
-        identity = await asyncio.to_thread(ensure_identity, config.data_root)
-
-        # What machines are made of.
-        images, metrics = ImageStore(config.artefacts), Metrics()
+        place = await _take_place(stack, config, fault, clock)
+        metrics = Metrics()
         engine = await engines(config, metrics.count_vmms)
-        wiring, network = await _make_wiring(config, engine)
-        cgroups = await _make_cgroups(config)
-        quarters = HostQuarters(
-            config,
-            images=images,
-            boot_files=engine.boot_files,
-            wiring=wiring,
-            cgroups=cgroups,
-            driver=engine.driver.name,
-            overhead_mib=engine.overhead_mib,
-            overlays=engine.overlays,
-            fault=fault,
-        )
-        entries = await journal.entries()
-        await quarters.open(_slots_in_use(entries))
-        stack.push_async_callback(quarters.close)
-
-        # Who does the work.
-        ledger, folders = Ledger(journal, clock.now_ms), SnapshotFolders(config.data_root / "snapshots")
-        parts = Surroundings(
-            journal=journal,
-            ledger=ledger,
-            quarters=quarters,
-            disks=quarters.disks,
-            snapshot_folders=folders,
-            driver=engine.driver,
-            events=EventHub(secrets.token_hex(8), clock.now_ms),
-            metrics=metrics,
-            clock=clock,
-            fault=fault,
-            boot_id=boot_id,
-        )
-        machines = Machines(parts)
-        image_service = ImageService(config, images, journal, parts.metrics)
-        parts.metrics.watch_machines(machines, lambda: parts.events.subscribers)
-        daemon = Daemon(
-            config,
-            parts,
-            images=image_service,
-            artifacts=image_service.artifacts,
-            sweeper=_make_sweeper(config, machines, cgroups, network),
-            machines=machines,
-            network=network,
-            snapshots=SnapshotKeeper(ledger, folders, machines, parts, make_policy(config)),
-            identification=_identify(engine, wiring),
-        )
-        await stack.enter_async_context(daemon.running(entries))
-
-        # Who may ask for it: root on the Unix socket, holders of the token on TCP.
-        router = make_router(daemon)
-        await stack.enter_async_context(serving(unix, Boundary(router, parts.metrics, secret=None)))
-        if tcp is not None:
-            tls = None if config.plain_http else make_ssl_context(identity)
-            app = Boundary(router, parts.metrics, secret=identity.secret)
-            await stack.enter_async_context(serving(tcp, app, tls))
-        stack.callback(parts.events.close)
-
-        await asyncio.to_thread(_announce, config, identity, engine, tcp.getsockname() if tcp is not None else None)
+        daemon = await _make_daemon(stack, config, place.journal, engine, metrics, clock, fault)
+        await _open_doors(stack, config, place, daemon)
+        address = place.tcp.getsockname() if place.tcp is not None else None
+        await asyncio.to_thread(_announce, config, place.identity, engine, address)
         await stop.wait()
-        log.info("stopping", machines=len(machines.records()))
+        log.info("stopping", machines=len(daemon.machines.records()))
+
+
+async def _take_place(stack: AsyncExitStack, config: HostConfig, fault: Fault, clock: SystemClock) -> Place:
+    """From here on nobody else works in these directories, under this name, or at these addresses."""
+    stack.callback(os.close, await asyncio.to_thread(lock_directory, config.runtime_directory))
+    stack.enter_context(lock_instance(config.instance))
+    journal = await Journal.open(config.data_root, fault, clock.now_ms)
+    stack.push_async_callback(journal.close)
+    listen = parse_listen(config.listen)
+    tcp = stack.enter_context(bind_tcp(listen)) if listen is not None else None
+    unix = stack.enter_context(bind_unix(config.api_socket))
+    stack.callback(remove_socket, config.api_socket)
+    # Written when everything serves, and only there while it does.
+    state_file = config.data_root / STATE_FILE
+    await asyncio.to_thread(state_file.unlink, missing_ok=True)
+    stack.callback(state_file.unlink, missing_ok=True)
+    identity = await asyncio.to_thread(ensure_identity, config.data_root)
+    return Place(journal=journal, unix=unix, tcp=tcp, identity=identity)
+
+
+async def _make_daemon(
+    stack: AsyncExitStack,
+    config: HostConfig,
+    journal: Journal,
+    engine: Engine,
+    metrics: Metrics,
+    clock: SystemClock,
+    fault: Fault,
+) -> Daemon:
+    """Build what machines are made of and who does the work, and let it run."""
+    images = ImageStore(config.artefacts)
+    wiring, network = await _make_wiring(config, engine)
+    cgroups = await _make_cgroups(config)
+    quarters = HostQuarters(
+        config,
+        images=images,
+        boot_files=engine.boot_files,
+        wiring=wiring,
+        cgroups=cgroups,
+        driver=engine.driver.name,
+        overhead_mib=engine.overhead_mib,
+        overlays=engine.overlays,
+        fault=fault,
+    )
+    entries = await journal.entries()
+    await quarters.open(_slots_in_use(entries))
+    stack.push_async_callback(quarters.close)
+
+    ledger, folders = Ledger(journal, clock.now_ms), SnapshotFolders(config.data_root / "snapshots")
+    parts = Surroundings(
+        journal=journal,
+        ledger=ledger,
+        quarters=quarters,
+        disks=quarters.disks,
+        snapshot_folders=folders,
+        driver=engine.driver,
+        events=EventHub(secrets.token_hex(8), clock.now_ms),
+        metrics=metrics,
+        clock=clock,
+        fault=fault,
+        boot_id=boot_id,
+    )
+    machines = Machines(parts)
+    image_service = ImageService(config, images, journal, metrics)
+    metrics.watch_machines(machines, lambda: parts.events.subscribers)
+    daemon = Daemon(
+        config,
+        parts,
+        images=image_service,
+        artifacts=image_service.artifacts,
+        sweeper=_make_sweeper(config, machines, cgroups, network),
+        machines=machines,
+        network=network,
+        snapshots=SnapshotKeeper(ledger, folders, machines, parts, make_policy(config)),
+        identification=_identify(engine, wiring),
+    )
+    await stack.enter_async_context(daemon.running(entries))
+    return daemon
+
+
+async def _open_doors(stack: AsyncExitStack, config: HostConfig, place: Place, daemon: Daemon) -> None:
+    """Let in root on the Unix socket, and holders of the token on TCP."""
+    router = make_router(daemon)
+    await stack.enter_async_context(serving(place.unix, Boundary(router, daemon.metrics, secret=None)))
+    if place.tcp is not None:
+        tls = None if config.plain_http else make_ssl_context(place.identity)
+        app = Boundary(router, daemon.metrics, secret=place.identity.secret)
+        await stack.enter_async_context(serving(place.tcp, app, tls))
+    stack.callback(daemon.events.close)
 
 
 def _watch_signals() -> asyncio.Event:
