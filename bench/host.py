@@ -1,11 +1,12 @@
 """What the host daemon costs: measured with VMMs that are small processes, or with real ones.
 
-    sudo .venv/bin/python bench/host.py [--vmm agent qemu] [--only phases stop parallel footprint bulk network]
+    sudo .venv/bin/python bench/host.py [--vmm agent qemu firecracker]
+                                        [--only phases stop parallel footprint bulk network]
                                         [--creates 20] [--parallel 1 2 4 8 16] [--machines 0 50 200] [--mib 64]
                                         [--artefacts DIR] [--json FILE]
 
 - phases: creates one after another; what each of their parts takes (reserve, disk, cgroup, net, spawn, boot, agent),
-  with a warm pool of network slots and without.
+  with a warm pool of network slots and without. On KVM the boot of the VMM stands beside computer-host's own figure.
 - stop: orderly ends from the order to the answer, one after another: of a machine that does nothing, and of one whose
   daemon ignores SIGTERM (real VMMs only). The budget of both is 2 s, where the guest's processors are real.
 - parallel: so many creates at the same time; time of each, and creates per second.
@@ -47,7 +48,12 @@ from fusevm.host.net.plan import NetworkPlan
 from fusevm.wire.http1 import Connection
 from fusevm.wire.streams import open_unix
 
-MODULES = {"agent": "fusevm.testing.agent_daemon", "qemu": "fusevm.host"}
+#: Module and driver of each kind of VMM; `qemu` and `firecracker` are real ones, and Firecracker needs KVM.
+VMMS = {
+    "agent": ("fusevm.testing.agent_daemon", "qemu"),
+    "qemu": ("fusevm.host", "qemu"),
+    "firecracker": ("fusevm.host", "firecracker"),
+}
 PHASES = ("reserve", "prepare", "disk", "cgroup", "net", "spawn", "boot", "agent")
 INSTANCE = "fbench"
 _INSIDE = "FUSE_BENCH_PRIVATE_HOST"
@@ -61,6 +67,8 @@ _FILES = "fuse-bench-"
 _STUBBORN = ["sh", "-c", "trap '' TERM; echo up; while :; do sleep 1; done"]
 #: Of the first machine of a daemon.
 _UID = 200_000
+#: What computer-host says of itself: from the start of its VMM until the guest runs, on KVM.
+_PEER_BOOT_MS = 200
 
 
 class Daemon:
@@ -100,7 +108,7 @@ class Daemon:
     @property
     def is_small(self) -> bool:
         """Are its VMMs small processes?"""
-        return MODULES["agent"] in self.process.args  # type: ignore[operator]
+        return VMMS["agent"][0] in self.process.args  # type: ignore[operator]
 
     async def phases(self) -> dict[str, tuple[float, float]]:
         """Sum in seconds and number of each part of a create, so far."""
@@ -108,6 +116,10 @@ class Daemon:
         found = re.findall(r'^fuse_host_boot_seconds_(sum|count)\{phase="(\w+)"\} (\S+)$', text, re.MULTILINE)
         values = {(phase, kind): float(number) for kind, phase, number in found}
         return {phase: (values.get((phase, "sum"), 0.0), values.get((phase, "count"), 0.0)) for phase in PHASES}
+
+    def driver(self) -> str:
+        """Who runs its machines, with the accelerator."""
+        return str(json.loads((self._data / "host.json").read_bytes())["driver"])
 
     def resident_mb(self) -> float:
         """Memory of the daemon."""
@@ -124,12 +136,13 @@ class Daemon:
 async def running(vmm: str, asked: argparse.Namespace, *, warm: int) -> AsyncIterator[Daemon]:
     """A daemon in a folder of its own; at the end its machines and everything else are gone."""
     folder = make_folder()
+    module, driver = VMMS[vmm]
     options = {
         "--data-root": folder / "data",
         "--run-dir": f"/run/{folder.name}",
         "--artefact-root": asked.artefacts,
         "--listen": "",
-        "--driver": "qemu",
+        "--driver": driver,
         "--instance": INSTANCE,
         "--warm-slots": warm,
         "--cpu-ratio": 1000,
@@ -137,7 +150,7 @@ async def running(vmm: str, asked: argparse.Namespace, *, warm: int) -> AsyncIte
         "--ram-reserve-mib": 0,
         "--disk-reserve-bytes": 1 << 30,
     }
-    words = [sys.executable, "-m", MODULES[vmm], *(str(word) for option in options.items() for word in option)]
+    words = [sys.executable, "-m", module, *(str(word) for option in options.items() for word in option)]
     process = start(words, folder / "log")
     daemon = Daemon(process, folder / "data")
     try:
@@ -228,11 +241,19 @@ async def bench_phases(vmm: str, asked: argparse.Namespace, report: Report) -> N
                 await asyncio.sleep(0.2)  # the pool makes another slot
             after = await daemon.phases()
             name = f"{vmm}, {'warm' if warm else 'no'} slots"
-            for phase in PHASES:
-                count = after[phase][1] - before[phase][1]
-                mean_ms = (after[phase][0] - before[phase][0]) / count * 1000 if count else 0.0
+            means = {phase: _mean_ms(before[phase], after[phase]) for phase in PHASES}
+            for phase, mean_ms in means.items():
                 report.say("phases", f"{name}: {phase}", {"mean_ms": mean_ms})
             report.say("phases", f"{name}: whole create", median_ms(took), took)
+            if "kvm" in daemon.driver():
+                boot_ms = means["spawn"] + means["boot"]
+                report.say("phases", f"{name}: VMM boot", {"mean_ms": boot_ms, "computer_host_ms": _PEER_BOOT_MS})
+
+
+def _mean_ms(before: tuple[float, float], after: tuple[float, float]) -> float:
+    """Of what was counted between: sums in seconds, and numbers."""
+    count = after[1] - before[1]
+    return (after[0] - before[0]) / count * 1000 if count else 0.0
 
 
 # -- stop --------------------------------------------------------------------------------------------------------------
@@ -447,7 +468,7 @@ async def measure(asked: argparse.Namespace, report: Report) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vmm", nargs="+", default=["agent"], choices=sorted(MODULES))
+    parser.add_argument("--vmm", nargs="+", default=["agent"], choices=sorted(VMMS))
     parser.add_argument("--only", nargs="+", default=["phases", "stop", "parallel", "footprint", "bulk", "network"])
     parser.add_argument("--creates", type=int, default=20)
     parser.add_argument("--parallel", type=int, nargs="+", default=[1, 2, 4, 8, 16])
