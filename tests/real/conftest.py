@@ -21,7 +21,7 @@ from previous_agent import NotAvailable, previous_agent
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from real_host import Box, Guest, Host, make_fence
+from real_host import Box, Guest, Host, make_fence, make_jail_host
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +41,18 @@ def artefacts() -> Path:
 def host(artefacts: Path) -> Iterator[Host]:
     """A host without a daemon, in a box of its own; at the end nothing of machines may be left."""
     host = Host(Box(), artefacts, f"{run_prefix()}h")
+    try:
+        yield host
+        left = asyncio.run(host.wait_empty())
+        assert not left, (left, host.tail())
+    finally:
+        host.close()
+
+
+@pytest.fixture
+def jail_host(artefacts: Path) -> Iterator[Host]:
+    """As `host`, for machines on Firecracker's fake: real guests in real jails."""
+    host = make_jail_host(artefacts, f"{run_prefix()}f", "qemu")
     try:
         yield host
         left = asyncio.run(host.wait_empty())

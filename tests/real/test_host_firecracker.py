@@ -4,28 +4,14 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_host import Guest, Host, make_fence, make_jail_host
+from real_host import Guest, Host, make_fence
 
 from fusevm.model.errors import BootFailed
-from own_world import run_prefix
 
 pytestmark = [pytest.mark.real, pytest.mark.root, pytest.mark.timeout(900)]
-
-
-@pytest.fixture
-def jail_host(artefacts: Path) -> Iterator[Host]:
-    """A host without a daemon, in a box of its own; at the end nothing of machines may be left."""
-    host = make_jail_host(artefacts, f"{run_prefix()}f", "qemu")
-    try:
-        yield host
-        left = asyncio.run(host.wait_empty())
-        assert not left, (left, host.tail())
-    finally:
-        host.close()
 
 
 async def test_a_whole_machine_on_its_tap_with_its_limits_until_it_stops_in_order(jail_host: Host):
@@ -62,16 +48,25 @@ async def test_a_whole_machine_on_its_tap_with_its_limits_until_it_stops_in_orde
     assert await host.stop() == 0
 
 
-async def test_a_machine_of_qemu_runs_on_under_firecracker_and_its_disk_stays_qemus(jail_host: Host):
+async def test_a_machine_of_qemu_runs_on_under_firecracker_and_its_disk_is_carried_over_by_a_snapshot(jail_host: Host):
     host = jail_host
     await host.start("--driver", "qemu")
     await host.create("m-1", make_fence("u1", 1, 1))
     await host.kill()
     await host.start()
-    assert await Guest(host, "m-1", make_fence("u1", 1, 2)).shell("echo right") == "right\n"
+    guest = Guest(host, "m-1", make_fence("u1", 1, 2))
+    await guest.shell("echo kept > /root/file; sync")
     await host.ask("POST", "/machines/m-1/stop", make_fence("u1", 1, 3))
     with pytest.raises(BootFailed, match="made for another driver"):
         await host.ask("POST", "/machines/m-1/start", make_fence("u1", 1, 4))
-    await host.delete("m-1", make_fence("u1", 1, 5))
+    await host.ask("POST", "/machines/m-1/stop", make_fence("u1", 1, 5))
+
+    # A snapshot is raw whatever it was taken of, and so is the disk that it is put back as.
+    snapshot = json.dumps({"snapshot_id": "s-1"}).encode()
+    await host.ask("POST", "/machines/m-1/snapshots", make_fence("u1", 1, 6), snapshot)
+    await host.ask("POST", "/machines/m-1/restore", make_fence("u1", 1, 7), snapshot)
+    assert [path.name for path in (host.data / "machines/m-1").glob("*.*") if path.suffix != ".log"] == ["overlay.raw"]
+    assert await guest.shell("cat /root/file") == "kept\n"
+    await host.delete("m-1", make_fence("u1", 1, 8))
     assert await host.wait_empty() == []
     assert await host.stop() == 0
