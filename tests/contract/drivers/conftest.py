@@ -46,6 +46,8 @@ from own_world import machines_network, run_prefix
 #: Generous: two cores, software emulation, and whatever else the machine does.
 BOOT_S = 120
 DISK_BYTES = 1 << 30
+#: Of machines whose VMM has a user of its own.
+UID = 71_236
 #: The real programs, for the processes of the tests, too; empty for the fake.
 REAL = "FUSE_TEST_REAL_FIRECRACKER"
 DATA = Path(os.environ.get("FUSE_TEST_DATA", "/var/cache/fuse-test"))
@@ -221,6 +223,14 @@ class Workbench:
             return plan
         group = await self._cgroups.ensure(plan.machine_id, Limits(memory_bytes=1 << 30, cpus=2))
         return msgspec.structs.replace(plan, confinement=Confinement(cgroups=group.paths))
+
+    async def confined_plan(self) -> BootPlan:
+        """Plan a machine whose VMM has a user of its own, as a daemon that is root does; as others, without."""
+        plan = await self.plan()
+        if os.geteuid() != 0 or plan.overlay is None:
+            return plan
+        os.chown(plan.overlay, UID, UID)
+        return msgspec.structs.replace(plan, confinement=Confinement(uid=UID, gid=UID))
 
     async def boot(self, plan: BootPlan | None = None, **changes) -> Vmm:
         """Boot a machine that is killed after the test."""

@@ -246,6 +246,18 @@ async def test_only_exactly_that_process_is_adopted(bench, shared):
 # -- the end -----------------------------------------------------------------------------------------------------------
 
 
+async def test_a_confined_machine_without_a_device_has_no_network_of_the_host(bench, agent_of):
+    plan = await bench.confined_plan()
+    vmm = await bench.boot(plan)
+    await agent_of(vmm).health()
+    process = Path(f"/proc/{vmm.process.pid}")
+    is_apart = (process / "ns/net").readlink() != Path("/proc/self/ns/net").readlink()
+    assert is_apart == (plan.confinement.uid is not None)
+    if is_apart:
+        devices = [line.split(":")[0].strip() for line in (process / "net/dev").read_text().splitlines()[2:]]
+        assert devices == ["lo"]
+
+
 async def test_kill_returns_when_the_process_is_gone(bench):
     vmm = await bench.boot()
     await vmm.kill()

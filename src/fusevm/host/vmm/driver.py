@@ -13,6 +13,8 @@ from fusevm.model.machine import VmmProcess
 
 #: What a driver keeps of a run beside the disk, in the machine's directory: the root directory of its VMM.
 JAIL = "jail"
+#: Drivers that have one of every machine that runs.
+JAILERS = frozenset({"firecracker"})
 
 
 class VmmGone(ConnectionError):
@@ -71,8 +73,14 @@ class BootPlan(msgspec.Struct, frozen=True, kw_only=True):
     #: Where console and VMM output go, bounded by `console_bytes` (rotated, newest kept).
     console_log: Path
     console_bytes: int = 4 << 20
+    #: Without one, a confined VMM has no network either.
     nic: Nic | None = None
     confinement: Confinement = Confinement()
+
+    @property
+    def is_cut_off(self) -> bool:
+        """The VMM gets an empty network namespace: it was given none to enter, and has no business in the host's."""
+        return self.nic is None and self.confinement.uid is not None
 
 
 class Vmm(Protocol):

@@ -1,9 +1,9 @@
 """Starting a VMM process so that it outlives the daemon and keeps nothing of it.
 
 A chain of small programs, each of which replaces itself by the next, so that pid and start time stay: `sh` (joins the
-cgroups, no core dumps, first in line for the OOM killer), `nsenter` (network namespace), `setpriv` (uid, gid, no
-groups, no capabilities, no new privileges), the VMM. Sockets are made here, too: the daemon listens, connects, and then
-passes the listening end on, so that nobody waits for anybody.
+cgroups, no core dumps, first in line for the OOM killer), `nsenter` or `unshare` (network namespace), `setpriv` (uid,
+gid, no groups, no capabilities, no new privileges), the VMM. Sockets are made here, too: the daemon listens, connects,
+and then passes the listening end on, so that nobody waits for anybody.
 """
 
 import asyncio
@@ -48,7 +48,9 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     pass_fds: tuple[int, ...]
     #: Becomes standard output and error.
     output_fd: int
+    #: Network namespace that it enters; None: the daemon's, or an empty one of its own.
     netns: Path | None = None
+    is_cut_off: bool = False
     confinement: Confinement = Confinement()
     #: Supplementary groups that it keeps (for /dev/kvm).
     groups: tuple[int, ...] = ()
@@ -108,6 +110,8 @@ def render_launch(launch: Launch) -> list[str]:
     words = [*("/bin/sh", "-c", _SHIM, "fuse-vmm"), *map(str, launch.confinement.cgroups), "--"]
     if launch.netns is not None:
         words += ["nsenter", f"--net={launch.netns}", "--"]
+    elif launch.is_cut_off:
+        words += ["unshare", "--net", "--"]
     return [*words, "setpriv", *_privileges(launch), "--", *launch.argv]
 
 

@@ -381,6 +381,7 @@ def _launch(argv: list[str], plan: BootPlan, descriptors: Descriptors, output: i
         pass_fds=sockets if descriptors.tap is None else (*sockets, descriptors.tap),
         output_fd=output,
         netns=plan.nic.netns if plan.nic is not None else None,
+        is_cut_off=plan.is_cut_off,
         confinement=plan.confinement,
         groups=_kvm_groups() if kind == "kvm" else (),
     )

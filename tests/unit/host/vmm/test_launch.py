@@ -46,6 +46,11 @@ def test_the_chain_without_root_and_with_a_group_for_kvm():
     assert "--groups 36 " in " ".join(render_launch(grouped))
 
 
+def test_the_chain_of_a_process_that_gets_no_network():
+    chain = " ".join(render_launch(Launch(argv=["qemu"], pass_fds=(), output_fd=2, is_cut_off=True))[3:])
+    assert chain == "fuse-vmm -- unshare --net -- setpriv --no-new-privs -- qemu"
+
+
 async def run_shell(tmp_path: Path, script: str, **fields) -> tuple[str, int | None]:
     output = open_output(tmp_path / "vmm.out")
     handle = ProcessHandle.of_child(start_process(Launch(argv=["sh", "-c", script], output_fd=output, **fields)))

@@ -77,11 +77,13 @@ class FirecrackerDriver:
                 output = open_output(pipe_of(plan))
                 passed.callback(os.close, output)
                 undo.callback(pipe_of(plan).unlink, missing_ok=True)
-                # The jailer gives up root by itself; it joins the cgroups as whoever it was started by.
+                # The jailer gives up root and enters a namespace by itself; cgroups, and a namespace that has no name,
+                # it joins as whoever it was started by.
                 launch = Launch(
                     argv=render_jailer(_order(plan, programs), jail, _INSIDE),
                     pass_fds=(),
                     output_fd=output,
+                    is_cut_off=plan.is_cut_off,
                     confinement=Confinement(cgroups=plan.confinement.cgroups),
                 )
                 vmm = self._hold(plan, jail, ProcessHandle.of_child(await start_in_thread(launch)))
