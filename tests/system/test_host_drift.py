@@ -11,6 +11,7 @@ import pytest
 from real_host import Host, make_fence, until
 
 from fusevm.host.process import boot_id
+from fusevm.wire.host_api import CLUSTER_HEADER
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
 
@@ -63,6 +64,65 @@ async def test_what_is_missing_of_a_machine_is_told_by_kind(agent_host: Host):
     await until(is_back, 60)
     for number in (1, 2):
         await host.delete(f"m-{number}", make_fence(f"u{number}", action_seq=2))
+    assert await host.stop() == 0
+
+
+async def test_a_jail_that_is_missing_is_told(jail_host: Host):
+    host = jail_host
+    await host.start()
+    await host.create("m-1", make_fence(), **SPEC)
+    jail = host.data / "machines/m-1/jail"
+    jail.rename(host.data / "elsewhere")
+
+    async def is_told() -> bool:
+        return (await drift(host))["missing"] == [("jail", "m-1"), ("socket", "m-1")]
+
+    await until(is_told, 60)
+    assert await gauge(host, "jail", "missing") == 1
+    (host.data / "elsewhere").rename(jail)
+
+    async def is_back() -> bool:
+        return (await drift(host))["missing"] == []
+
+    await until(is_back, 60)
+    # One that comes and goes is missed by nobody.
+    told = host.log.read_text().count("thing_missing")
+    for action_seq in (2, 4):
+        await host.ask("POST", "/machines/m-1/stop", make_fence(action_seq=action_seq))
+        await host.ask("POST", "/machines/m-1/files/ops", make_fence(action_seq=action_seq), b'{"operation":"list"}')
+        await host.ask("POST", "/machines/m-1/start", make_fence(action_seq=action_seq + 1))
+    await host.delete("m-1", make_fence(action_seq=6))
+    assert host.log.read_text().count("thing_missing") == told
+    assert await host.stop() == 0
+
+
+async def test_a_snapshot_that_has_lost_its_disk_is_told(agent_host: Host):
+    host = agent_host
+    await host.start()
+    await host.create("m-1", make_fence(), **SPEC)
+    await host.ask("POST", "/machines/m-1/stop", make_fence(action_seq=2))
+    for number in (1, 2):
+        body = json.dumps({"snapshot_id": f"s-{number}"}).encode()
+        await host.ask("POST", "/machines/m-1/snapshots", make_fence(action_seq=2 + number), body)
+    disk = host.data / "snapshots/s-1/disk.raw"
+    disk.rename(host.data / "elsewhere")
+
+    async def is_told() -> bool:
+        return (await drift(host))["missing"] == [("snapshot", "s-1")]
+
+    await until(is_told, 60)
+    assert await gauge(host, "snapshot", "missing") == 1
+    assert '"snapshot": "s-1"' in next(line for line in host.log.read_text().splitlines() if "thing_missing" in line)
+    (host.data / "elsewhere").rename(disk)
+
+    async def is_back() -> bool:
+        return (await drift(host))["missing"] == []
+
+    await until(is_back, 60)
+    for number in (1, 2):
+        await host.ask("DELETE", f"/snapshots/s-{number}", headers={CLUSTER_HEADER: "test"})
+    await host.delete("m-1", make_fence(action_seq=5))
+    assert host.log.read_text().count("thing_missing") == 1
     assert await host.stop() == 0
 
 

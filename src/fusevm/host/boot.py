@@ -72,7 +72,7 @@ async def _launch(
     lodging = await parts.quarters.prepare(machine, is_visit=kind == "visit")
     undo.push("quarters", lambda: parts.quarters.vacate(machine, keep_disk=kind != "create"))
     try:
-        prepared = msgspec.structs.replace(machine, address=lodging.address)
+        prepared = msgspec.structs.replace(machine, address=lodging.address, driver=parts.driver.name)
         prepared = await parts.journal.mark(prepared, kind, "prepared")
         marks.launched = parts.clock.monotonic_ms()
         vmm = await parts.driver.boot(lodging.plan)

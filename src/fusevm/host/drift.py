@@ -1,23 +1,27 @@
 """The registry compared with the host, as far as both can be named: what is there and should not be, what should be
 there and is not. Pure.
 
+Of snapshots only what is missing is told: what is there and nobody's, their keeper removes.
+
 A machine claims things by kind: those that it must have, and those that it may have. One that is being changed may have
 everything and must have nothing: its task sees to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from enum import StrEnum
 
 import msgspec
 
+from fusevm.host.snapshots.record import HostSnapshot, SnapshotPhase
+from fusevm.host.vmm.driver import JAILERS
 from fusevm.model.machine import Machine, Phase
 
 
 class Kind(StrEnum):
-    """What exists of machines on a host."""
+    """What exists of machines and snapshots on a host."""
 
     PROCESS = "process"
     SOCKET = "socket"
@@ -33,13 +37,15 @@ class Kind(StrEnum):
     RULES = "rules"
     #: A whole network slot, where nobody says which part of it.
     SLOT = "slot"
+    #: The bytes of a snapshot.
+    SNAPSHOT = "snapshot"
 
 
 class Thing(msgspec.Struct, frozen=True, kw_only=True, order=True):
     """Something that exists on the host, or should."""
 
     kind: Kind
-    #: Of the machine; of a network slot that is nobody's, its number.
+    #: Of the machine, or the snapshot; of a network slot that is nobody's, its number.
     name: str
 
 
@@ -52,7 +58,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 
 #: Stays with a machine that rests.
 _KEPT = frozenset({Kind.MACHINE_DIRECTORY, Kind.DISK})
-#: Belongs to a run; what a driver keeps in a jail, and mounts, only some have.
+#: Belongs to a run; mounts only some have.
 _OF_RUN = frozenset({Kind.PROCESS, Kind.SOCKET, Kind.CGROUP, Kind.RUN_DIRECTORY})
 _NETWORK = frozenset({Kind.NAMESPACE, Kind.LINK, Kind.TAP, Kind.RULES})
 
@@ -64,7 +70,8 @@ def claim_of(machine: Machine, *, is_quiet: bool) -> Claim:
     match machine.phase:
         case Phase.RUNNING | Phase.PAUSED:
             network = _NETWORK if machine.slot >= 0 else frozenset[Kind]()
-            return Claim(must=_KEPT | _OF_RUN | network)
+            jail = frozenset({Kind.JAIL}) if machine.driver in JAILERS else frozenset[Kind]()
+            return Claim(must=_KEPT | _OF_RUN | network | jail)
         case Phase.STOPPED | Phase.FAILED if machine.slot < 0:
             # One that has never run, since its guest did not get ready, gets its disk when it is started.
             return Claim(must=_KEPT if machine.started_at_ms is not None else frozenset(), may=_KEPT)
@@ -100,3 +107,13 @@ def compare(observed: Iterable[Thing], claims: Mapping[str, Claim], kinds: Abstr
         surplus=frozenset(thing for thing in owned if thing.kind not in claims[thing.name].may),
         missing=frozenset(wanted - present),
     )
+
+
+def missing_snapshots(known: Sequence[HostSnapshot], sizes: Mapping[str, int]) -> frozenset[Thing]:
+    """Snapshots that are said to be usable and have not the bytes for it; `sizes`: of the disks that are there, whole.
+
+    One that is being made or removed has whatever it has: its own work sees to it.
+    """
+    ready = [snapshot for snapshot in known if snapshot.phase is SnapshotPhase.READY]
+    lost = [snapshot.id for snapshot in ready if sizes.get(snapshot.id) != snapshot.disk_bytes]
+    return frozenset(Thing(kind=Kind.SNAPSHOT, name=name) for name in lost)

@@ -12,12 +12,12 @@ import asyncio
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from fusevm.host.cgroup import Cgroups
-from fusevm.host.drift import Kind
+from fusevm.host.drift import Kind, Thing, missing_snapshots
 from fusevm.host.listing import names_in
 from fusevm.host.mounts import detach_below, find_mounts
 from fusevm.host.net.namespace import run_inside
@@ -25,6 +25,7 @@ from fusevm.host.net.network import HostNetwork
 from fusevm.host.net.plan import plan_slot
 from fusevm.host.process import identify
 from fusevm.host.removal import remove_tree
+from fusevm.host.snapshots.record import HostSnapshot
 from fusevm.host.strays import find_strays, kill_strays
 from fusevm.host.vmm.driver import JAIL
 from fusevm.model.errors import Error
@@ -199,6 +200,23 @@ class Slots:
         await self._network.ensure()
         kept = {machine.slot for machine in self._records() if machine.slot >= 0}
         return {str(number) for number in await self._network.sweep(kept)}
+
+
+class Snapshots:
+    """The bytes of snapshots; what is nobody's of them, their keeper removes."""
+
+    def __init__(
+        self,
+        sizes: Callable[[], Awaitable[Mapping[str, int]]],
+        known: Callable[[], Awaitable[Sequence[HostSnapshot]]],
+    ) -> None:
+        self._sizes = sizes
+        self._known = known
+
+    async def missing(self) -> frozenset[Thing]:
+        """Those that are said to be usable, and are not there: what exists first, who is known then."""
+        sizes = await self._sizes()
+        return missing_snapshots(await self._known(), sizes)
 
 
 def _folders(root: Path) -> Iterator[Path]:

@@ -32,7 +32,18 @@ from fusevm.host.driver_choice import choose_engine
 from fusevm.host.engine import ChooseEngine, Engine
 from fusevm.host.events import EventHub
 from fusevm.host.faults import Fault, make_fault
-from fusevm.host.grounds import Contents, Directories, Ground, Groups, Links, Mounts, Processes, Slots, Witness
+from fusevm.host.grounds import (
+    Contents,
+    Directories,
+    Ground,
+    Groups,
+    Links,
+    Mounts,
+    Processes,
+    Slots,
+    Snapshots,
+    Witness,
+)
 from fusevm.host.image_service import ImageService
 from fusevm.host.images.artifact import make_policy
 from fusevm.host.images.store import ImageStore
@@ -177,7 +188,7 @@ async def _make_daemon(
         parts,
         images=image_service,
         artifacts=image_service.artifacts,
-        sweeper=_make_sweeper(config, machines, cgroups, network),
+        sweeper=_make_sweeper(config, machines, cgroups, network, Snapshots(folders.sizes, ledger.load_all)),
         machines=machines,
         network=network,
         snapshots=SnapshotKeeper(ledger, folders, machines, parts, make_policy(config)),
@@ -229,7 +240,11 @@ async def _make_cgroups(config: HostConfig) -> Cgroups | None:
 
 
 def _make_sweeper(
-    config: HostConfig, machines: Machines, cgroups: Cgroups | None, network: HostNetwork | None
+    config: HostConfig,
+    machines: Machines,
+    cgroups: Cgroups | None,
+    network: HostNetwork | None,
+    snapshots: Snapshots,
 ) -> Sweeper:
     folder, run_dir, records = config.data_root / "machines", config.runtime_directory, machines.records
     # Processes first: nothing may use what is removed next.
@@ -245,7 +260,7 @@ def _make_sweeper(
     if network is not None:
         witnesses.append(Links(network, records))
         slots = Slots(network, records)
-    return Sweeper(grounds, machines.claims, witnesses=witnesses, slots=slots, tidy=machines.tidy)
+    return Sweeper(grounds, machines.claims, witnesses=witnesses, slots=slots, snapshots=snapshots, tidy=machines.tidy)
 
 
 def _slots_in_use(entries: list[Entry]) -> dict[int, Terms]:

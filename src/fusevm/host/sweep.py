@@ -19,7 +19,7 @@ from collections.abc import Set as AbstractSet
 import structlog
 
 from fusevm.host.drift import Claim, Drift, Kind, Thing, compare
-from fusevm.host.grounds import Ground, Slots, Witness
+from fusevm.host.grounds import Ground, Slots, Snapshots, Witness
 from fusevm.model.errors import Error
 
 log = structlog.get_logger()
@@ -38,11 +38,13 @@ class Sweeper:
         *,
         witnesses: Sequence[Witness] = (),
         slots: Slots | None = None,
+        snapshots: Snapshots | None = None,
         tidy: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         self._grounds = grounds
         self._witnesses = witnesses
         self._slots = slots
+        self._snapshots = snapshots
         #: What every known machine claims, as of now.
         self._claims = claims
         #: Clears what a machine at rest should not have, by its own task.
@@ -84,7 +86,16 @@ class Sweeper:
         drift = compare(observed, self._claims(), found.keys())
         # What a witness sees of nobody goes with what it is in.
         leftovers = frozenset(thing for thing in drift.leftovers if thing.kind in self.kinds)
-        return Drift(leftovers=leftovers, surplus=drift.surplus, missing=drift.missing)
+        missing = drift.missing | await self._look_at_snapshots()
+        return Drift(leftovers=leftovers, surplus=drift.surplus, missing=missing)
+
+    async def _look_at_snapshots(self) -> frozenset[Thing]:
+        """Those that have lost their bytes."""
+        try:
+            return await self._snapshots.missing() if self._snapshots is not None else frozenset()
+        except (Error, OSError) as e:
+            log.warning("not_looked_at", who=Kind.SNAPSHOT, problem=str(e))
+            return frozenset()
 
     async def _remove(self, doomed: frozenset[Thing]) -> frozenset[Thing]:
         removed: set[Thing] = set()
@@ -133,7 +144,8 @@ class Sweeper:
     def _tell_missing(self, missing: frozenset[Thing]) -> None:
         """Once, when it is sure; the metric goes on."""
         for thing in sorted(missing - self.drift.missing):
-            log.error("thing_missing", kind=thing.kind, machine=thing.name)
+            owner = "snapshot" if thing.kind is Kind.SNAPSHOT else "machine"
+            log.error("thing_missing", kind=thing.kind, **{owner: thing.name})
 
 
 async def _observe_one(ground: Ground) -> dict[Kind, set[str]]:

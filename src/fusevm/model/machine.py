@@ -138,6 +138,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     phase: Phase
     image_digest: str = ""
     kernel_digest: str = ""
+    #: Whose VMM it runs in, or ran in last; before that, whom it was made for.
     driver: str = ""
     isolation: Isolation = Isolation.NAMESPACE
     #: Reserved numbers; -1: none. Network slot and user id of the VMM.

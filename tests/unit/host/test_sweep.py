@@ -9,11 +9,13 @@ import msgspec
 import pytest
 
 from fusevm.host import sweep
-from fusevm.host.drift import Claim, Kind, Thing, claim_of, compare
-from fusevm.host.grounds import Contents, Directories, Processes
+from fusevm.host.drift import Claim, Kind, Thing, claim_of, compare, missing_snapshots
+from fusevm.host.grounds import Contents, Directories, Processes, Snapshots
 from fusevm.host.metrics import Metrics
 from fusevm.host.process import identify
+from fusevm.host.snapshots.record import HostSnapshot, SnapshotPhase
 from fusevm.host.sweep import Sweeper
+from fusevm.host.vmm.firecracker.driver import FirecrackerDriver
 from fusevm.model.errors import Internal
 from fusevm.model.machine import Fence, Machine, MachineSpec, Phase
 
@@ -27,6 +29,16 @@ MACHINE = Machine(
     created_at_ms=0,
     started_at_ms=1,
     updated_at_ms=0,
+)
+
+SNAPSHOT = HostSnapshot(
+    id="s-1",
+    cluster="c",
+    machine_id="m-1",
+    phase=SnapshotPhase.READY,
+    image_digest="",
+    disk_bytes=1 << 20,
+    created_at_ms=0,
 )
 
 
@@ -198,6 +210,50 @@ def test_a_machine_claims_what_its_phase_needs():
         assert (never.must, never.may) == (frozenset(), rests.may)
     for phase in Phase:
         assert claim_of(msgspec.structs.replace(MACHINE, phase=phase), is_quiet=False) == ANY
+
+
+def test_only_what_runs_in_a_jail_must_have_one():
+    assert Kind.JAIL not in claim_of(MACHINE, is_quiet=True).must
+    jailed = msgspec.structs.replace(MACHINE, driver=FirecrackerDriver.name)
+    assert Kind.JAIL in claim_of(jailed, is_quiet=True).must
+    for phase in (Phase.STOPPED, Phase.FAILED):
+        rests = claim_of(msgspec.structs.replace(jailed, phase=phase, slot=-1), is_quiet=True)
+        assert Kind.JAIL not in rests.must | rests.may
+
+
+def test_a_snapshot_that_can_be_used_must_have_its_bytes():
+    known = [msgspec.structs.replace(SNAPSHOT, id=phase.value, phase=phase) for phase in SnapshotPhase]
+    lost = {thing(Kind.SNAPSHOT, "ready")}
+    assert missing_snapshots(known, {}) == lost
+    assert missing_snapshots(known, {"ready": SNAPSHOT.disk_bytes - 1}) == lost
+    assert missing_snapshots(known, {"ready": SNAPSHOT.disk_bytes, "nobodys": 7}) == frozenset()
+
+
+async def test_a_snapshot_that_was_missed_twice_is_told_until_it_is_back():
+    there: dict[str, int] = {}
+
+    async def sizes() -> dict[str, int]:
+        if "broken" in there:
+            raise OSError("it cannot be looked at")
+        return there
+
+    async def known() -> list[HostSnapshot]:
+        return [SNAPSHOT]
+
+    # A machine of the same name is not concerned.
+    sweeper = Sweeper([Things(Kind.CGROUP, "s-1")], claimed({"s-1"}), snapshots=Snapshots(sizes, known))
+    await sweeper.sweep()
+    assert sweeper.drift.missing == frozenset()
+    await sweeper.sweep()
+    assert sweeper.drift.missing == {thing(Kind.SNAPSHOT, "s-1")}
+    there["broken"] = 0
+    await sweeper.sweep()
+    assert sweeper.drift.missing == frozenset()
+    del there["broken"]
+    there["s-1"] = SNAPSHOT.disk_bytes
+    for _look in range(2):
+        await sweeper.sweep()
+    assert sweeper.drift.missing == frozenset()
 
 
 def test_the_comparison_tells_nobodys_things_from_a_machines():

@@ -17,6 +17,8 @@ import asyncio
 import errno
 import hashlib
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -25,6 +27,7 @@ from fusevm.host.disk.copy import CopyStopped, DiskImage, Stop, copy_disk, run_i
 from fusevm.host.disk.qcow2 import QcowDamaged
 from fusevm.host.disk.room import disk_of_snapshot
 from fusevm.host.images.workspace import sync_folder, write_durably
+from fusevm.host.listing import names_in
 from fusevm.host.removal import remove_tree
 from fusevm.host.snapshots.packed import PackedDisk, find_runs
 from fusevm.host.snapshots.record import DISK_ARTIFACT, Artifact, HostSnapshot
@@ -92,6 +95,10 @@ class SnapshotFolders:
             lambda: {entry.name for entry in os.scandir(self._root)} if self._root.is_dir() else set()
         )
 
+    async def sizes(self) -> dict[str, int]:
+        """Bytes of the disk of each snapshot that has all that reading it takes."""
+        return await asyncio.to_thread(lambda: dict(self._sizes()))
+
     def staging(self, snapshot_id: str) -> tuple[Path, Path]:
         """Where what is fetched goes, and what is made of it until it is sealed; the folder is made by `prepare`."""
         folder = self._root / snapshot_id
@@ -114,6 +121,16 @@ class SnapshotFolders:
             raise SnapshotNotFound(id=snapshot.id) from e
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _sizes(self) -> Iterator[tuple[str, int]]:
+        for name in names_in(self._root):
+            folder = self._root / name
+            try:
+                disk, layout = disk_of_snapshot(self._root, name).lstat(), (folder / "layout.json").lstat()
+            except OSError:
+                continue
+            if stat.S_ISREG(disk.st_mode) and stat.S_ISREG(layout.st_mode):
+                yield name, disk.st_size
 
     def _seal(self, snapshot: HostSnapshot, stop: Stop) -> HostSnapshot:
         folder, disk = self._root / snapshot.id, disk_of_snapshot(self._root, snapshot.id)
