@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 import msgspec
-from small_world import Broken, Cluster, World
+from small_world import Cluster
+from worlds import Broken, World, find_problems
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -51,7 +52,7 @@ def explore(cluster: Cluster, limit: int = 300_000) -> Found:
                     found.moves.append([])
                     came.append((number, name))
                     todo.append(target)
-                    problems = _problems(cluster, world, checked)
+                    problems = _problems(world, checked)
                     if problems:
                         return broken(target, "\n".join(problems))
                 found.moves[number].append((kind, target))
@@ -61,11 +62,11 @@ def explore(cluster: Cluster, limit: int = 300_000) -> Found:
     return found
 
 
-def _problems(cluster: Cluster, world: World, checked: dict[bytes, list[str]]) -> list[str]:
+def _problems(world: World, checked: dict[bytes, list[str]]) -> list[str]:
     """The broken rules of a world; messages play no part in them, so many worlds share one check."""
     key = _encode([world.slots, [[server.record, server.machines] for server in world.servers]])
     if key not in checked:
-        checked[key] = cluster.problems(world)
+        checked[key] = find_problems(world)
     return checked[key]
 
 

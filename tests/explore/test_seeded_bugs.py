@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from search import explore, stuck
-from small_world import CLUSTER, NOW, PATIENT, Cluster, Move
+from small_world import Cluster
+from worlds import CLUSTER, NOW, PATIENT, Move
 
 from fusevm.core.lifecycle import Step
 from fusevm.core.reconcile import Strikes

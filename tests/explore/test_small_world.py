@@ -9,7 +9,8 @@ import random
 import msgspec
 import pytest
 from search import Found, explore, stuck
-from small_world import EVERYTHING, Cluster, World
+from small_world import Cluster
+from worlds import EVERYTHING, World, find_problems
 
 from fusevm.core.record import action_name
 from fusevm.model.environment import State
@@ -179,7 +180,7 @@ def test_a_larger_world_holds_on_long_random_walks(seed: int):
             move = dice.choice(moves)
             world = move.world
             path.append(move.name)
-            problems = cluster.problems(world)
+            problems = find_problems(world)
             assert not problems, "\n".join([f"seed {seed}", *problems, *path])
         end(cluster, world, dice)
 
