@@ -56,6 +56,13 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         return int(self.disk_bytes * self.disk_ratio)
 
 
+def check_room(limits: Limits, needed_bytes: int) -> None:
+    """Raise HostFull when a copy would take what must stay free."""
+    free = limits.disk_free_bytes - limits.disk_reserve_bytes
+    if needed_bytes >= free:
+        raise HostFull(resource="disk", needed=f"{needed_bytes} bytes", free=f"{max(0, free)} bytes")
+
+
 def check_admission(usage: Usage, limits: Limits, spec: MachineSpec, *, is_new: bool) -> None:
     """Raise HostFull, naming the resource, when the machine does not fit. A start of a known machine books no disk."""
     memory_free = limits.memory_mib - usage.memory_mib - usage.active * limits.overhead_mib

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
-from fusevm.host.admission import Limits, Size, Usage, check_admission, resized
+from fusevm.host.admission import Limits, Size, Usage, check_admission, check_room, resized
 from fusevm.host.clock import read_moment
 from fusevm.host.faults import Fault
 from fusevm.host.fencing import LOCAL, check_cluster, check_order, check_owner
@@ -149,6 +149,7 @@ class Journal:
             if other is not None:
                 raise MachineExists(id=other[0])
             check_admission(load_usage(db), limits, draft.spec, is_new=True)
+            check_room(limits, draft.seed_bytes)
             machine = draft_machine(draft, order, self._clock())
             insert_machine(db, machine)
             machine = publish_all(db, reserve_numbers(db, machine, numbers), numbers, self._clock())

@@ -255,6 +255,7 @@ class Machines:
             nonce=self._parts.clock.entropy(16).hex(),
             deadline_ms=deadline_ms,
             seed=seed_of(snapshot) if snapshot is not None else None,
+            seed_bytes=await self._parts.disks.seed_bytes(snapshot.id) if snapshot is not None else 0,
         )
 
     async def _snapshot(self, body: CreateMachine, fence: Fence | None) -> HostSnapshot | None:

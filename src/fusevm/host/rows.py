@@ -81,6 +81,8 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
     #: Of the contract's machine API, which knows no repetition: a machine that exists is a conflict.
     contract: Contract | None = None
     seed: DiskSeed | None = None
+    #: What making its disk takes of the host's disk at once.
+    seed_bytes: int = 0
 
 
 def check_repetition(existing: Machine, draft: Draft, order: Fence) -> Machine:

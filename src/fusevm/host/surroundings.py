@@ -118,6 +118,10 @@ class Disks(Protocol):
         """What a copy of it may take of the host's disk."""
         ...
 
+    async def seed_bytes(self, snapshot_id: str) -> int:
+        """What a disk that begins with a snapshot takes of the host's disk at once."""
+        ...
+
     async def stage(self, machine: Machine, seed: DiskSeed) -> None:
         """Make the disk that `swap` will put in place of the machine's. Raises NoSpace, SnapshotNotFound."""
         ...

@@ -46,6 +46,7 @@ from fusevm.model.errors import (
     WrongState,
 )
 from fusevm.model.machine import Phase
+from fusevm.testing.fake_disks import SIZE
 from fusevm.testing.host_world import SPEC, KnownPoints, World, fence, order, until
 from fusevm.wire.host_api import CLUSTER_HEADER
 from fusevm.wire.host_snapshots import DurableSnapshot
@@ -245,6 +246,25 @@ async def test_the_disk_is_that_of_the_moment(world: World) -> None:
         world.disks.write("m-1", b"later")
         await daemon.machines.restore("m-1", "s-1", fence(action_seq=2))  # the same order, asked again
         assert world.disks.read("m-1") == b"later"
+
+
+async def test_a_disk_that_would_take_what_must_stay_free_is_not_begun(world: World) -> None:
+    async with world.daemon() as daemon:
+        await make(daemon)
+        await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        before = daemon.machines.record("m-1")
+        limits = world.quarters.limits_now
+        # Enough for a machine that begins with nothing, and for one that runs.
+        free = limits.disk_reserve_bytes + SIZE // 2
+        world.quarters.limits_now = msgspec.structs.replace(limits, disk_free_bytes=free)
+        with pytest.raises(HostFull, match="disk"):
+            await daemon.machines.create(order("m-2", snapshot_id="s-1"), None)
+        with pytest.raises(HostFull, match="disk"):
+            await daemon.machines.restore("m-1", "s-1", None)
+        assert daemon.machines.ids() == {"m-1"}
+        assert daemon.machines.record("m-1") == before
+        assert not world.disks.is_staged("m-1")
+        await make(daemon, "m-3")
 
 
 async def test_a_snapshot_that_does_not_fit_is_a_conflict(world: World) -> None:

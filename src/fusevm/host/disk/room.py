@@ -62,6 +62,10 @@ class DiskRoom:
         """What a copy of the disk may take of the host's; nothing where blocks can be shared."""
         return await asyncio.to_thread(self._needed_bytes, machine)
 
+    async def seed_bytes(self, snapshot_id: str) -> int:
+        """What a disk that begins with a snapshot takes of the host's at once: nothing, unless it is a copy."""
+        return await asyncio.to_thread(self._seed_bytes, snapshot_id)
+
     async def ensure(self, machine: Machine) -> bool:
         """Make a machine's disk unless it is there; False when it was. Raises NoSpace, SnapshotNotFound."""
         if await asyncio.to_thread(self.find, machine.id) is not None:
@@ -120,6 +124,11 @@ class DiskRoom:
         if image.format == "raw" and self._shares_blocks():
             return 0
         return allocated_bytes(image.path) + (allocated_bytes(image.backing) if image.backing is not None else 0)
+
+    def _seed_bytes(self, snapshot_id: str) -> int:
+        if self._without_reflink is Method.QCOW2 or self._shares_blocks():
+            return 0
+        return allocated_bytes(disk_of_snapshot(self._snapshots, snapshot_id))
 
     def _shares_blocks(self) -> bool:
         """Can the file system share blocks between files? Asked once."""

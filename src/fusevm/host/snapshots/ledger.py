@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from fusevm.host.admission import Limits, check_admission
+from fusevm.host.admission import Limits, check_admission, check_room
 from fusevm.host.fencing import LOCAL
 from fusevm.host.journal import Journal
 from fusevm.host.rows import (
@@ -29,7 +29,6 @@ from fusevm.host.rows import (
 )
 from fusevm.host.snapshots.record import Consistency, HostSnapshot, SnapshotPhase, seed_of
 from fusevm.model.errors import (
-    HostFull,
     SnapshotExists,
     SnapshotMismatch,
     SnapshotNotFound,
@@ -154,13 +153,14 @@ class Ledger:
         snapshot_id: str,
         fence: Fence | None,
         limits: Limits,
+        needed_bytes: int,
         deadline_ms: int,
         on_commit: Callable[[Machine], None],
     ) -> Machine:
         """Write the intent to put a snapshot back into a machine; `next_seed` says that there is something to do.
 
-        A machine that runs since this very order did it is returned unchanged. Raises what `begin_take` raises, and
-        SnapshotMismatch.
+        A machine that runs since this very order did it is returned unchanged. `needed_bytes`: what the new disk takes
+        beside the old one. Raises what `begin_take` raises, and SnapshotMismatch.
         """
 
         def transact(db: sqlite3.Connection) -> Machine:
@@ -173,7 +173,7 @@ class Ledger:
             _check_phase(machine, _RESTORABLE, "wait until that is done")
             if machine.phase in _AT_REST:
                 check_admission(load_usage(db, exclude=machine_id), limits, machine.spec, is_new=False)
-            check_room(limits, 0)
+            check_room(limits, needed_bytes)
             save_intent(db, machine.id, "restore", self._now_ms(), deadline_ms)
             return save_machine(db, msgspec.structs.replace(machine, next_seed=seed), self._now_ms())
 
@@ -278,13 +278,6 @@ class Ledger:
         return await self._journal.read(
             lambda db: db.execute(SQL["is_stray_snapshot"], {"id": snapshot_id}).fetchone() is not None
         )
-
-
-def check_room(limits: Limits, needed_bytes: int) -> None:
-    """Raise HostFull when the copy would take what must stay free."""
-    free = limits.disk_free_bytes - limits.disk_reserve_bytes
-    if needed_bytes >= free:
-        raise HostFull(resource="disk", needed=f"{needed_bytes} bytes", free=f"{max(0, free)} bytes")
 
 
 def _draft(machine: Machine, snapshot_id: str, now_ms: int) -> HostSnapshot:

@@ -170,8 +170,9 @@ class DiskWork:
         parts = self._parts
         limits = await parts.quarters.limits()
         deadline_ms = parts.clock.now_ms() + order.timeout_ms
+        needed = await parts.disks.seed_bytes(order.snapshot_id)
         begun = await self._ledger.begin_restore(
-            machine.id, order.snapshot_id, order.fence, limits, deadline_ms, on_commit
+            machine.id, order.snapshot_id, order.fence, limits, needed, deadline_ms, on_commit
         )
         if begun.next_seed is None:
             return None

@@ -2,10 +2,11 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
 
-from fusevm.host.disk.copy import Stop, copy_disk
+from fusevm.host.disk.copy import Stop, copy_disk, share_blocks
 from fusevm.host.disk.overlay import Method, WithoutReflink, allocated_bytes
 from fusevm.host.disk.qcow2 import render_overlay
 from fusevm.host.disk.room import DiskRoom
@@ -124,3 +125,16 @@ async def test_a_disk_is_not_larger_than_its_machines_record_says(tmp_path: Path
     (tmp_path / "machines" / "m-1" / "overlay.raw").touch()
     os.truncate(tmp_path / "machines" / "m-1" / "overlay.raw", 1 << 40)
     assert (await disks.image(machine())).size_bytes == SIZE
+
+
+async def test_only_a_copy_takes_room_at_once(tmp_path: Path, content: bytes) -> None:
+    size = allocated_bytes(tmp_path / "snapshots" / "s-1" / "disk.raw")
+    assert 1 << 20 <= size <= len(content)
+    copying = room(tmp_path, Method.SPARSE_COPY)
+    with TemporaryFile(dir=tmp_path) as one, TemporaryFile(dir=tmp_path) as other:
+        one.write(bytes(1 << 16))
+        one.flush()
+        shares = share_blocks(one.fileno(), other.fileno())
+    assert await copying.seed_bytes("s-1") == (0 if shares else size)
+    assert await copying.seed_bytes("s-gone") == 0
+    assert await room(tmp_path, Method.QCOW2).seed_bytes("s-1") == 0
