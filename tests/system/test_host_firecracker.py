@@ -1,11 +1,13 @@
 """The whole daemon on Firecracker's fake, over its API: real jails, namespaces, taps, control groups and disks."""
 
+import itertools
 import json
 
 import pytest
 from real_host import Guest, Host, make_fence, until
 
 from fusevm.model.errors import BootFailed
+from fusevm.model.machine import Fence
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -115,5 +117,94 @@ async def test_a_daemon_with_another_driver_takes_over_what_runs(jail_host: Host
     await host.ask("POST", "/machines/m-1/stop", make_fence("u1", 1, 3))
     assert (await host.machine("m-1")).phase == "stopped"
     await host.delete("m-1", make_fence("u1", 1, 4))
+    assert await host.wait_empty() == []
+    assert await host.stop() == 0
+
+
+#: Behind all that the empty file system of a machine has written; its guest, a process, writes nothing.
+PLACE = 48 << 20
+
+
+class Disk:
+    """A machine's disk, written and read as its guest would."""
+
+    def __init__(self, host: Host, machine_id: str) -> None:
+        self.folder = host.data / "machines" / machine_id
+        self.path = self.folder / "overlay.raw"
+        self._jailed = self.folder / "jail/firecracker" / machine_id / "root/overlay"
+
+    def write(self, text: str) -> None:
+        with self.path.open("r+b") as file:
+            file.seek(PLACE)
+            file.write(text.encode().ljust(16, b"\0"))
+
+    def read(self) -> str:
+        with self.path.open("rb") as file:
+            file.seek(PLACE)
+            return file.read(16).rstrip(b"\0").decode()
+
+    def is_jailed(self) -> bool:
+        """Does the VMM have this very file, and nobody another one?"""
+        assert sorted(path.name for path in self.folder.glob("*.raw")) == ["overlay.raw"]
+        found = self.path.stat()
+        is_linked = self._jailed.exists() and self._jailed.stat().st_ino == found.st_ino
+        assert found.st_nlink == (2 if is_linked else 1)
+        return is_linked
+
+
+async def crash(host: Host, point: str, target: str, fence: Fence, body: bytes) -> str:
+    """Give an order to a daemon that dies on the way, and start the next; the machine's phase when it has settled."""
+    assert await host.stop() == 0
+    await host.start(fault=point)
+    with pytest.raises(ConnectionError):
+        await host.ask("POST", f"/machines/m-1/{target}", fence, body)
+    assert await host.wait_end() == -9
+    await host.start()
+
+    async def is_settled() -> bool:
+        state = json.loads(await host.ask("GET", "/state"))
+        return state["journal"]["entries"][0]["operation"] is None and not state["observed"]["quarantine"]
+
+    await until(is_settled, 60)
+    return (await host.machine("m-1")).phase
+
+
+async def test_a_jailed_disk_is_whole_wherever_the_daemon_dies(jail_host: Host):
+    host, disk = jail_host, Disk(jail_host, "m-1")
+    await host.start()
+    await host.create("m-1", make_fence("u1", 1, 1), **SPEC)
+    numbers = itertools.count(2)
+    snapshot = b'{"snapshot_id":"s-1"}'
+
+    def fence() -> Fence:
+        return make_fence("u1", 1, next(numbers))
+
+    await host.ask("POST", "/machines/m-1/stop", fence())
+    disk.write("before")
+    assert await crash(host, "snapshot.stopped", "snapshots", fence(), snapshot) == "stopped"
+    assert list((host.data / "snapshots").iterdir()) == []
+    await host.ask("POST", "/machines/m-1/snapshots", fence(), snapshot)
+    await host.ask("POST", "/machines/m-1/start", fence())
+
+    for point in ("staged", "committed", "vacated", "swapped", "prepared", "booted"):
+        disk.write("after")
+        assert await crash(host, f"restore.{point}", "restore", fence(), snapshot) == "running"
+        assert disk.read() == ("after" if point == "staged" else "before")
+        assert disk.is_jailed()
+        assert await Guest(host, "m-1", fence()).shell("echo right") == "right\n"
+
+    for point, size in (("killed", 96 << 20), ("grown", 128 << 20)):
+        body = json.dumps({"storage_bytes": size}).encode()
+        assert await crash(host, f"resize.{point}", "resize", fence(), body) == "stopped"
+        assert disk.path.stat().st_size == size
+        assert not disk.is_jailed()
+        await host.ask("POST", "/machines/m-1/start", fence())
+        assert disk.is_jailed()
+
+    await host.ask("POST", "/machines/m-1/stop", fence())
+    assert await crash(host, "visit.booted", "files/ops", fence(), b'{"operation":"list"}') == "stopped"
+    assert not disk.is_jailed()
+    assert disk.read() == "before"
+    await host.delete("m-1", fence())
     assert await host.wait_empty() == []
     assert await host.stop() == 0
