@@ -8,13 +8,14 @@ import secrets
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from fusevm.host.cgroup import Cgroups, Limits, observe_mounts
-from fusevm.host.vmm.driver import Confinement, Nic
+from fusevm.host.vmm.driver import BootPlan, Confinement, Nic
 from fusevm.host.vmm.qemu import QemuDriver
 from fusevm.host.vmm.qemu_args import overhead_mib
 from fusevm.model.errors import PathTooLong
@@ -81,6 +82,25 @@ def status_of(pid: int) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
+def check_descriptors(pid: int, plan: BootPlan, base: Path, tap: str = "") -> None:
+    """A VMM holds its disks, its tap, its output and its sockets, and of what has no name only what its loops need.
+
+    Its memory is its own: there is no file of it to hold. Of control groups and the daemon's things it holds nothing.
+    """
+    targets = Counter(str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir())
+    sockets = {target for target in targets if target.startswith("socket:")}
+    nameless = {"anon_inode:[eventfd]", "anon_inode:[eventpoll]", "anon_inode:[signalfd]", "anon_inode:[timerfd]"}
+    own = {str(path) for path in (plan.run_dir / "vmm.out", plan.overlay, base, plan.image)}
+    left = targets.keys() - sockets - nameless - own - {"/dev/null", tap}
+    assert left == set()
+    assert targets[tap] == (1 if tap else 0)
+    # Each of the three that the daemon has passed, and the daemon's connection to it.
+    table = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    paths = {f"socket:[{fields[6]}]": fields[7] for fields in table if len(fields) > 7}
+    ends = Counter(Path(paths.get(target, "unknown")) for target in sockets)
+    assert ends == {plan.run_dir / name: 2 for name in ("agent.sock", "qmp.sock", "console.sock")}
+
+
 @pytest.mark.parametrize("_", [pytest.param(0, marks=as_root)])
 async def test_a_confined_machine_on_a_tap(bench, netns, cgroups, agent_of, _):
     tap = make_tap(netns)
@@ -94,7 +114,10 @@ async def test_a_confined_machine_on_a_tap(bench, netns, cgroups, agent_of, _):
         nic=Nic(tap_fd=tap, mac="06:00:0a:09:00:02", netns=netns),
         confinement=Confinement(uid=UID, gid=GID, cgroups=group.paths),
     )
+    leaky = os.open("/dev/zero", os.O_RDONLY)
+    os.set_inheritable(leaky, True)
     vmm = await bench.boot(plan)
+    os.close(leaky)
     os.close(tap)
     agent = agent_of(vmm)
     pid = vmm.process.pid
@@ -103,6 +126,7 @@ async def test_a_confined_machine_on_a_tap(bench, netns, cgroups, agent_of, _):
     if shutil.which("ping"):
         assert (await asyncio.to_thread(subprocess.run, ping, capture_output=True)).returncode == 0
 
+    check_descriptors(pid, plan, bench.artefacts.blank, tap="/dev/net/tun")
     status = status_of(pid)
     assert status["Uid"].split() == [str(UID)] * 4
     assert status["Gid"].split() == [str(GID)] * 4
@@ -137,10 +161,7 @@ async def test_a_vmm_holds_only_its_own_descriptors(bench, agent_of):
     vmm = await bench.boot(plan := await bench.plan())
     os.close(leaky)
     await agent_of(vmm).health()
-    targets = [str(p.readlink()) for p in Path(f"/proc/{vmm.process.pid}/fd").iterdir()]
-    files = {t for t in targets if not t.startswith(("socket:", "anon_inode:", "/memfd:"))}
-    own = {str(plan.run_dir / "vmm.out"), str(plan.overlay), str(bench.artefacts.blank), str(bench.artefacts.image)}
-    assert files <= own | {"/dev/null"}
+    check_descriptors(vmm.process.pid, plan, bench.artefacts.blank)
     environment = Path(f"/proc/{vmm.process.pid}/environ").read_bytes().split(b"\0")
     assert {entry.partition(b"=")[0] for entry in environment if entry} <= {
         b"PATH",
