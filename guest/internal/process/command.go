@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"fused/internal/account"
 	"fused/internal/cgroup"
 	"fused/internal/console"
 	"fused/internal/fault"
@@ -227,15 +228,40 @@ func mayExecute(spec Spec) bool {
 	if err != nil {
 		return false
 	}
-	stat := info.Sys().(*syscall.Stat_t)
-	mode := info.Mode().Perm()
-	switch {
-	case spec.User.UID == 0:
-		return mode&0o111 != 0
-	case spec.User.UID == stat.Uid:
+	if spec.User.UID == 0 {
+		return info.Mode().Perm()&0o111 != 0
+	}
+	return allows(info, spec.User)
+}
+
+// mayEnter reports whether the mode bits of a folder and of those above it let
+// the user in.
+func mayEnter(dir string, user account.User) bool {
+	if user.UID == 0 {
+		return true
+	}
+	dir, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		return false
+	}
+	for ; ; dir = filepath.Dir(dir) {
+		if info, err := os.Stat(dir); err != nil || !allows(info, user) {
+			return false
+		}
+		if dir == "/" {
+			return true
+		}
+	}
+}
+
+// allows looks at the bit for executing, or entering, that counts for a user
+// who is not root.
+func allows(info os.FileInfo, user account.User) bool {
+	stat, mode := info.Sys().(*syscall.Stat_t), info.Mode().Perm()
+	if user.UID == stat.Uid {
 		return mode&0o100 != 0
 	}
-	for _, gid := range append([]uint32{spec.User.GID}, spec.User.Groups...) {
+	for _, gid := range append([]uint32{user.GID}, user.Groups...) {
 		if gid == stat.Gid {
 			return mode&0o010 != 0
 		}

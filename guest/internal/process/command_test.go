@@ -556,3 +556,41 @@ func TestSignalNames(t *testing.T) {
 		t.Error("names")
 	}
 }
+
+func TestADefaultFolderIsOneThatTheUserMayEnter(t *testing.T) {
+	root := t.TempDir()
+	os.Chmod(filepath.Dir(root), 0o755) // it is made for its owner only
+	for name, mode := range map[string]os.FileMode{"open": 0o755, "own": 0o700, "own/inner": 0o755, "group": 0o710, "not-owner": 0o077} {
+		path := filepath.Join(root, name)
+		if err := os.Mkdir(path, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		defer os.Chmod(path, 0o700) // TempDir removes it
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink(filepath.Join(root, "own/inner"), filepath.Join(root, "link")); err != nil {
+		t.Fatal(err)
+	}
+	me := fmt.Sprintf("%d:%d", os.Geteuid(), os.Getegid())
+	for _, c := range []struct {
+		folder, user string
+		entered      bool
+	}{
+		{"open", "12345:12345", true},
+		{"own", "12345:12345", false},
+		{"own/inner", "12345:12345", false},
+		{"link", "12345:12345", false},
+		{"group", "12345:12345", false},
+		{"group", fmt.Sprintf("12345:%d", os.Getegid()), true},
+		{"own/inner", me, true},
+		{"not-owner", me, os.Geteuid() == 0},
+	} {
+		folder := filepath.Join(root, c.folder)
+		spec, err := (&Request{Cmd: []string{"true"}, User: c.user}).Resolve(Defaults{Workdir: folder}, account.System)
+		if err != nil || (spec.Dir == folder) != c.entered {
+			t.Errorf("%s as %s: %q %v", c.folder, c.user, spec.Dir, err)
+		}
+	}
+}

@@ -169,7 +169,7 @@ func (r *Request) environment(d Defaults, user account.User) map[string]string {
 }
 
 // folder is the working directory. Only the request's own choice may fail:
-// images name folders that do not exist.
+// images name folders that do not exist, or that only their own user may enter.
 func (r *Request) folder(d Defaults, user account.User) (string, error) {
 	if r.Cwd != "" {
 		if !filepath.IsAbs(r.Cwd) || strings.ContainsRune(r.Cwd, 0) || !isDir(r.Cwd) {
@@ -178,7 +178,7 @@ func (r *Request) folder(d Defaults, user account.User) (string, error) {
 		return r.Cwd, nil
 	}
 	for _, dir := range []string{d.Workdir, user.Home} {
-		if dir != "" && filepath.IsAbs(dir) && isDir(dir) {
+		if dir != "" && filepath.IsAbs(dir) && isDir(dir) && mayEnter(dir, user) {
 			return dir, nil
 		}
 	}
