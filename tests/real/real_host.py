@@ -69,6 +69,24 @@ class Box:
         where = ["nsenter", "-t", str(self.pid), "--net", "--mount", "--pid", f"--wd={ROOT}", "--"]
         return [*where, *map(str, argv)]
 
+    @staticmethod
+    def inner_pid(entered: "subprocess.Popen[Any]") -> int:
+        """The program of `enter` itself, not the nsenter in front of it."""
+        return int(Path(f"/proc/{entered.pid}/task/{entered.pid}/children").read_text().split()[0])
+
+    @asynccontextmanager
+    async def serve(self, folder: Path) -> AsyncIterator[str]:
+        """A folder by URL, on the loopback inside."""
+        words = [sys.executable, "-u", "-m", "http.server", "--bind", "127.0.0.1", "--directory", str(folder), "0"]
+        with subprocess.Popen(self.enter(*words), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
+            assert server.stdout is not None
+            # "Serving HTTP on 127.0.0.1 port 40093 (...) ..."
+            said = await asyncio.to_thread(server.stdout.readline)
+            try:
+                yield f"http://127.0.0.1:{int(said.split()[5])}"
+            finally:
+                os.kill(self.inner_pid(server), signal.SIGKILL)
+
     def run(self, *argv: str | Path) -> str:
         """Run a program inside that must succeed; return its output."""
         done = subprocess.run(self.enter(*argv), capture_output=True, text=True, check=False)
@@ -118,10 +136,9 @@ class Host:
 
     @property
     def daemon_pid(self) -> int:
-        """The daemon itself, not the nsenter in front of it."""
+        """The daemon itself."""
         assert self._daemon is not None
-        children = Path(f"/proc/{self._daemon.pid}/task/{self._daemon.pid}/children").read_text().split()
-        return int(children[0])
+        return self.box.inner_pid(self._daemon)
 
     def launch(self, *more: str, fault: str = "") -> None:
         """Start a daemon without waiting for it."""

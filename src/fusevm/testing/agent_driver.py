@@ -2,7 +2,8 @@
 
 The process is confined as QEMU is (user, control groups, namespace, session of its own), outlives the daemon, is
 adopted by pid and start time, and its agent is the real one on the real channel. What it lacks is the machine: commands
-run on the host, as the machine's user. A machine with the hostname `mute` never answers.
+run on the host, as the machine's user, and that its disk is held still is only said (`held_disk`). A machine with the
+hostname `mute` never answers.
 
 For tests of everything around the VMM, at a few megabytes and milliseconds each.
 """
@@ -15,7 +16,7 @@ import os
 import signal
 from pathlib import Path
 
-from fusevm.host.channel import GuestChannel, GuestStream
+from fusevm.host.channel import GuestChannel
 from fusevm.host.images.initramfs import agent_path
 from fusevm.host.process import ProcessHandle, command_line_of
 from fusevm.host.vmm.driver import JAIL, BootPlan
@@ -23,8 +24,11 @@ from fusevm.host.vmm.exit_reason import LastWords, explain_exit
 from fusevm.host.vmm.launch import Launch, check_socket_path, open_output, start_in_thread
 from fusevm.model.errors import BootFailed
 from fusevm.model.machine import VmmProcess
+from fusevm.testing.held_disk import HeldDisk, HoldingStream
 
 MUTE = "mute"
+#: Beside the agent's socket: the machine's disk is held (`held_disk`).
+HELD = "held"
 #: A file of this name beside the disk makes the driver refuse to boot.
 REFUSE = "refuse"
 OVERHEAD_MIB = 16
@@ -40,6 +44,7 @@ class AgentVmm:
     def __init__(self, plan: BootPlan, handle: ProcessHandle) -> None:
         self._socket = socket_of(plan)
         self._output = plan.run_dir / "vmm.out"
+        self._disk = HeldDisk(self._socket.with_name(HELD))
         self._handle = handle
         self._channel = GuestChannel(self._socket)
         self._killed = ""
@@ -65,9 +70,9 @@ class AgentVmm:
             return False
         return True
 
-    async def open_stream(self) -> GuestStream:
+    async def open_stream(self) -> HoldingStream:
         """Open a stream to the agent. Raises ConnectionError."""
-        return await self._channel.open_stream()
+        return HoldingStream(await self._channel.open_stream(), self._disk)
 
     async def wait_exit(self) -> str:
         """Return why the process ended once it has."""
