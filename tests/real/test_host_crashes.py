@@ -1,18 +1,26 @@
-"""The daemon is killed (SIGKILL) at every point of a create, a stop and a delete; its next run puts it right."""
+"""The daemon is killed (SIGKILL) at every point of a create, a stop and a delete, and at one of each other operation;
+its next run puts it right. Freezes: `test_host_snapshots.py`.
+"""
 
 import asyncio
 import contextlib
 import json
+import sys
+from collections.abc import Awaitable
 
+import msgspec
 import pytest
 from real_host import Guest, Host, make_fence, reason_of, until
 
+from artefacts import IMAGE
 from fusevm.host.faults import CREATE_POINTS, DELETE_POINTS, STOP_POINTS
-from fusevm.wire.host_api import MachineBody
+from fusevm.wire.host_api import CLUSTER_HEADER, MachineBody
+from fusevm.wire.host_snapshots import SnapshotList
 
 pytestmark = pytest.mark.real
 
 FENCE = make_fence()
+OWNER = {CLUSTER_HEADER: FENCE.cluster}
 #: From here on the VMM is in the journal, and a restarted daemon goes on with the boot.
 _RESUMED = ("create.booted", "create.answered", "create.running.writing", "create.running")
 
@@ -164,3 +172,103 @@ async def test_a_crash_while_a_boot_is_undone_is_undone_once_more(host: Host):
         assert await _settled(host) == []
         await until(lambda: host.leftovers() == [])
         assert await host.stop() == 0
+
+
+# -- one machine, one crash after the other ---------------------------------------------------------------------------
+
+#: Of a program that gets a URL, or says why not.
+GET = """
+import sys, urllib.error, urllib.request
+try:
+    print(urllib.request.urlopen(sys.argv[1], timeout=20).read().decode(), end="")
+except urllib.error.URLError:
+    print("nobody", end="")
+"""
+
+
+def get(host: Host, url: str) -> str:
+    """What somebody on the host gets."""
+    return host.box.run(sys.executable, "-c", GET, url)
+
+
+async def _dies(host: Host, deed: Awaitable[object]) -> None:
+    """The daemon dies of an order, which gets no answer."""
+    with pytest.raises(ConnectionError):
+        await deed
+    assert await host.wait_end() == -9
+
+
+async def test_a_machine_outlives_crashes_at_its_ports_and_its_snapshots(host: Host):
+    host.options["--artifact-networks"] = "127.0.0.0/8"
+    await host.start(fault="port.published")
+    await host.create("m-1", FENCE)
+    guest = Guest(host, "m-1", FENCE)
+    await guest.shell("mkdir /srv/www; echo before > /srv/www/state; sync")
+    await guest.shell("cd /srv/www; setsid python3 -m http.server 80 > /dev/null 2>&1 &")
+
+    # The reservation is in the journal, and nothing is forwarded yet.
+    publishing = host.ask("POST", "/machines/m-1/published-ports", FENCE, b'{"published_port_id":"web","port":80}')
+    await _dies(host, publishing)
+    assert get(host, "http://127.0.0.1:20000/state") == "nobody"
+    await host.start(fault="port.unpublished")
+    await until(lambda: get(host, "http://127.0.0.1:20000/state") == "before\n")
+    assert await _ports(host) == [20_000]
+
+    # It is in the journal no more, and still forwarded.
+    await _dies(host, host.ask("DELETE", "/machines/m-1/published-ports/web", FENCE))
+    assert get(host, "http://127.0.0.1:20000/state") == "before\n"
+    await host.start(fault="restore.vacated")
+    assert await _ports(host) == []
+    assert get(host, "http://127.0.0.1:20000/state") == "nobody"
+
+    # It has ended, and its disk is not in its place yet.
+    body = b'{"snapshot_id":"s-1"}'
+    await host.ask("POST", "/machines/m-1/snapshots", make_fence(action_seq=2), body)
+    await guest.shell("echo after > /srv/www/state; sync")
+    await _dies(host, host.ask("POST", "/machines/m-1/restore", make_fence(action_seq=3), body))
+    await host.start(fault="unsnapshot.removed")
+    assert [(one.phase, one.generation) for one in await _settled(host)] == [("running", 2)]
+    assert await guest.shell("cat /srv/www/state") == "before\n"
+    # Whoever got no answer asks again: it is the same restore.
+    await host.ask("POST", "/machines/m-1/restore", make_fence(action_seq=3), body)
+    assert (await host.machine("m-1")).generation == 2
+
+    # The bytes of the snapshot have gone, its record has not.
+    packed = await host.ask("GET", "/snapshots/s-1/artifacts/disk-system", headers=OWNER)
+    (host.folder / "packed").write_bytes(packed)
+    await _dies(host, host.ask("DELETE", "/snapshots/s-1", headers=OWNER))
+    await host.start(fault="import.copied")
+    await until(lambda: _has_states(host, []), 60)
+    await host.delete("m-1", make_fence(action_seq=4))
+
+    # The bytes of what was carried away are here again, and nobody knows their digest yet.
+    disk = {"id": "disk-system", "size_bytes": len(packed), "download_url": ""}
+    wanted = {"machine_id": "m-2", "memory_mib": 256, "snapshot": {"image_id": IMAGE, "artifacts": [disk]}}
+    async with host.box.serve(host.folder) as url:
+        disk["download_url"] = f"{url}/packed"
+        await _dies(host, host.ask("POST", "/snapshots/s-2/restore", body=json.dumps(wanted).encode()))
+    await host.start()
+    await until(lambda: _has_states(host, ["ready"]), 60)
+    assert await host.machines() == []
+    # From here on nothing is fetched any more.
+    await host.ask("POST", "/snapshots/s-2/restore", body=json.dumps(wanted).encode())
+    command = b'{"command":["cat","/srv/www/state"]}'
+    assert json.loads(await host.ask("POST", "/machines/m-2/exec", body=command))["stdout"] == "before\n"
+    await host.ask("DELETE", "/snapshots/s-2")
+    await host.delete("m-2", None)
+    await until(lambda: host.leftovers() == [])
+    assert list((host.data / "snapshots").iterdir()) == []
+    assert await host.stop() == 0
+
+
+async def _ports(host: Host) -> list[int]:
+    """Published ones, once the daemon has put everything right."""
+    await _settled(host)
+    listed = json.loads(await host.ask("GET", "/machines/m-1/published-ports"))["ports"]
+    return [port["host_port"] for port in listed]
+
+
+async def _has_states(host: Host, wanted: list[str]) -> bool:
+    """Of all snapshots."""
+    known = msgspec.json.decode(await host.ask("GET", "/snapshots"), type=SnapshotList).snapshots
+    return [one.state for one in known] == wanted
