@@ -4,8 +4,8 @@ A point is reached right after (`create.intent`) or, with `.writing`, right befo
 after each side effect in between. In production nothing listens. A daemon is killed at every one of them:
 `tests/unit/host/test_kill_points.py` (fake driver and quarters), `tests/system/test_host_kill_points.py` (a daemon
 process, real quarters, VMMs that are small processes) and, for create, stop and delete and at one point of each other
-operation, `tests/real/test_host_crashes.py` (real machines). A point that is reached and not listed here fails the tests of
-whoever reaches it.
+operation, `tests/real/test_host_crashes.py` (real machines). A point that is reached and not listed here fails the
+tests of whoever reaches it.
 """
 
 from __future__ import annotations
