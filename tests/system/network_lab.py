@@ -125,10 +125,10 @@ async def internet() -> AsyncIterator[Internet]:
         for address in (SERVER, NAME_SERVER, NEIGHBOUR, METADATA):
             await serve_echo(stack, namespace_path("internet"), world.senders, address, world.peers)
         loop = asyncio.get_running_loop()
-        names = await run_inside(namespace_path("internet"), lambda: _bound(socket.SOCK_DGRAM, NAME_SERVER, 53))
+        names = await run_inside(namespace_path("internet"), lambda: bound(socket.SOCK_DGRAM, NAME_SERVER, 53))
         transport, _ = await loop.create_datagram_endpoint(lambda: _Names(world.asked), sock=names)
         stack.callback(transport.close)
-        stream = await run_inside(namespace_path("internet"), lambda: _bound(socket.SOCK_STREAM, NAME_SERVER, 53))
+        stream = await run_inside(namespace_path("internet"), lambda: bound(socket.SOCK_STREAM, NAME_SERVER, 53))
         await serve_stream(stack, stream, functools.partial(_answer_names, world.asked))
         yield world
 
@@ -144,7 +144,7 @@ async def serve_echo(
     loop = asyncio.get_running_loop()
 
     async def make(kind: socket.SocketKind) -> socket.socket:
-        bind = functools.partial(_bound, kind, address, ECHO_PORT)
+        bind = functools.partial(bound, kind, address, ECHO_PORT)
         return await run_inside(path, bind) if path else bind()
 
     answered = [] if peers is None else peers
@@ -196,7 +196,8 @@ async def _answer_names(asked: list[bytes], reader: asyncio.StreamReader, writer
         await writer.drain()
 
 
-def _bound(kind: socket.SocketKind, address: str, port: int) -> socket.socket:
+def bound(kind: socket.SocketKind, address: str, port: int) -> socket.socket:
+    """A socket at an address of the caller's namespace; TCP listens."""
     bound = socket.socket(socket.AF_INET, kind | socket.SOCK_NONBLOCK)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((address, port))

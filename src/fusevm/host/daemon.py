@@ -65,6 +65,10 @@ class TrafficMeter(Protocol):
         """By network slot."""
         ...
 
+    async def visits(self) -> dict[int, int]:
+        """Seconds since clients last used published ports, by network slot."""
+        ...
+
 
 class Daemon:
     """Everything that serves requests. Use within `running`."""
@@ -153,6 +157,14 @@ class Daemon:
         """What each machine with a network slot has sent and received since its start."""
         by_slot = await self._network.traffic() if self._network is not None else {}
         return {machine.id: by_slot[machine.slot] for machine in self.machines.records() if machine.slot in by_slot}
+
+    async def visits(self) -> dict[str, int]:
+        """Seconds since a client last sent something to a machine's published ports, where one has since its start."""
+        machines = [machine for machine in self.machines.records() if machine.ports]
+        if self._network is None or not machines:
+            return {}
+        by_slot = await self._network.visits()
+        return {machine.id: by_slot[machine.slot] for machine in machines if machine.slot in by_slot}
 
     async def render_metrics(self) -> bytes:
         """All metrics, as text."""

@@ -37,7 +37,9 @@ def render_time(at_ms: int | None) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def render_machine(machine: Machine, quarantine: Quarantine | None = None) -> MachineBody:
+def render_machine(
+    machine: Machine, quarantine: Quarantine | None = None, visited_s_ago: int | None = None
+) -> MachineBody:
     """A machine without its secrets."""
     return MachineBody(
         id=machine.id,
@@ -54,6 +56,7 @@ def render_machine(machine: Machine, quarantine: Quarantine | None = None) -> Ma
         timings=machine.timings,
         error=machine.error,
         published_ports=[render_port(machine.id, port) for port in machine.ports],
+        visited_s_ago=visited_s_ago,
         created_at=render_time(machine.created_at_ms),
         started_at=render_time(machine.started_at_ms),
         quarantine=render_quarantine(quarantine) if quarantine is not None else None,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fusevm.host.clock import SystemClock
 from fusevm.host.config import HostConfig
-from fusevm.host.daemon import Daemon, Identification
+from fusevm.host.daemon import Daemon, Identification, TrafficMeter
 from fusevm.host.events import EventHub, Subscription
 from fusevm.host.faults import Fault, is_known
 from fusevm.host.image_service import ImageService
@@ -72,6 +72,8 @@ class World:
         #: Of the next daemon.
         self.points = KnownPoints()
         self.fault: Fault = self.points
+        #: Counts what machines send, for the next daemon.
+        self.meter: TrafficMeter | None = None
         self.events: list[MachineEvent] = []
 
     @asynccontextmanager
@@ -113,6 +115,7 @@ class World:
                 kernel="6",
                 agent_version="0",
             ),
+            network=self.meter,
         )
         try:
             with parts.events.subscribe() as subscription:

@@ -61,9 +61,15 @@ def default_user(machine: Machine) -> str:
     return USER if machine.contract is not None else ""
 
 
-def render_one(machine: Machine, status: int = 200, quarantine: Quarantine | None = None) -> Response:
+def render_one(
+    machine: Machine,
+    status: int = 200,
+    *,
+    quarantine: Quarantine | None = None,
+    visited_s_ago: int | None = None,
+) -> Response:
     """The answer about one machine."""
-    return render_json({"machine": render_body(machine, quarantine)}, status)
+    return render_json({"machine": render_body(machine, quarantine, visited_s_ago)}, status)
 
 
 async def _resize(daemon: Daemon, request: Request, route: Route) -> Response:

@@ -16,9 +16,11 @@ from fusevm.model.machine import Machine, Phase
 STARTING = "starting"
 
 
-def render_body(machine: Machine, quarantine: Quarantine | None = None) -> dict[str, Any]:
+def render_body(
+    machine: Machine, quarantine: Quarantine | None = None, visited_s_ago: int | None = None
+) -> dict[str, Any]:
     """A machine as the API shows it: those of the contract's users in their words, with Fuse's fields beside."""
-    body: dict[str, Any] = msgspec.to_builtins(render_machine(machine, quarantine))
+    body: dict[str, Any] = msgspec.to_builtins(render_machine(machine, quarantine, visited_s_ago))
     contract = machine.contract
     if contract is None:
         return body

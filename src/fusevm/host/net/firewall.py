@@ -10,6 +10,7 @@ Owns: the table `inet fuse_<prefix>`, the tagged rules in foreign chains. Must n
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,11 +26,12 @@ from fusevm.host.net.foreign import (
     render_passage,
     render_passage_removal,
 )
-from fusevm.host.net.listing import Counts, TableListing, parse_table
+from fusevm.host.net.listing import Counts, TableListing, parse_table, parse_visits
 from fusevm.host.net.nft import Json, Table
 from fusevm.host.net.pins import PinBatch, Pinboard
 from fusevm.host.net.plan import NetworkPlan, Slot, plan_slot
 from fusevm.host.net.tables import (
+    VISITED,
     render_host_table,
     render_host_table_removal,
     render_machines,
@@ -37,7 +39,7 @@ from fusevm.host.net.tables import (
     render_terms_change,
 )
 from fusevm.host.net.terms import Forward, Terms
-from fusevm.host.net.transaction import apply_transaction, list_rules, list_ruleset, list_table
+from fusevm.host.net.transaction import apply_transaction, list_rules, list_ruleset, list_set, list_table
 from fusevm.host.net.verdicts import pin_set
 from fusevm.host.tasks import finish
 from fusevm.model.errors import CommandFailed
@@ -74,6 +76,8 @@ class Firewall:
         self._uplinks: tuple[str, ...] = ()
         self._machines: dict[int, Terms] = {}
         self._pins = Pinboard()
+        #: When slots came into the table; without those that an earlier daemon had put there.
+        self._admitted: dict[int, float] = {}
         #: What was counted in tables that were replaced since.
         self._counted: dict[int, Counts] = {}
         #: The kernel's listing of our chains right after they were made.
@@ -130,6 +134,7 @@ class Firewall:
             commands += render_machines(self._plan, new)
             has_chains = bool(terms.policy.rules) or any(old.policy.rules for old, _ in changed.values())
             self._machines |= {slot.index: terms for slot in fresh}
+            self._admitted |= {slot.index: asyncio.get_running_loop().time() for slot, _ in new}
             await self._change(commands, has_chains=has_chains)
         if not is_fresh and any(_takes_away(old, new) for old, new in changed.values()):
             await _cut(lambda connection: _is_taken_away(changed, connection))
@@ -141,6 +146,7 @@ class Firewall:
             leaving = [(self._slot(index), self._machines.pop(index)) for index in known]
             for slot, _ in leaving:
                 self._pins.keep(slot.index, set())
+                self._admitted.pop(slot.index, None)
                 self._counted.pop(slot.index, None)
             has_chains = any(terms.policy.rules for _, terms in leaving)
             await self._change(render_machines_removal(self._plan, leaving), has_chains=has_chains)
@@ -185,6 +191,15 @@ class Firewall:
         async with self._lock:
             listing = await self._list_table()
             return {index: self._counted.get(index, Counts()) + counts for index, counts in listing.counts.items()}
+
+    async def visits(self) -> dict[int, int]:
+        """Read how many seconds ago clients last sent something to published ports, by slot, rounded up; who is not
+        there had no client for days. Cheap, and waits for no change."""
+        found = parse_visits(self._plan, await list_set(self._plan.table, VISITED))
+        now = asyncio.get_running_loop().time()
+        # What is older was the visit of another machine, which had the slot before.
+        ages = {index: now - self._admitted.get(index, -math.inf) for index in self._machines}
+        return {index: ago_s for index, ago_s in found.items() if ago_s <= ages.get(index, -math.inf) + 1}
 
     def _slot(self, index: int) -> Slot:
         return plan_slot(self._plan, index)
@@ -246,12 +261,14 @@ class Firewall:
 
     async def _replace(self) -> None:
         self._is_doubtful = True
-        for index, counts in (await self._list_table()).counts.items():
+        listing = await self._list_table()
+        for index, counts in listing.counts.items():
             if index in self._machines:
                 self._counted[index] = self._counted.get(index, Counts()) + counts
         machines = [(self._slot(index), terms) for index, terms in sorted(self._machines.items())]
         pins = self._pins.remaining(asyncio.get_running_loop().time())
-        await apply_transaction(render_host_table(self._plan, self._uplinks, machines, pins))
+        table = render_host_table(self._plan, self._uplinks, machines, pins, listing.visits)
+        await apply_transaction(table)
         self._fingerprint = await self._read_fingerprint()
         self._is_doubtful = False
         await self._open_passage()

@@ -1,4 +1,6 @@
-"""What `nft -j list table` says about our own table: machines, published ports, pinned addresses, counts. Pure.
+"""What `nft -j list table` says about our own table: machines, published ports and their use, pinned addresses, counts.
+
+Pure.
 
 Owns: the reading. Must not: run nft (`firewall`).
 """
@@ -8,6 +10,7 @@ from collections.abc import Iterator
 import msgspec
 
 from fusevm.host.net.plan import NetworkPlan, parse_veth
+from fusevm.host.net.tables import VISIT_MEMORY_S, VISITED
 from fusevm.host.net.terms import Forward
 from fusevm.model.network import Transport
 
@@ -42,6 +45,8 @@ class TableListing(msgspec.Struct, frozen=True, kw_only=True):
     #: Seconds that are left, by set and address.
     pins: dict[str, dict[str, int]] = {}
     counts: dict[int, Counts] = {}
+    #: Seconds since a client sent something to a published port, by slot.
+    visits: dict[int, int] = {}
 
 
 class _Set(msgspec.Struct, frozen=True):
@@ -80,15 +85,25 @@ def parse_table(plan: NetworkPlan, listing: bytes) -> TableListing:
     """Read the output of `nft -j list table inet <ours>`; empty output: there is none."""
     if not listing:
         return TableListing(exists=False)
-    lines = msgspec.json.decode(listing, type=_Listing).nftables
-    sets = {found.name: found.elem for line in lines for found in (line.set, line.map) if found is not None}
+    sets = _parse_sets(listing)
     return TableListing(
         exists=True,
         machines=_parse_machines(plan, sets),
         forwards=frozenset(_parse_forwards(sets)),
         pins={name: dict(_parse_pins(elements)) for name, elements in sets.items() if name.startswith(_PINS)},
         counts=_parse_counts(plan, sets),
+        visits=_parse_visits(plan, sets),
     )
+
+
+def parse_visits(plan: NetworkPlan, listing: bytes) -> dict[int, int]:
+    """Read the output of `nft -j list set inet <ours> visited` alone."""
+    return _parse_visits(plan, _parse_sets(listing)) if listing else {}
+
+
+def _parse_sets(listing: bytes) -> dict[str, list[object]]:
+    lines = msgspec.json.decode(listing, type=_Listing).nftables
+    return {found.name: found.elem for line in lines for found in (line.set, line.map) if found is not None}
 
 
 def _parse_machines(plan: NetworkPlan, sets: dict[str, list[object]]) -> dict[int, bool]:
@@ -121,3 +136,10 @@ def _parse_counts(plan: NetworkPlan, sets: dict[str, list[object]]) -> dict[int,
             if index is not None:
                 found.setdefault(index, {})[name] = element.elem.counter.packets
     return {index: Counts(**counts) for index, counts in found.items()}
+
+
+def _parse_visits(plan: NetworkPlan, sets: dict[str, list[object]]) -> dict[int, int]:
+    """An element whose time is over may still be listed, without its `expires`."""
+    elements = msgspec.convert(sets.get(VISITED, []), list[_Wrapped])
+    found = ((parse_veth(plan, element.elem.val), element.elem.expires) for element in elements)
+    return {index: VISIT_MEMORY_S - left_s for index, left_s in found if index is not None}

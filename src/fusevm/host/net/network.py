@@ -95,6 +95,10 @@ class HostNetwork:
         """Read what every slot has sent and received."""
         return observe_traffic(self.plan, await self._firewall.count(), self._dns.refused())
 
+    async def visits(self) -> dict[int, int]:
+        """Read when published ports were last used (see `Firewall.visits`)."""
+        return await self._firewall.visits()
+
 
 class _Policies:
     """What the DNS forwarder wants to know and to have done."""

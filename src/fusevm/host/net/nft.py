@@ -151,6 +151,21 @@ def is_within_tcp() -> Json:
     return equals({"&": [payload("tcp", "flags"), "syn"]}, 0)
 
 
+def has_reset() -> Json:
+    """Selects TCP packets that end a connection at once, or answer to one that is not known."""
+    return equals({"&": [payload("tcp", "flags"), "rst"]}, "rst")
+
+
+def remember(key: Json, set_name: str, timeout_s: int) -> Json:
+    """Put a packet's key into a set with timeouts, where it stays for so long after the last such packet."""
+    return {"set": {"op": "update", "elem": {"elem": {"val": key, "timeout": timeout_s}}, "set": f"@{set_name}"}}
+
+
+def lasting(value: Json, timeout_s: int) -> Json:
+    """An element that leaves its set after so long."""
+    return {"elem": {"val": value, "timeout": timeout_s}}
+
+
 def goto(chain: str) -> Json:
     return {"goto": {"target": chain}}
 

@@ -2,8 +2,9 @@
 
 On the host there is one table per daemon instance. A machine is one element of the set `sources` (veth . address), one
 in each set that counts, and only if its policy is not the default one of the verdict maps `outward` and `inward`, with
-chains of its own where it has rules (`verdicts`). A published port is an element of two maps and of `exposed`. A veth
-that carries our prefix and is not in `sources` reaches nothing: half-made slots are closed. To add an element takes
+chains of its own where it has rules (`verdicts`). A published port is an element of two maps and of `exposed`; the set
+`visited` holds whose ports clients use, put there by their packets and gone some time after the last one. A veth that
+carries our prefix and is not in `sources` reaches nothing: half-made slots are closed. To add an element takes
 2 ms, to remove one waits for the kernel's RCU grace period (16 ms measured), so the common case needs neither.
 
 In each namespace there are two small tables: who may speak on the tap (netdev), and source NAT with a firewall for
@@ -12,7 +13,7 @@ the namespace itself (ip).
 Owns: rules. Must not: apply them (`firewall`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from ipaddress import IPv4Network, collapse_addresses
 from types import MappingProxyType
@@ -35,14 +36,17 @@ from fusevm.host.net.nft import (
     equals,
     goto,
     has_direction,
+    has_reset,
     has_state,
     has_status,
     is_tcp_or_udp,
     is_within_tcp,
+    lasting,
     limit,
     meta,
     payload,
     prefix,
+    remember,
 )
 from fusevm.host.net.plan import NetworkPlan, Slot
 from fusevm.host.net.terms import Forward, Terms
@@ -68,6 +72,11 @@ DNS_CONNECTIONS_PER_S, DNS_CONNECTIONS_BURST = 20, 20
 #: Sets that count, by veth: connections opened by the machine and accepted by it, and its packets that were refused.
 COUNTERS = ("opened", "accepted", "refused")
 
+#: By veth, with the time that is left of `VISIT_MEMORY_S` since a client last sent to a published port.
+VISITED = "visited"
+#: Longer than anybody goes without asking, who wants to know it exactly.
+VISIT_MEMORY_S = 7 * 86_400
+
 #: Name of both tables inside a namespace.
 INSIDE_TABLE = "fuse"
 
@@ -76,13 +85,19 @@ INSIDE_TABLE = "fuse"
 
 
 def render_host_table(
-    plan: NetworkPlan, uplinks: Sequence[str], machines: Iterable[tuple[Slot, Terms]], pins: Pins = MappingProxyType({})
+    plan: NetworkPlan,
+    uplinks: Sequence[str],
+    machines: Iterable[tuple[Slot, Terms]],
+    pins: Pins = MappingProxyType({}),
+    visits: Mapping[int, int] = MappingProxyType({}),
 ) -> list[Json]:
     """Render the whole host table, replacing one that exists.
 
-    Connection tracking is not part of a table: established connections survive the replacement.
+    Connection tracking is not part of a table: established connections survive the replacement. `visits` are the
+    seconds since clients sent something, by slot.
     """
     table = Table("inet", plan.table)
+    pairs = list(machines)
     # An interval set takes no overlapping elements.
     denied = collapse_addresses(IPv4Network(cidr) for cidr in (*DENIED, plan.range))
     return [
@@ -95,12 +110,14 @@ def render_host_table(
         table.set("exposed", ["ifname", "inet_proto", "inet_service"]),
         table.map("forward_address", ["inet_proto", "inet_service"], "ipv4_addr"),
         table.map("forward_port", ["inet_proto", "inet_service"], "inet_service"),
+        table.set(VISITED, "ifname", flags=["timeout"]),
         *_endings(table),
         *(table.map(name, "ifname", "verdict") for name in ("outward", "inward")),
         *_host_policy_chains(table),
         *_host_base_chains(table, plan),
         *_host_nat_chains(table, plan),
-        *render_machines(plan, machines, pins),
+        *render_machines(plan, pairs, pins),
+        *table.add_elements(VISITED, _visits([slot for slot, terms in pairs if terms.forwards], visits)),
     ]
 
 
@@ -250,7 +267,7 @@ def _host_policy_chains(table: Table) -> list[Json]:
         table.chain("from_machine"),
         # Clients of published ports may be anywhere, private ranges included.
         table.rule("from_machine", *answer, equals(_service("iifname", "sport"), "@exposed"), ACCEPT),
-        table.rule("from_machine", has_state("related"), has_status("dnat"), equals(meta("l4proto"), "icmp"), ACCEPT),
+        table.rule("from_machine", *_icmp_errors(), ACCEPT),
         table.rule("from_machine", equals(payload("ip", "daddr"), "@denied"), goto(REFUSE_OUT)),
         table.rule(
             "from_machine",
@@ -263,6 +280,8 @@ def _host_policy_chains(table: Table) -> list[Json]:
         table.rule("from_machine", goto(ALLOW_OUT)),
         table.chain("to_machine"),
         table.rule("to_machine", *_published("oifname"), ACCEPT),
+        # What becomes of the machine's answers to clients: they do not fit their way, or nobody is there.
+        table.rule("to_machine", *_icmp_errors(), ACCEPT),
         table.rule("to_machine", has_direction("original"), COUNT, DROP),
         table.rule("to_machine", has_state("new", "invalid", "untracked"), COUNT, DROP),
         table.rule("to_machine", {"vmap": {"key": meta("oifname"), "data": "@inward"}}),
@@ -306,9 +325,14 @@ def _host_nat_chains(table: Table, plan: NetworkPlan) -> list[Json]:
     to_host: Json = equals({"fib": {"result": "type", "flags": ["daddr"]}}, "local")
     to_machine = equals(meta("oifname"), plan.veth_pattern)
     return [
+        table.chain("visit"),
+        table.rule("visit", has_state("new"), equals(meta("oifname"), "@accepted")),
+        # Nobody is there: a machine that goes on sending to who has left gets these, and is not used by that.
+        table.rule("visit", has_reset(), ACCEPT),
+        table.rule("visit", *_published("oifname"), remember(meta("oifname"), VISITED, VISIT_MEMORY_S)),
         # What the host itself sends is on its way to a machine only here: it was translated on the way out.
         table.chain("arrivals", "postrouting", FILTER),
-        table.rule("arrivals", to_machine, has_state("new"), has_status("dnat"), equals(meta("oifname"), "@accepted")),
+        table.rule("arrivals", to_machine, has_status("dnat"), goto("visit")),
         table.chain("publish", "prerouting", DSTNAT, kind="nat"),
         # No machine reaches another one, not even by way of the host.
         table.rule("publish", differs(meta("iifname"), plan.veth_pattern), to_host, is_tcp_or_udp(), translate),
@@ -333,8 +357,19 @@ def _published(interface: str) -> list[Json]:
     return [has_direction("original"), has_status("dnat"), equals(_service(interface, "dport"), "@exposed")]
 
 
+def _icmp_errors() -> list[Json]:
+    """Selects what ICMP has to say about connections to published ports."""
+    return [has_state("related"), has_status("dnat"), equals(meta("l4proto"), "icmp")]
+
+
 def _service(interface: str, field: str) -> Json:
     return concat(meta(interface), meta("l4proto"), payload("th", field))
+
+
+def _visits(slots: Iterable[Slot], visits: Mapping[int, int]) -> list[Json]:
+    """Elements of `visited` that end when those of an earlier table would have."""
+    left = [(slot.veth, VISIT_MEMORY_S - visits[slot.index]) for slot in slots if slot.index in visits]
+    return [lasting(veth, seconds) for veth, seconds in left if seconds > 0]
 
 
 def _source(slot: Slot) -> Json:

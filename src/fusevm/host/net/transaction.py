@@ -49,6 +49,14 @@ async def list_table(name: str) -> bytes:
         return b""
 
 
+async def list_set(table: str, name: str) -> bytes:
+    """List a set of such a table as JSON with its elements; nothing if there is none."""
+    try:
+        return await _list(f"list set inet {table} {name}", _JSON)
+    except CommandFailed:
+        return b""
+
+
 async def list_rules(name: str) -> bytes:
     """List a table's chains and rules without what changes by itself: elements and counts; nothing if there is none."""
     try:

@@ -14,7 +14,7 @@ Owns: rules of single machines. Must not: know what all machines have in common 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
-from fusevm.host.net.nft import ACCEPT, DROP, Json, Table, equals, goto, has_state, meta, payload, prefix
+from fusevm.host.net.nft import ACCEPT, DROP, Json, Table, equals, goto, has_state, lasting, meta, payload, prefix
 from fusevm.host.net.plan import Slot
 from fusevm.host.net.terms import Terms
 from fusevm.model.network import ANYWHERE, Network, Protocol, Rule, Verdict, port_ranges
@@ -70,7 +70,7 @@ def render_chains_removal(table: Table, slot: Slot, policy: Network) -> list[Jso
 
 def render_pins(table: Table, name: str, addresses: Mapping[str, int]) -> list[Json]:
     """Render addresses that are not in a set, with the seconds that they stay."""
-    elements: list[Json] = [{"elem": {"val": address, "timeout": seconds}} for address, seconds in addresses.items()]
+    elements: list[Json] = [lasting(address, seconds) for address, seconds in addresses.items()]
     return table.add_elements(name, elements)
 
 
