@@ -9,8 +9,8 @@ the crash of a worker (its action is repeated by the next) at once, and it keeps
 is forgotten only when it was tried and changed nothing, and its number is no longer the pending one's. Time has two
 values, NOW and FAR; whether a list is older than a record is kept as a relation.
 
-What can be done to a machine that is up (drain, token, snapshot, restore) is asked for at most `wishes` times per
-environment, so that numbers stay finite.
+What can be done to a machine that is up (drain, token, network, snapshot, restore) is asked for at most `wishes` times
+per environment, so that numbers stay finite.
 
 The small methods of `Cluster` without an underscore are what `test_seeded_bugs.py` replaces to plant mistakes.
 """
@@ -82,6 +82,7 @@ from fusevm.model.event import (
     Event,
     HostLost,
     MachineExited,
+    NetworkRequested,
     OutcomeUnknown,
     Placed,
     RestoreRequested,
@@ -91,6 +92,7 @@ from fusevm.model.event import (
 )
 from fusevm.model.host import Host, HostHealth, Resources
 from fusevm.model.machine import Phase
+from fusevm.model.network import Network
 from fusevm.model.setup import Duties
 from fusevm.model.snapshot import Snapshot, SnapshotState
 
@@ -270,6 +272,8 @@ class Cluster:
         """What may be asked of a machine that is up."""
         if "rotate" in self.wishes:
             yield RotateRequested(cause="x")
+        if "network" in self.wishes:
+            yield NetworkRequested(cause="x", network=Network(internet=not env.spec.network.internet))
         if "snapshot" in self.wishes:
             yield SnapshotRequested(cause="x", snapshot=begin_snapshot(env, f"{env.uid}-{slot.asked}", now_ms=NOW))
         if "restore" in self.wishes and "drop" not in self.wishes:

@@ -40,6 +40,13 @@ CLUSTERS = {
         wishes=frozenset({"rotate", "snapshot"}),
         most_wishes=2,
     ),
+    "a machine whose network is changed": Cluster(
+        tasks=("a",),
+        hosts=1,
+        faults=frozenset({"unknown", "drain", "refuse", "time", "exit"}),
+        wishes=frozenset({"rotate", "network"}),
+        most_wishes=2,
+    ),
     "a machine that is put back, and ends by itself": Cluster(
         tasks=("a",),
         hosts=1,
@@ -131,6 +138,7 @@ def test_the_searches_see_every_state_every_action_and_every_way_to_end():
         "boot_machine",
         "set_up_machine",
         "rotate_token",
+        "change_network",
         "snapshot_machine",
         "restore_machine",
         "drain_agent",
@@ -168,7 +176,7 @@ def test_worlds_that_differ_by_names_only_have_the_same_future(settings: dict[st
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_larger_world_holds_on_long_random_walks(seed: int):
-    wishes = frozenset({"rotate", "snapshot", "restore"})
+    wishes = frozenset({"rotate", "network", "snapshot", "restore"})
     cluster = Cluster(tasks=("a", "b", "a"), faults=EVERYTHING, duties=DAEMON, wishes=wishes, most_wishes=4)
     dice = random.Random(seed)
     for _ in range(10):

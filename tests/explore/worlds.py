@@ -11,6 +11,7 @@ from fusevm.core.reconcile import ObservedMachine
 from fusevm.core.spec import complete, resources_of
 from fusevm.model.environment import (
     Action,
+    ChangeNetwork,
     DrainAgent,
     Environment,
     RestoreMachine,
@@ -23,6 +24,7 @@ from fusevm.model.event import (
     Event,
     MachineExited,
     MachineMissing,
+    NetworkChanged,
     SetUpSucceeded,
     SnapshotRestored,
     SnapshotTaken,
@@ -46,7 +48,7 @@ MAX_UNKNOWN = 1
 
 Fault = Literal["boot", "unknown", "time", "drain", "exit", "delete", "host", "reconcile", "glitch", "queue", "refuse"]
 EVERYTHING: frozenset[Fault] = frozenset(get_args(Fault))
-Wish = Literal["rotate", "snapshot", "restore", "drop"]
+Wish = Literal["rotate", "network", "snapshot", "restore", "drop"]
 
 
 class Slot(msgspec.Struct, frozen=True):
@@ -226,6 +228,8 @@ def success(order: Order) -> Event:
             return AgentDrained(cause="x", seq=order.seq, exit_code=0)
         case RotateToken():
             return TokenRotated(cause="x", seq=order.seq)
+        case ChangeNetwork():
+            return NetworkChanged(cause="x", seq=order.seq)
         case SnapshotMachine():
             return SnapshotTaken(cause="x", seq=order.seq, size_bytes=1, digest="sha256:1")
         case RestoreMachine():
