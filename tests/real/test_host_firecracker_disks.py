@@ -157,3 +157,21 @@ async def test_a_machine_at_rest_is_copied_enlarged_visited_and_put_back(jail_ho
     await host.delete("m-1", None)
     assert await host.wait_empty() == []
     assert await host.stop() == 0
+
+
+async def test_a_guest_is_let_go_when_the_daemon_dies_while_it_is_held(jail_host: Host):
+    host = jail_host
+    await host.start(fault="freeze.copied")
+    await host.create("m-1", make_fence())
+    guest = Guest(host, "m-1", make_fence())
+    with pytest.raises(ConnectionError):
+        await ask(host, "POST", "/machines/m-1/snapshots", make_fence(action_seq=2), snapshot_id="s-1")
+    assert await host.wait_end() == -9
+    await host.start()
+    assert await guest.shell("echo written > /state; sync; cat /state") == "written\n"
+    assert list((host.data / "snapshots").iterdir()) == []
+    await ask(host, "POST", "/machines/m-1/snapshots", make_fence(action_seq=3), snapshot_id="s-1")
+    check_file_system(host.data / "snapshots/s-1/disk.raw")
+    await host.delete("m-1", make_fence(action_seq=4))
+    assert await host.wait_empty() == []
+    assert await host.stop() == 0

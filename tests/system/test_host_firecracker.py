@@ -55,6 +55,7 @@ async def test_a_machine_lives_through_its_whole_life_and_that_of_its_daemon(jai
     await host.delete("m-1", make_fence("u1", 1, 6))
     assert await host.wait_empty() == []
     assert await host.stop() == 0
+    assert "thing_missing" not in host.log.read_text()
 
 
 async def test_a_vmm_that_dies_is_told_and_its_machine_starts_again(jail_host: Host):
@@ -208,3 +209,5 @@ async def test_a_jailed_disk_is_whole_wherever_the_daemon_dies(jail_host: Host):
     await host.delete("m-1", fence())
     assert await host.wait_empty() == []
     assert await host.stop() == 0
+    # A sweep each second: what comes and goes on the way was missed by none.
+    assert "thing_missing" not in host.log.read_text()
