@@ -83,12 +83,16 @@ class Metrics:
     def note_sweep(self, drift: Drift, removed: Iterable[Thing], seconds: float) -> None:
         """A sweep is over."""
         for thing in removed:
-            self.leftovers_removed.labels(thing.kind.value).inc()
+            self.note_removed(thing.kind)
         for state, things in (("leftover", drift.leftovers | drift.surplus), ("missing", drift.missing)):
             kinds = [thing.kind for thing in things]
             for kind in Kind:
                 self.drift.labels(kind.value, state).set(kinds.count(kind))
         self.sweep_seconds.set(seconds)
+
+    def note_removed(self, kind: Kind) -> None:
+        """Something is gone that should not have been there."""
+        self.leftovers_removed.labels(kind.value).inc()
 
     def note_traffic(self, traffic: Mapping[str, Traffic]) -> None:
         """What machines have sent and received, as of now."""

@@ -601,6 +601,7 @@ async def test_folders_of_nobody_are_removed(world: World) -> None:
         (world.root / "data" / "snapshots" / "stray").mkdir()
         await daemon.snapshots.tidy()
         assert bytes_of(world) == {"s-1"}
+        assert b'fuse_host_leftovers_removed_total{kind="snapshot"} 1.0' in daemon.metrics.render()
 
 
 async def test_the_storage_report_counts_snapshots(world: World) -> None:

@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 import msgspec
 import structlog
 
+from fusevm.host.drift import Kind
 from fusevm.host.fencing import LOCAL, check_reserved
 from fusevm.host.images.fetch import FetchPolicy, shown
 from fusevm.host.machines import Machines
@@ -64,6 +65,7 @@ class SnapshotKeeper:
         self._folders = folders
         self._machines = machines
         self._fault = parts.fault
+        self._metrics = parts.metrics
         #: What is under way. Of one snapshot, one thing at a time: what is begun later waits.
         self._work: dict[tuple[str, _Kind], _Task] = {}
         self._is_closing = False
@@ -236,9 +238,10 @@ class SnapshotKeeper:
         try:
             await self._folders.remove(name)
         except OSError as e:
-            log.warning("leftover_not_removed", kind="snapshot directory", name=name, problem=str(e))
+            log.warning("leftover_not_removed", kind=Kind.SNAPSHOT, name=name, problem=str(e))
         else:
-            log.warning("leftover_removed", kind="snapshot directory", name=name)
+            self._metrics.note_removed(Kind.SNAPSHOT)
+            log.warning("leftover_removed", kind=Kind.SNAPSHOT, name=name)
 
     def _tasks_of(self, snapshot_id: str) -> set[_Task]:
         return {task for (busy_id, _kind), task in self._work.items() if busy_id == snapshot_id}
