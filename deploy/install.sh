@@ -2,6 +2,7 @@
 # Make this server run Fuse: put the program of this source folder into /opt/fuse, then let it install the rest.
 #
 #   sudo deploy/install.sh [install|upgrade] [OPTION...]      the options are those of `fuse host install`
+#   sudo deploy/install.sh uninstall [OPTION...]              those of `fuse host uninstall`
 #
 # Safe to repeat. Every version has a folder of its own, so that services run the old one until the new one is whole.
 set -eu
@@ -16,7 +17,18 @@ quietly() {
 
 [ "$(id -u)" = 0 ] || fail "root is needed: sudo $0 $*"
 command -v apt-get >/dev/null || fail "Debian or Ubuntu is needed: there is no apt-get"
-case ${1:-} in install | upgrade) action=$1; shift ;; *) action=install ;; esac
+case ${1:-} in install | upgrade | uninstall) action=$1; shift ;; *) action=install ;; esac
+
+if [ "$action" = uninstall ]; then
+    for program in /usr/local/bin/fuse /opt/fuse/*/bin/fuse; do
+        [ ! -x "$program" ] || exec "$program" host uninstall "$@"
+    done
+    # The program goes last: one that was killed then has left nothing but parts of itself.
+    say "removing what is left of the program"
+    [ ! -L /usr/local/bin/fuse ] || rm -f /usr/local/bin/fuse
+    rm -rf /opt/fuse /opt/.fuse.removed /run/fuse-install.lock
+    exit
+fi
 
 if ! python3 -c 'import ensurepip, venv, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     say "installing Python"

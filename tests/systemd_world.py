@@ -18,6 +18,7 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parents[1] / "src"
 PROGRAMS = ("old", "new")
 SHARED = Path("/srv/fuse-test/shared")
+ENVIRON = {"PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/"}
 _READY_S = 120.0
 _PREPARE = r"""
 set -eu
@@ -70,18 +71,18 @@ class World:
     def __init__(self, init: int) -> None:
         self.init = init
 
+    def words(self, *command: str) -> list[str]:
+        """A command of this machine that runs a program in it."""
+        return ["nsenter", "-t", str(self.init), "-m", "-p", "-u", "-i", "-n", "-C", "-r", "-w", "--", *command]
+
     def run(
         self, *command: str, check: bool = True, timeout: float = 240, env: dict[str, str] | None = None, **more: object
     ) -> "subprocess.CompletedProcess[str]":
         """Run a program in it."""
-        words = ["nsenter", "-t", str(self.init), "-m", "-p", "-u", "-i", "-n", "-C", "-r", "-w", "--", *command]
-        environ = {
-            "PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-            "LC_ALL": "C.UTF-8",
-            "HOME": "/",
-            **(env or {}),
-        }
-        done = subprocess.run(words, text=True, capture_output=True, timeout=timeout, env=environ, check=False, **more)  # type: ignore[call-overload]
+        environ = {**ENVIRON, **(env or {})}
+        done = subprocess.run(
+            self.words(*command), text=True, capture_output=True, timeout=timeout, env=environ, check=False, **more
+        )  # type: ignore[call-overload]
         if check and done.returncode != 0:
             raise AssertionError(f"{command}: status {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.journal()}")
         return done

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from fusevm.cli.install.observe import missing_packages
+from fusevm.cli.install.packages import missing_packages
 from fusevm.host.run import PACKAGES
 
 SETUP = Path(__file__).resolve().parents[2] / "tools" / "setup.sh"

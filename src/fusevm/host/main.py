@@ -296,5 +296,7 @@ def _announce(config: HostConfig, identity: Identity, engine: Engine, address: t
         "driver": engine.title,
         "driver_reason": engine.why,
     }
-    write_durably(config.data_root / STATE_FILE, msgspec.json.format(msgspec.json.encode(state)), mode=0o644)
+    write_durably(
+        config.data_root / STATE_FILE, msgspec.json.format(msgspec.json.encode(state)), mode=0o644, is_alone=True
+    )
     log.info("ready", **state)

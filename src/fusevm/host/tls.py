@@ -48,13 +48,17 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.secret}.{self.pin}"
 
 
+def identity_files(data_root: Path) -> tuple[Path, Path]:
+    """Where key and token of a data directory are."""
+    return data_root / "tls.pem", data_root / "token"
+
+
 def ensure_identity(data_root: Path) -> Identity:
     """Return the identity of a data directory, made if needed. Raises BadSetting for damaged files."""
-    pem = data_root / "tls.pem"
+    pem, token = identity_files(data_root)
     if not pem.exists():
         write_durably(pem, _make_pem(), mode=0o600)
     pin = spki_sha256(_load_certificate(pem))
-    token = data_root / "token"
     secret = _load_secret(token, pin) or secrets.token_urlsafe(_SECRET_BYTES)
     identity = Identity(pem=pem, pin=pin, secret=secret)
     if _read(token) != identity.token:

@@ -58,8 +58,12 @@ def carry_out(step: steps.Step, facts: Facts) -> Facts:
             return change(facts, has_kernel=True)
         case steps.BuildImage():
             return change(facts, has_image=True)
+        case steps.SweepBuilds(root=root):
+            return change(facts, littered=tuple(one for one in facts.littered if one != root))
         case steps.MakeToken():
             return change(facts, has_token=True)
+        case steps.LinkProgram(link=PLACES.previous, target=target):
+            return change(facts, previous=target)
         case steps.LinkProgram(target=target):
             stale = {name: change(unit, is_stale=True) for name, unit in units.items()}
             return change(facts, link_target=target, units=stale)
@@ -77,7 +81,9 @@ def carry_out(step: steps.Step, facts: Facts) -> Facts:
             return change(facts, units={**units, CONTROL_UNIT: change(units[CONTROL_UNIT], is_serving=True)})
         case steps.RemovePath(path=path):
             left = tuple(one for one in facts.programs if one != path)
-            return change(facts, has_downloads=facts.has_downloads and path != PLACES.downloads, programs=left)
+            previous = None if path == PLACES.previous else facts.previous
+            has_downloads = facts.has_downloads and path != PLACES.downloads
+            return change(facts, has_downloads=has_downloads, programs=left, previous=previous)
         case _:
             return facts
 
@@ -142,6 +148,29 @@ def test_a_run_that_was_killed_is_finished_by_the_next(steps_done: int):
     finished = finish(facts)
     assert finished == finish(BARE)
     assert plan_host(WANTED, finished, PLACES) == []
+
+
+def test_what_a_killed_build_has_left_goes_although_what_it_built_is_there():
+    facts = msgspec.structs.replace(finish(BARE), littered=(Path("/var/lib/fuse/kernels"),))
+    plan = plan_host(WANTED, facts, PLACES)
+    assert plan == [steps.SweepBuilds(root=Path("/var/lib/fuse/kernels"))]
+    assert plan_host(WANTED, carry_out(plan[0], facts), PLACES) == []
+
+
+def test_a_program_that_has_not_served_yet_is_replaced_by_the_one_that_has():
+    """Whatever was killed in between, `previous` names the last one that served until another one does."""
+    done = finish(BARE)
+    wanted = msgspec.structs.replace(WANTED, program=Path("/opt/fuse/newer/bin/fuse"))
+    keep, relink, *_ = plan_upgrade(wanted, done, PLACES)
+    assert (keep, relink) == (
+        steps.LinkProgram(link=PLACES.previous, target=PROGRAM),
+        steps.LinkProgram(link=PLACES.link, target=wanted.program),
+    )
+    killed = carry_out(relink, carry_out(keep, done))
+    assert kinds(plan_upgrade(wanted, killed, PLACES)) == ["Start", "AwaitHost", "RemovePath"]
+    newest = msgspec.structs.replace(WANTED, program=Path("/opt/fuse/newest/bin/fuse"))
+    links = [step for step in plan_upgrade(newest, killed, PLACES) if isinstance(step, steps.LinkProgram)]
+    assert links == [steps.LinkProgram(link=PLACES.link, target=newest.program)]
 
 
 def test_a_service_that_runs_an_older_state_of_things_is_started_again():
@@ -218,7 +247,8 @@ def test_an_upgrade_moves_both_services_and_removes_old_programs_last():
     facts = msgspec.structs.replace(facts, programs=programs)
     wanted = msgspec.structs.replace(WANTED, program=Path("/opt/fuse/newer/bin/fuse"))
     plan = plan_upgrade(wanted, facts, PLACES)
-    assert kinds(plan) == ["LinkProgram", "Start", "AwaitHost", "Start", "AwaitControl", "RemovePath"]
+    host, control = ["Start", "AwaitHost", "RemovePath"], ["Start", "AwaitControl"]
+    assert kinds(plan) == ["LinkProgram", "LinkProgram", *host, *control, "RemovePath"]
     assert plan[-1] == steps.RemovePath(path=Path("/opt/fuse/new"))
     for step in plan:
         facts = carry_out(step, facts)
@@ -273,7 +303,7 @@ def full(**changes: object) -> Facts:
     for step in plan_control(WANTED, CONTROL, facts, PLACES):
         facts = carry_out(step, facts)
     existing = {PLACES.units / HOST_UNIT, PLACES.units / CONTROL_UNIT, PLACES.run, PLACES.data, PLACES.data_root}
-    existing |= {PLACES.settings, PLACES.control_data, PLACES.downloads}
+    existing |= {PLACES.settings, PLACES.control_data, PLACES.downloads, PLACES.link}
     return msgspec.structs.replace(facts, existing=frozenset(existing), programs=(Path("/opt/fuse/new"),), **changes)
 
 

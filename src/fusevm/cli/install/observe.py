@@ -18,6 +18,7 @@ from fusevm.cli.failures import CliError
 from fusevm.cli.install.answers import is_serving
 from fusevm.cli.install.env_file import parse_env
 from fusevm.cli.install.fetch import sha256_of
+from fusevm.cli.install.packages import find_half_installed, missing_packages
 from fusevm.cli.install.plan import (
     CONTROL_UNIT,
     HOST_UNIT,
@@ -29,20 +30,16 @@ from fusevm.cli.install.plan import (
     control_url,
     expected,
 )
+from fusevm.cli.install.traces import doomed_name, find_beside, find_doomed, is_there
 from fusevm.cli.local_host import is_healthy
 from fusevm.host.images.kernel import DEFAULT, FOR_FIRECRACKER, KernelStore
 from fusevm.host.images.store import ImageStore
-from fusevm.host.run import PACKAGES, program_environment, run
+from fusevm.host.images.workspace import find_abandoned
+from fusevm.host.run import run
+from fusevm.host.tls import identity_files
 from fusevm.host.vmm.firecracker.pins import KERNELS, RELEASES, release_folder
 from fusevm.model.errors import ImageNotFound, KernelCorrupt
 
-#: Files that must be there besides the programs of `host.run`, and their packages.
-_FILES: Final = {
-    Path("/usr/share/keyrings/debian-archive-keyring.gpg"): "debian-archive-keyring",
-    Path("/etc/ssl/certs/ca-certificates.crt"): "ca-certificates",
-}
-#: Packages for a driver that there is on x86_64 only.
-_X86_ONLY: Final = frozenset({"qemu-system-x86"})
 #: Services with PrivateTmp= and ProtectHome= do not see what is below.
 _HIDDEN: Final = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))  # noqa: S108 - compared only
 _SYSTEMCTL_S: Final = 30.0
@@ -104,20 +101,23 @@ async def observe(wanted: Wanted, places: Places) -> Facts:
     architecture = platform.machine()
     release, kernel = RELEASES[architecture], KERNELS[architecture]
     kernels, images = KernelStore(places.data), ImageStore(places.data)
+    noted = _read(places.packages)
     return Facts(
         architecture=architecture,
-        missing_packages=missing_packages(architecture),
+        missing_packages=tuple(sorted({*missing_packages(architecture), *await find_half_installed(noted.split())})),
         local=frozenset(path.name for path in wanted.source.iterdir()) if wanted.source else frozenset(),
         has_release=is_release_whole(release_folder(places.data), expected(wanted.digests, release).sha256),
         has_firecracker_kernel=await _has_kernel(kernels, expected(wanted.digests, kernel).key, FOR_FIRECRACKER),
         has_kernel=await _has_kernel(kernels, DEFAULT),
         has_image=bool(wanted.image) and await _has_image(images, wanted.image),
-        has_token=(places.data_root / "token").is_file() and (places.data_root / "tls.pem").is_file(),
-        has_downloads=places.downloads.exists(),
-        link_target=places.link.readlink() if places.link.is_symlink() else None,
+        has_token=all(path.is_file() for path in identity_files(places.data_root)),
+        has_downloads=is_there(places.downloads),
+        littered=tuple(root for root in _stores(places) if find_abandoned(root)),
+        link_target=_read_link(places.link),
+        previous=_read_link(places.previous),
         host_env=_read(places.host_env),
         control_env=_read(places.control_env),
-        packages=_read(places.packages),
+        packages=noted,
         units={
             HOST_UNIT: await _observe_unit(HOST_UNIT, places, [places.host_env], lambda: is_healthy(places.socket)),
             CONTROL_UNIT: await _observe_unit(
@@ -127,14 +127,6 @@ async def observe(wanted: Wanted, places: Places) -> Facts:
         programs=_find_programs(places),
         existing=_find_existing(places),
     )
-
-
-def missing_packages(architecture: str) -> tuple[str, ...]:
-    """Debian's names of what the host daemon runs and is not there."""
-    path = program_environment()["PATH"]
-    missing = {package for program, package in PACKAGES.items() if shutil.which(program, path=path) is None}
-    missing |= {package for file, package in _FILES.items() if not file.exists()}
-    return tuple(sorted(missing - (_X86_ONLY if architecture != "x86_64" else frozenset())))
 
 
 def is_release_whole(folder: Path, archive_sha256: str) -> bool:
@@ -165,18 +157,29 @@ async def _has_image(store: ImageStore, name: str) -> bool:
         return False
 
 
+def _stores(places: Places) -> tuple[Path, ...]:
+    return places.data / "images", places.data / "kernels", release_folder(places.data).parent
+
+
 def _find_programs(places: Places) -> tuple[Path, ...]:
-    return tuple(sorted(path.parent for path in places.programs.glob("*/pyvenv.cfg")))
+    whole = {path.parent for path in places.programs.glob("[!.]*/pyvenv.cfg")}
+    return tuple(sorted({*whole, *find_doomed(places.programs)}))
 
 
 def _find_existing(places: Places) -> frozenset[Path]:
     plain = [places.run, places.data_root, places.data, places.settings, places.downloads, places.control_data]
     plain += [places.units / unit for unit in UNITS]
-    plain += [places.tls_drop_in.parent, places.control_data.parent.parent / "fuse-control"]
-    if places.programs.is_dir():
-        others = {path for path in places.programs.iterdir() if path.suffix != ".build"} - {*_find_programs(places)}
-        plain += [] if others else [places.programs]
-    return frozenset(path for path in plain if os.path.lexists(path))
+    plain += [places.tls_drop_in.parent, places.control_data.parent.parent / "fuse-control", places.previous]
+    plain += [] if places.link.exists() and not places.link.is_symlink() else [places.link]
+    programs = _find_programs(places)
+    ours = {*programs, *map(doomed_name, programs)}
+    if find_beside(places.programs) or (places.programs.is_dir() and not _find_others(places.programs, ours)):
+        plain.append(places.programs)
+    return frozenset(path for path in plain if is_there(path))
+
+
+def _find_others(folder: Path, ours: set[Path]) -> set[Path]:
+    return {path for path in folder.iterdir() if path.suffix != ".build"} - ours
 
 
 def _control_url(places: Places) -> str:
@@ -205,6 +208,10 @@ def _last_change(files: list[Path]) -> float:
     """When any of these, or of the program itself, was last changed (seconds since the epoch)."""
     package = Path(fusevm.__file__).parent.rglob("*.py")
     return max((path.lstat().st_ctime for path in (*files, *package) if os.path.lexists(path)), default=0.0)
+
+
+def _read_link(path: Path) -> Path | None:
+    return path.readlink() if path.is_symlink() else None
 
 
 def _read(path: Path) -> str:

@@ -22,8 +22,10 @@ from fusevm.cli.building import Narrator
 from fusevm.cli.failures import CliError
 from fusevm.cli.install import steps as s
 from fusevm.cli.install.fetch import download, is_whole, sha256_of, take_local
-from fusevm.cli.install.observe import ReleaseRecord, is_release_whole, missing_packages
+from fusevm.cli.install.observe import ReleaseRecord, is_release_whole
+from fusevm.cli.install.packages import find_half_installed, missing_packages, wait_for_dpkg
 from fusevm.cli.install.services import Services
+from fusevm.cli.install.traces import clear_beside, remove, replace_link
 from fusevm.cli.progress import Meter
 from fusevm.cli.teardown import remove_traces
 from fusevm.host.cgroup import Cgroups, observe_mounts
@@ -32,9 +34,9 @@ from fusevm.host.images.build import build_from_tree
 from fusevm.host.images.debian import build_debian
 from fusevm.host.images.kernel import FOR_FIRECRACKER, KernelStore
 from fusevm.host.images.store import ImageConfig, ImageStore
-from fusevm.host.images.workspace import publish_folder, workspace, write_durably
+from fusevm.host.images.workspace import publish_folder, sweep, workspace, write_durably
 from fusevm.host.run import run, run_streaming
-from fusevm.host.tls import ensure_identity
+from fusevm.host.tls import ensure_identity, identity_files
 from fusevm.host.vmm.firecracker.versions import Version, judge_versions, parse_version
 from fusevm.model.errors import DigestMismatch
 
@@ -82,6 +84,8 @@ class Performer:
                 await KernelStore(data).ensure(packages=packages, progress=self._narrator.hear)
             case s.BuildImage(name=name, data=data, source=source):
                 await self._build(ImageStore(data), name, source)
+            case s.SweepBuilds(root=root):
+                await sweep(root)
             case _:
                 assert_never(step)
 
@@ -89,12 +93,12 @@ class Performer:
         match step:
             case s.MakeToken(data_root=data_root):
                 data_root.mkdir(parents=True, exist_ok=True, mode=0o700)
-                ensure_identity(data_root)
+                make_identity(data_root)
             case s.LinkProgram(link=link, target=target):
                 point_link(link, target)
             case s.WriteFile(path=path, text=text, mode=mode):
                 make_folder(path.parent)
-                write_durably(path, text.encode(), mode=mode)
+                write_durably(path, text.encode(), mode=mode, is_alone=True)
             case s.EndMachines():
                 await end_machines(self._config)
             case s.RemovePath(path=path):
@@ -130,14 +134,15 @@ class Performer:
 
     async def _install_packages(self, names: tuple[str, ...]) -> None:
         env = {"DEBIAN_FRONTEND": "noninteractive"}
-        # What a killed run has left half configured.
+        # What a killed run has left: an apt that still works, then packages that are half configured.
+        await wait_for_dpkg()
         await run(["dpkg", "--configure", "-a"], timeout_s=_APT_S, env=env)
         await run([*_APT, "update"], timeout_s=_APT_S, env=env)
         command = [*_APT, "install", "-y", "--no-install-recommends", *names]
         await run_streaming(command, on_line=lambda _line: None, timeout_s=_APT_S, env=env)
-        still = missing_packages(platform.machine())
+        still = {*missing_packages(platform.machine()), *await find_half_installed(names)}
         if still:
-            raise CliError(f"apt has installed its packages, but these are missing: {' '.join(still)}")
+            raise CliError(f"apt has installed its packages, but these are missing: {' '.join(sorted(still))}")
 
     async def _build(self, store: ImageStore, name: str, source: Path | None) -> None:
         if source is not None:
@@ -188,6 +193,13 @@ async def _version_of(program: Path, archive: Path) -> Version | None:
     return parse_version((await run([program, "--version"], timeout_s=_VERSION_S)).text)
 
 
+def make_identity(data_root: Path) -> None:
+    """Key and token of the host daemon; those that are there stay."""
+    for path in identity_files(data_root):
+        clear_beside(path)
+    ensure_identity(data_root)
+
+
 def make_folder(folder: Path) -> None:
     """A folder that every user may enter: what is secret in it is a closed file."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o755)
@@ -200,10 +212,7 @@ def point_link(link: Path, target: Path) -> None:
     if link.exists() and not link.is_symlink():
         raise CliError(f"{link} is there already, and no link", hint="remove it, if it may go")
     make_folder(link.parent)
-    new = link.with_name(f".{link.name}.new")
-    new.unlink(missing_ok=True)
-    new.symlink_to(target)
-    new.replace(link)
+    replace_link(link, target)
 
 
 async def end_machines(config: HostConfig) -> None:
@@ -226,14 +235,3 @@ async def end_machines(config: HostConfig) -> None:
 
 def _members(group: Path) -> list[str]:
     return [pid for file in group.rglob("cgroup.procs") for pid in file.read_text().split()]
-
-
-def remove(path: Path) -> None:
-    """Remove whatever is there; a folder is renamed first, so that no half of it is left under its name."""
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
-    doomed = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed)

@@ -29,6 +29,7 @@ from fusevm.cli.install.steps import (
     Step,
     Stop,
     StoreKernel,
+    SweepBuilds,
     UnpackRelease,
     WriteFile,
 )
@@ -79,6 +80,11 @@ class Places(msgspec.Struct, frozen=True, kw_only=True):
         return self.settings / "packages"
 
     @property
+    def previous(self) -> Path:
+        """Names the program that served last, until the next one does."""
+        return self.settings / "previous"
+
+    @property
     def tls_drop_in(self) -> Path:
         return self.units / f"{CONTROL_UNIT}.d" / "tls.conf"
 
@@ -113,14 +119,19 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     has_image: bool = False
     has_token: bool = False
     has_downloads: bool = False
+    #: Stores with working folders of killed builds.
+    littered: tuple[Path, ...] = ()
     link_target: Path | None = None
+    #: The program that is put back when the one that is linked does not serve.
+    previous: Path | None = None
     host_env: str = ""
     control_env: str = ""
     packages: str = ""
     units: Mapping[str, UnitFacts] = {}
     #: Folders of programs that `deploy/install.sh` has made, below `Places.programs`.
     programs: tuple[Path, ...] = ()
-    #: What of the places above exists; the folder of programs only when nothing else is in it.
+    #: What of the places above exists, if only as what a killed run has left beside it; the folder of programs only
+    #: when nothing else is in it.
     existing: frozenset[Path] = frozenset()
 
 
@@ -175,7 +186,8 @@ def plan_parts(wanted: Wanted, facts: Facts, places: Places) -> list[Step]:
         steps.append(BuildImage(name=wanted.image, data=places.data, source=source))
     if facts.has_downloads or any(isinstance(step, GetFile) for step in steps):
         steps.append(RemovePath(path=places.downloads))
-    return steps
+    # A build that is still to be done sweeps its own store; a killed one may have been whole but for that.
+    return [*steps, *(SweepBuilds(root=root) for root in facts.littered)]
 
 
 def _plan_firecracker(wanted: Wanted, facts: Facts, places: Places) -> list[Step]:
@@ -219,10 +231,18 @@ def plan_service(wanted: Wanted, facts: Facts, places: Places) -> list[Step]:
             "FIRECRACKER_BINARY_PATH": str(folder / "firecracker"),
             "JAILER_BINARY_PATH": str(folder / "jailer"),
         }
+    if _needs_previous(wanted, facts):
+        assert facts.link_target is not None  # noqa: S101 - as above
+        steps.append(LinkProgram(link=places.previous, target=facts.link_target))
     steps += _plan_unit(HOST_UNIT, wanted, facts, places)
     if (text := render_env(facts.host_env, values)) != facts.host_env:
         steps.append(WriteFile(path=places.host_env, text=text, mode=0o600))
     return [*steps, *_plan_enabling(HOST_UNIT, steps, facts)]
+
+
+def _needs_previous(wanted: Wanted, facts: Facts) -> bool:
+    """Is a program that served about to be replaced? One that was noted and never replaced by one that serves stays."""
+    return facts.link_target not in (None, wanted.program) and facts.previous is None
 
 
 def _plan_unit(unit: str, wanted: Wanted, facts: Facts, places: Places) -> list[Step]:
@@ -248,7 +268,11 @@ def plan_start(wanted: Wanted, facts: Facts, places: Places) -> list[Step]:
     unit = facts.units[HOST_UNIT]
     will_change = any(isinstance(step, WriteFile | LinkProgram) for step in plan_service(wanted, facts, places))
     steps: list[Step] = [Start(unit=HOST_UNIT)] if will_change or unit.is_stale or not unit.is_active else []
-    return [*steps, AwaitHost(socket=places.socket)] if steps or not unit.is_serving else []
+    if steps or not unit.is_serving:
+        steps.append(AwaitHost(socket=places.socket))
+    if facts.previous is not None or _needs_previous(wanted, facts):
+        steps.append(RemovePath(path=places.previous))
+    return steps
 
 
 def plan_upgrade(wanted: Wanted, facts: Facts, places: Places) -> list[Step]:
@@ -334,16 +358,22 @@ def plan_uninstall(facts: Facts, places: Places, *, keeps_data: bool) -> list[St
     if any(path in facts.existing for path in (places.run, places.data_root)) or steps:
         steps.append(EndMachines())
     doomed = [*(places.units / unit for unit in UNITS), places.tls_drop_in.parent, places.run]
+    is_loaded = any(path in facts.existing for path in doomed[:3])
+    is_loaded |= any(unit.needs_reload for unit in facts.units.values())
     if keeps_data:
-        doomed.append(places.downloads)
+        doomed += [places.downloads, places.previous]
     else:
         doomed += [places.control_data, places.control_data.parent.parent / "fuse-control"]
         doomed += [places.data_root, places.data, places.settings]
-    gone = [path for path in doomed if path in facts.existing and path not in places.chosen]
-    steps += [RemovePath(path=path) for path in gone]
-    if any(path in facts.existing for path in doomed[:3]):
+    steps += [RemovePath(path=path) for path in doomed if path in facts.existing and not _is_chosen(path, places)]
+    if is_loaded:
         steps.append(ReloadSystemd())
-    if facts.link_target is not None:
+    if places.link in facts.existing:
         steps.append(RemovePath(path=places.link))
     doomed = [places.programs] if places.programs in facts.existing else [*facts.programs]
     return [*steps, *(RemovePath(path=path) for path in doomed)]
+
+
+def _is_chosen(path: Path, places: Places) -> bool:
+    """Is a folder the administrator's, or is one of theirs in it?"""
+    return any(one == path or path in one.parents for one in places.chosen)

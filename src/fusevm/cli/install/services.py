@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +18,8 @@ CONTROL_READY_S: Final = 60.0
 #: More than any unit's TimeoutStopSec.
 _SYSTEMCTL_S: Final = 120.0
 _POLL_S: Final = 0.2
+#: systemd starts a service again that ends (Restart=on-failure): one that does so as often will not come up by waiting.
+_HOPELESS_RESTARTS: Final = 3
 
 
 class Services:
@@ -40,7 +42,8 @@ class Services:
         """Stop it, and do not start it with the machine. One that is not there is stopped."""
         await _systemctl("stop", unit, check=False)
         await _systemctl("disable", unit, check=False)
-        if await _state(unit) == "active":
+        await _systemctl("reset-failed", unit, check=False)
+        if (await _show(unit)).get("ActiveState") == "active":
             raise CliError(f"{unit} does not stop", hint=f"journalctl -u {unit}")
 
     async def wait_for_host(self, socket: Path) -> None:
@@ -55,16 +58,25 @@ class Services:
 async def _wait(unit: str, is_ready: Callable[[], bool], limit_s: float) -> None:
     ends_at = time.monotonic() + limit_s
     while not await asyncio.to_thread(is_ready):
-        state = await _state(unit)
-        if state in ("failed", "inactive") or time.monotonic() > ends_at:
-            problem = f"{unit} is {state}" if state in ("failed", "inactive") else f"{unit} does not answer"
-            raise CliError(f"{problem}; it said:\n{await _last_words(unit)}", code=UNAVAILABLE)
+        problem = _find_problem(await _show(unit))
+        if problem is None and time.monotonic() > ends_at:
+            problem = "does not answer"
+        if problem is not None:
+            raise CliError(f"{unit} {problem}; it said:\n{await _last_words(unit)}", code=UNAVAILABLE)
         await asyncio.sleep(_POLL_S)
 
 
-async def _state(unit: str) -> str:
-    done = await _systemctl("show", "--property=ActiveState", "--value", unit)
-    return done.strip()
+def _find_problem(shown: Mapping[str, str]) -> str | None:
+    """Why it is no use to wait for a service; None: it may come."""
+    state, restarts = shown.get("ActiveState", ""), int(shown.get("NRestarts") or 0)
+    if state in ("failed", "inactive"):
+        return f"is {state}"
+    return f"has ended {restarts} times" if restarts >= _HOPELESS_RESTARTS else None
+
+
+async def _show(unit: str) -> dict[str, str]:
+    done = await _systemctl("show", "--property=ActiveState,NRestarts", unit)
+    return dict(line.split("=", 1) for line in done.splitlines() if "=" in line)
 
 
 async def _last_words(unit: str) -> str:

@@ -35,7 +35,8 @@ from fusevm.cli.install.plan import (
     plan_uninstall,
 )
 from fusevm.cli.install.services import Services
-from fusevm.cli.install.steps import AwaitHost, LinkProgram, Step
+from fusevm.cli.install.steps import AwaitHost, Step
+from fusevm.cli.install.traces import remove
 from fusevm.cli.installation import HostFile, to_text
 from fusevm.cli.output import say
 from fusevm.cli.progress import Meter
@@ -70,17 +71,15 @@ class HostRun(msgspec.Struct, frozen=True, kw_only=True):
             asyncio.run(self._carry_out(planner, performers))
 
     async def _carry_out(self, planner: Planner, performers: type[Performer]) -> None:
-        facts = await observe(self.wanted, self.places)
-        steps = planner(self.wanted, facts, self.places)
-        previous = facts.link_target if any(isinstance(step, LinkProgram) for step in steps) else None
+        steps = planner(self.wanted, await observe(self.wanted, self.places), self.places)
         with Meter() as meter:
             performer = performers(self.config, say, meter)
             for step in steps:
                 try:
                     await performer.perform(step)
                 except CliError:
-                    if isinstance(step, AwaitHost) and previous is not None and previous.exists():
-                        await self._take_back(previous)
+                    if isinstance(step, AwaitHost) and self.places.previous.exists():
+                        await self._take_back(self.places.previous.readlink())
                     raise
 
     async def _take_back(self, previous: Path) -> None:
@@ -88,6 +87,7 @@ class HostRun(msgspec.Struct, frozen=True, kw_only=True):
         point_link(self.places.link, previous)
         await Services().restart(HOST_UNIT)
         await Services().wait_for_host(self.places.socket)
+        remove(self.places.previous)
 
     def connection(self) -> tuple[str, str]:
         """Address and token for a control plane."""
@@ -135,7 +135,7 @@ def open_host(given: dict[str, Any]) -> HostRun:
         data=config.artefacts,
         data_root=config.data_root,
         run=config.runtime_directory,
-        chosen=frozenset(filter(None, (loaded["artefact_root"], loaded["data_root"]))),
+        chosen=frozenset({config.artefacts, config.data_root} - {Places().data, Places().data_root}),
     )
     return HostRun(wanted=wanted, places=places, config=config)
 
@@ -210,10 +210,10 @@ class ControlRun:
         wanted = ControlWanted(settings=values, fresh=fresh, tls=self._tls)
         return plan_control(host.wanted, wanted, facts, host.places)
 
-    def carry_out(self) -> None:
+    def carry_out(self, performers: type[Performer] = Performer) -> None:
         """Do it."""
         with _alone():
-            asyncio.run(_perform(self._host.config, self._plan))
+            asyncio.run(_perform(self._host.config, self._plan, performers))
 
     def connection(self) -> tuple[str, str]:
         """Address and master token for clients."""
@@ -268,15 +268,18 @@ class Removal:
         facts = await observe(self._host.wanted, self._host.places)
         return plan_uninstall(facts, self._host.places, keeps_data=self._keeps_data)
 
-    def carry_out(self, *, is_forced: bool) -> None:
+    def carry_out(self, performers: type[Performer] = Performer, *, is_forced: bool) -> None:
         """Do it. Raises CliError while there are machines, unless forced."""
         if has_machines(self._host.config) and not is_forced:
             hint = "`fuse env list` and `fuse env rm` first; --force ends them"
             raise CliError(f"there are machines below {self._host.places.data_root}", hint=hint, code=USAGE)
+        with _alone():
+            self._say_what_stays()  # before the settings are gone, which a run after a killed one cannot read any more
+            asyncio.run(_perform(self._host.config, self._plan, performers))
+
+    def _say_what_stays(self) -> None:
         places = self._host.places
         packages = _read(places.packages).split()
-        with _alone():
-            asyncio.run(_perform(self._host.config, self._plan))
         left = [str(path) for path in sorted(places.chosen) if path.exists()]
         if left and not self._keeps_data:
             say(f"you chose these folders, so they stay: {' '.join(left)}")
@@ -289,9 +292,9 @@ def open_removal(*, keeps_data: bool) -> Removal:
     return Removal(open_host({"source": None, "mirror": "", "digests": (), "image": ""}), keeps_data=keeps_data)
 
 
-async def _perform(config: HostConfig, plan: Callable[[], Any]) -> None:
+async def _perform(config: HostConfig, plan: Callable[[], Any], performers: type[Performer]) -> None:
     with Meter() as meter:
-        performer = Performer(config, say, meter)
+        performer = performers(config, say, meter)
         for step in await plan():
             await performer.perform(step)
 

@@ -74,6 +74,15 @@ class BuildImage(msgspec.Struct, frozen=True, kw_only=True):
         return f"build the image {self.name} {f'from {self.source}' if self.source else 'from the Debian mirrors'}"
 
 
+class SweepBuilds(msgspec.Struct, frozen=True, kw_only=True):
+    """What killed builds have left in a store."""
+
+    root: Path
+
+    def describe(self) -> str:
+        return f"remove what killed builds have left in {self.root}"
+
+
 class MakeToken(msgspec.Struct, frozen=True, kw_only=True):
     """Key and token of the host daemon."""
 
@@ -173,7 +182,7 @@ class RemovePath(msgspec.Struct, frozen=True, kw_only=True):
 
 
 #: What machines are made of and run by.
-Part = GetFile | InstallPackages | UnpackRelease | StoreKernel | FetchKernel | BuildImage
+Part = GetFile | InstallPackages | UnpackRelease | StoreKernel | FetchKernel | BuildImage | SweepBuilds
 #: What files and links there are.
 Place = MakeToken | LinkProgram | WriteFile | EndMachines | RemovePath
 #: What systemd does.

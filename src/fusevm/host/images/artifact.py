@@ -255,7 +255,7 @@ class ArtifactImporter:
     def _save(self, key: str, entry: ArtifactEntry) -> None:
         with brief_lock(self._images.root):
             entries = {**self._load(), key: entry}
-            write_durably(self._path, msgspec.json.encode(_Index(entries=entries)), mode=0o600)
+            write_durably(self._path, msgspec.json.encode(_Index(entries=entries)), mode=0o600, is_alone=True)
 
 
 def make_importer(config: HostConfig, images: ImageStore) -> ArtifactImporter:

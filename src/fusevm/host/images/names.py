@@ -43,4 +43,4 @@ class Names:
             after = change(before)
             if after != before:
                 data = msgspec.json.format(msgspec.json.encode(_Index(names=dict(sorted(after.items())))))
-                write_durably(self._path, data, mode=0o644)
+                write_durably(self._path, data, mode=0o644, is_alone=True)

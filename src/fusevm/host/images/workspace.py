@@ -38,7 +38,7 @@ async def workspace(root: Path, needed_bytes: int = 64 << 20) -> AsyncIterator[P
     """
     folder, fd = await _finished(lambda: _make(root), _discard_made)
     try:
-        await _sweep(root)
+        await sweep(root)
         await asyncio.to_thread(ensure_free, folder, needed_bytes)
         yield folder
     except (OSError, CommandFailed) as e:
@@ -110,8 +110,13 @@ def _free_bytes(folder: Path) -> int:
     return stats.f_bavail * stats.f_frsize
 
 
-def write_durably(path: Path, data: bytes, mode: int = 0o444) -> None:
-    """Write a whole file so that after a crash there is either the old one or the new one."""
+def write_durably(path: Path, data: bytes, mode: int = 0o444, *, is_alone: bool = False) -> None:
+    """Write a whole file so that after a crash there is either the old one or the new one.
+
+    `is_alone`: nobody else writes it now, so that what killed writers have left beside it is removed.
+    """
+    for left in path.parent.glob(f".{path.name}.*.tmp") if is_alone else ():
+        left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
@@ -246,13 +251,17 @@ def _discard_made(made: tuple[Path, int]) -> None:
     os.close(fd)
 
 
-async def _sweep(root: Path) -> None:
-    for folder in await asyncio.to_thread(_abandoned, root):
+async def sweep(root: Path) -> None:
+    """Remove the working folders of killed builds below `root`."""
+    for folder in await asyncio.to_thread(find_abandoned, root):
         await _remove_tree(folder)
 
 
-def _abandoned(root: Path) -> list[Path]:
-    found = []
+def find_abandoned(root: Path) -> list[Path]:
+    """The working folders below `root` that nobody works in any more."""
+    found: list[Path] = []
+    if not root.is_dir():
+        return found
     with brief_lock(root):
         for folder in root.glob(f"{PREFIX}*"):
             with contextlib.suppress(FileNotFoundError):
