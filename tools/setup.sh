@@ -37,9 +37,11 @@ mount mount
 newuidmap uidmap
 /etc/ssl/certs/ca-certificates.crt ca-certificates
 '
-# The same for checks and tests: the browser in which the console is tested, and what drives it.
+# The same for checks and tests: a file system that shares blocks, the browser in which the console is tested, and what
+# drives it.
 test_needs='
 /bin/busybox busybox-static
+mkfs.xfs xfsprogs
 chromium chromium
 chromedriver chromium-driver
 '
