@@ -111,7 +111,7 @@ async def test_a_running_machines_disk_is_copied_begun_with_and_put_back(jail_ho
     assert await host.stop() == 0
 
 
-async def test_a_machine_at_rest_is_copied_enlarged_visited_and_put_back(jail_host: Host):
+async def test_a_machine_at_rest_is_copied_enlarged_visited_and_put_back(jail_host: Host, tmp_path: Path):
     host = jail_host
     await host.start()
     body = {"machine_id": "m-1", "image": IMAGE, "memory_mib": 256, "storage_bytes": 256 << 20}
@@ -132,6 +132,17 @@ async def test_a_machine_at_rest_is_copied_enlarged_visited_and_put_back(jail_ho
     taken = await ask(host, "POST", "/machines/m-1/snapshots", snapshot_id="s-1")
     assert taken["snapshot"]["consistency"] == "stopped"
     check_file_system(host.data / "snapshots/s-1/disk.raw")
+
+    # It can be carried away, and a machine of the contract begins with it.
+    packed = tmp_path / "packed.qcow2"
+    packed.write_bytes(await host.ask("GET", "/snapshots/s-1/artifacts/disk-system"))
+    words = ["qemu-img", "compare", str(packed), str(host.data / "snapshots/s-1/disk.raw")]
+    assert "identical" in subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    body = {"machine_id": "m-2", "local_snapshot": {"snapshot_id": "s-1"}, "memory_mib": 256}
+    assert (await ask(host, "POST", "/snapshots/s-1/restore", **body))["machine"]["phase"] == "running"
+    read = {"operation": "read_text", "path": "a.txt"}
+    assert await ask(host, "POST", "/machines/m-2/files/ops", **read) == {"content": "before\n"}
+    await host.delete("m-2", None)
 
     # Enlarged, and visited in its new size; a visit has a jail for as long as it lasts.
     resized = (await ask(host, "POST", "/machines/m-1/resize", storage_bytes=512 << 20))["machine"]
