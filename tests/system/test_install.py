@@ -10,8 +10,10 @@ import pty
 import re
 import subprocess
 import tarfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -304,21 +306,85 @@ def check_bare(world: World) -> None:
         assert world.show(unit, "LoadState") == "not-found"
 
 
+#: The installed unit, with a daemon whose VMMs are small processes with the real agent.
+SMALL_VMMS = """[Service]
+ExecStart=
+ExecStart=/opt/fuse/old/bin/python -B -m fusevm.testing.agent_daemon --data-root /var/lib/fuse/host \\
+  --artefact-root /var/lib/fuse --run-dir /run/fuse --listen 127.0.0.1:0 --disk-reserve-bytes 1 --ram-reserve-mib 1
+"""
+#: An image of a user and nothing else: commands of such a machine are the host's.
+SMALL_IMAGE = """
+import asyncio, pathlib
+from fusevm.host.images.build import build_from_tree
+from fusevm.host.images.store import ImageConfig, ImageStore
+tree = pathlib.Path("/srv/tree")
+(tree / "etc").mkdir(parents=True)
+(tree / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\\n")
+asyncio.run(build_from_tree(ImageStore(pathlib.Path("/var/lib/fuse")), "small", tree, config=ImageConfig()))
+"""
+
+
 def test_a_machines_life_is_one_field_of_the_journal(world: World, mirror: Path):
     install(world, mirror, "--driver", "qemu")
+    world.run("/opt/fuse/old/bin/python", "-c", SMALL_IMAGE)
+    world.run("mkdir", "-p", "/etc/systemd/system/fuse-host.service.d")
+    world.path("/etc/systemd/system/fuse-host.service.d/test.conf").write_text(SMALL_VMMS)
+    world.run("systemctl", "daemon-reload")
+    world.run("systemctl", "restart", "fuse-host")
     socket = "/var/lib/fuse/host/firecracker-host.sock"
+    patience = ["--retry", "60", "--retry-delay", "1", "--retry-all-errors"]
+    world.run("curl", "-sf", *patience, "--unix-socket", socket, "http://localhost/health")
+
+    def ask(method: str, path: str, body: object = None) -> dict[str, Any]:
+        data = [] if body is None else ["-d", json.dumps(body)]
+        url = f"http://localhost{path}"
+        said = world.run("curl", "-sS", "--fail-with-body", "--unix-socket", socket, "-X", method, url, *data).stdout
+        return json.loads(said) if said else {}
+
     for machine in ("m-one", "m-two"):
-        world.run("curl", "-s", "--unix-socket", socket, f"http://localhost/machines/{machine}")
-    found = [json.loads(line) for line in world.journal("-o", "json", "FUSE_MACHINE=m-one").splitlines()]
-    assert found
-    assert {one["_SYSTEMD_UNIT"] for one in found} == {"fuse-host.service"}
-    assert {one["FUSE_EVENT"] for one in found} == {"request"}
-    assert all("/machines/m-one" in one["MESSAGE"] for one in found)
-    # The rest is in the journal, too, with its level.
-    ready = [
-        json.loads(line) for line in world.journal("-o", "json", "-u", "fuse-host", "FUSE_EVENT=ready").splitlines()
+        spec = {"image": "small", "memory_mib": 64, "disk_bytes": 64 << 20, "hostname": "box"}
+        ask("POST", "/machines", {"machine_id": machine, "spec": spec, "boot_timeout_ms": 120_000})
+    ask("POST", "/machines/m-one/exec", {"command": ["true"], "user": "root"})
+    ask("POST", "/machines/m-one/stop")
+    ask("POST", "/machines/m-one/start")
+    world.run("systemctl", "restart", "fuse-host")
+    world.run("curl", "-sf", *patience, "--unix-socket", socket, "http://localhost/health")
+    lived = [line for line in life_of(world, "m-one") if line.startswith("machine_")]
+    world.run("kill", "-9", *pids_of(world, "m-one"))
+    for _ in range(600):
+        if ask("GET", "/machines/m-one")["machine"]["phase"] == "failed":
+            break
+        time.sleep(0.1)
+    ask("DELETE", "/machines/m-one")
+    run = ["machine_phase creating", "machine_phase running"]
+    assert lived == [*run, "machine_phase stopped", *run, "machine_phase running", "machine_adopted"]
+    life = life_of(world, "m-one")
+    ended = [line for line in life if line.startswith("machine_")][len(lived) :]
+    assert ended == ["machine_phase failed", "machine_exited failed", "machine_phase deleting", "machine_gone deleting"]
+    requests = [f"request POST /machines/m-one/{what}" for what in ("exec", "stop", "start")]
+    assert [line for line in life if line.startswith(("request POST", "request DELETE"))] == [
+        *requests,
+        "request DELETE /machines/m-one",
     ]
-    assert [one["PRIORITY"] for one in ready] == ["6"]
+    assert not [line for line in life if "m-two" in line]
+    assert [line for line in life_of(world, "m-two") if line.startswith("machine_")][:2] == run
+    # The rest is in the journal, too, with its level.
+    ready = world.journal("-o", "json", "-u", "fuse-host", "FUSE_EVENT=ready").splitlines()
+    assert {json.loads(line)["PRIORITY"] for line in ready} == {"6"}
+
+
+def pids_of(world: World, machine: str) -> list[str]:
+    """Of its VMM, as the journal says."""
+    found = world.journal("-o", "json", f"FUSE_MACHINE={machine}", "FUSE_EVENT=machine_phase").splitlines()
+    return [json.loads(line)["FUSE_PID"] for line in found if json.loads(line)["FUSE_PHASE"] == "running"][-1:]
+
+
+def life_of(world: World, machine: str) -> list[str]:
+    """What the journal has under a machine's field: event, and phase or request."""
+    found = [json.loads(line) for line in world.journal("-o", "json", f"FUSE_MACHINE={machine}").splitlines()]
+    assert {one["_SYSTEMD_UNIT"] for one in found} <= {"fuse-host.service"}
+    names = ("FUSE_EVENT", "FUSE_METHOD", "FUSE_PATH", "FUSE_PHASE")
+    return [" ".join(one[name] for name in names if name in one) for one in found]
 
 
 def test_a_file_with_another_digest_stops_the_installation_and_is_not_kept(world: World, mirror: Path):

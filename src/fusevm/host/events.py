@@ -11,8 +11,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import structlog
+
 from fusevm.model.machine import Machine
 from fusevm.wire.host_api import MachineEvent
+
+log = structlog.get_logger(__name__)
 
 #: Events that may wait for one subscriber.
 _BACKLOG = 1024
@@ -64,7 +68,16 @@ class EventHub:
         return MachineEvent(kind="keepalive", at_ms=self._clock())
 
     def publish(self, machine: Machine, *, kind: str = "phase") -> None:
-        """Tell everyone that a machine has changed its phase (or is `gone`)."""
+        """Tell everyone that a machine has changed its phase (or is `gone`), the log included."""
+        log.info(
+            f"machine_{kind}",
+            machine=machine.id,
+            uid=machine.fence.uid,
+            incarnation=machine.fence.incarnation,
+            phase=machine.phase.value,
+            why=machine.error,
+            pid=machine.vmm.pid if machine.vmm is not None else None,
+        )
         event = MachineEvent(
             kind=kind,
             machine_id=machine.id,

@@ -319,7 +319,12 @@ class Machines:
         return task
 
     async def _keep_running(self, task: MachineTask) -> None:
-        """Run a machine's task; a bug in it costs this machine a restart of its task and no other machine anything."""
+        """Run a machine's task; a bug in it costs this machine a restart of its task and no other machine anything.
+
+        Whatever is logged within is about this machine, and about no request: not the one that it was made in either.
+        """
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(machine=task.record.id, uid=task.record.fence.uid)
         try:
             while not task.is_gone:
                 await self._run_once(task)

@@ -109,9 +109,9 @@ class Sweeper:
         try:
             await ground.clear(thing.name)
         except (Error, OSError) as e:
-            log.warning("leftover_not_removed", kind=thing.kind, name=thing.name, problem=str(e))
+            log.warning("leftover_not_removed", kind=thing.kind, problem=str(e), **_named(thing))
             return False
-        log.warning("leftover_removed", kind=thing.kind, name=thing.name)
+        log.warning("leftover_removed", kind=thing.kind, **_named(thing))
         return True
 
     async def _clear_surplus(self, surplus: frozenset[Thing]) -> frozenset[Thing]:
@@ -138,14 +138,19 @@ class Sweeper:
             log.warning("slots_not_swept", problem=str(e))
             return frozenset()
         for number in numbers:
-            log.warning("leftover_removed", kind=Kind.SLOT, name=number)
+            log.warning("leftover_removed", kind=Kind.SLOT, slot=number)
         return frozenset(Thing(kind=Kind.SLOT, name=number) for number in numbers)
 
     def _tell_missing(self, missing: frozenset[Thing]) -> None:
         """Once, when it is sure; the metric goes on."""
         for thing in sorted(missing - self.drift.missing):
-            owner = "snapshot" if thing.kind is Kind.SNAPSHOT else "machine"
-            log.error("thing_missing", kind=thing.kind, **{owner: thing.name})
+            log.error("thing_missing", kind=thing.kind, **_named(thing))
+
+
+def _named(thing: Thing) -> dict[str, str]:
+    """Whose a thing is, as a field of the log."""
+    owner = {Kind.SNAPSHOT: "snapshot", Kind.SLOT: "slot"}.get(thing.kind, "machine")
+    return {owner: thing.name}
 
 
 async def _observe_one(ground: Ground) -> dict[Kind, set[str]]:

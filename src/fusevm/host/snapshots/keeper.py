@@ -216,7 +216,7 @@ class SnapshotKeeper:
         """
         for snapshot in await self._ledger.load_all():
             if snapshot.phase is SnapshotPhase.DAMAGED:
-                log.error("record_damaged", snapshot=snapshot.id)
+                log.error("record_damaged", snapshot=snapshot.id, machine=snapshot.machine_id)
             if not self._tasks_of(snapshot.id):
                 await self._take_up(snapshot)
         for name in await self._folders.names() - {snapshot.id for snapshot in await self._ledger.load_all()}:
@@ -298,7 +298,7 @@ class SnapshotKeeper:
         await self._folders.remove(snapshot.id)
         self._fault.reached("unsnapshot.removed")
         await self._ledger.forget(snapshot.id)
-        log.info("snapshot_removed", snapshot=snapshot.id)
+        log.info("snapshot_removed", snapshot=snapshot.id, machine=snapshot.machine_id)
         return snapshot
 
 
