@@ -26,13 +26,15 @@ _CLONE_NEWIPC: Final = 0x0800_0000
 _MEMORY_BYTES: Final = 4 << 30
 
 
-def without_rights(words: list[str | Path]) -> list[str | Path]:
-    """The words that run a program as the worker, from the current directory on."""
+def without_rights(words: list[str | Path], *, has_network: bool = False) -> list[str | Path]:
+    """The words that run a program as the worker, from the current directory on; by itself in its network, unless that
+    is what it is run for."""
     if os.geteuid() != 0:
         return words
+    apart = [] if has_network else ["unshare", "--net", "--"]
     ids = [f"--reuid={WORKER_UID}", f"--regid={WORKER_UID}", "--clear-groups"]
     ending = ["--pdeathsig", "KILL"]  # nothing goes on when a daemon is killed
-    return ["setpriv", *ids, *ending, "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--", *words]
+    return [*apart, "setpriv", *ids, *ending, "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--", *words]
 
 
 def make_workplace(folder: Path) -> None:

@@ -127,7 +127,7 @@ class Skopeo:
         program: list[str | Path] = ["skopeo", *policy, *platform, "--tmpdir=tmp", *words]
         program = ["prlimit", f"--fsize={max_file_bytes}", "--core=0", "--", *program]
         if os.geteuid() == 0:
-            program = [*_apart(), *without_rights(program)]
+            program = [*_apart(), *without_rights(program, has_network=True)]
         try:
             done = await run(
                 program,

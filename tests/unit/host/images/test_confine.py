@@ -7,11 +7,12 @@ import re
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fusevm.cli.install.observe import read_units
-from fusevm.host.images.confine import WORKER_UID
+from fusevm.host.images.confine import WORKER_UID, without_rights
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights to give up")]
 #: CLONE_NEW* of linux/sched.h, by the names that RestrictNamespaces= has for them (systemd.exec(5)).
@@ -76,3 +77,19 @@ def test_what_it_cannot_give_up_keeps_it_from_beginning(allowed: str, missing: s
     done = confine(allowed)
     assert (done.returncode, done.stdout) == (1, "")
     assert f"no {missing} namespace of its own for what reads layers: Operation not permitted" in done.stderr
+
+
+@pytest.mark.parametrize("has_network", [False, True])
+def test_tools_that_read_what_strangers_wrote_have_a_network_only_to_ask_registries(has_network: bool):
+    """debugfs, e2fsck, mke2fs, zstd; and skopeo. As within the daemon's unit."""
+    words = without_rights(
+        ["sh", "-c", "id -u; readlink /proc/self/ns/net; cat /proc/net/dev"], has_network=has_network
+    )
+    (allowed,) = re.findall(r"^RestrictNamespaces=(.*)$", read_units()["fuse-host.service"], flags=re.MULTILINE)
+    done = subprocess.run(
+        words, preexec_fn=lambda: restrict_namespaces(*allowed.split()), capture_output=True, text=True, check=True
+    )
+    uid, network, _, _, *devices = done.stdout.splitlines()
+    assert int(uid) == WORKER_UID
+    assert (network == str(Path("/proc/self/ns/net").readlink())) == has_network
+    assert has_network or [device.split(":")[0].strip() for device in devices] == ["lo"]
