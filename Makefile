@@ -6,8 +6,10 @@ GO := env CGO_ENABLED=0 GOENV=off GOFLAGS= GOPROXY=off GOTOOLCHAIN=local GOWORK=
       GOCACHE=$(GO_CACHE)/go-build GOPATH=$(GO_CACHE)/go $(CURDIR)/.venv/bin/go
 # More arguments for pytest, fuse bench: make test ARGS="-k images"
 ARGS ?=
+# How long each test of `make fuzz` goes on.
+SECONDS ?= 60
 
-.PHONY: help setup quickstart console test lint test-agent test-python bench agent docs clean
+.PHONY: help setup quickstart console test lint test-agent test-python fuzz bench agent docs clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -40,6 +42,12 @@ test-python: setup ## Run pytest; the end says what was skipped and why
 	.venv/bin/coverage run -m pytest -q tests/unit/core tests/unit/model
 	.venv/bin/coverage report --fail-under=100
 	.venv/bin/python tools/run_tests.py $(ARGS)
+
+fuzz: setup ## Attack every parser and protocol, each test for SECONDS
+	.venv/bin/python -m pytest -q --fuzz-seconds $(SECONDS) $(ARGS) \
+	  --timeout=0 tests/unit/host/images/test_image_fuzz.py tests/unit/host/vmm/test_hostile_guest.py
+	cd guest && grep -r '^func Fuzz' --include='*_test.go' . | sed 's|/[^/]*:func | |; s|(.*||' | while read -r folder name; do \
+	  $(GO) test -run=NONE -fuzz="^$$name\$$" -fuzztime=$(SECONDS)s "$$folder" </dev/null || exit 1; done
 
 bench: setup ## Measure against the budgets
 	.venv/bin/fuse bench $(ARGS)

@@ -17,6 +17,7 @@ from fusevm.testing.postgres import PostgresServer
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import fuzz_rounds
 import leaks
 from own_world import DATA, INSIDE, enter_own_world, keep_temporary_files_in, run_prefix
 from raised import (  # noqa: F401 - hooks of pytest
@@ -30,6 +31,16 @@ from raised import (  # noqa: F401 - hooks of pytest
 # How long an example takes says more about the machine than about us.
 settings.register_profile("fuse", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("fuse")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of our own."""
+    fuzz_rounds.add_options(parser)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Before any test is collected."""
+    fuzz_rounds.take_options(session.config)
 
 
 @pytest.fixture(scope="session", autouse=True)

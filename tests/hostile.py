@@ -1,15 +1,15 @@
-"""Bytes of somebody who means harm: whole ones, mutated. Seeded, so that every run is the same;
-`FUSE_FUZZ_ROUNDS=300000` makes it minutes."""
+"""Bytes of somebody who means harm: whole ones, mutated. Seeded, so that every run is the same (`fuzz_rounds`)."""
 
 import json
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import fuzz_rounds
+
 GOLDEN = Path(__file__).parent / "golden"
 #: In CI; the corpus below comes on top.
-ROUNDS = int(os.environ.get("FUSE_FUZZ_ROUNDS", "500"))
+ROUNDS = 500
 
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 #: Answers of an agent, with what parsers have choked on: lengths that lie, endless heads, depth, no UTF-8, smuggling.
@@ -52,8 +52,8 @@ def mutants(corpus: tuple[bytes, ...] | list[bytes], rounds: int = ROUNDS) -> It
     """The corpus as it is, then mutations of it, each with what makes it again."""
     for number, whole in enumerate(corpus):
         yield f"corpus {number}", whole
-    for seed in range(rounds):
-        yield f"seed {seed}", mutate(random.Random(seed), list(corpus))
+    for seed, chance in fuzz_rounds.rounds("seed", rounds):
+        yield seed, mutate(chance, list(corpus))
 
 
 def mutate(chance: random.Random, corpus: list[bytes]) -> bytes:

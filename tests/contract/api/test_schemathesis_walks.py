@@ -1,13 +1,12 @@
 """Walks along the links of the OpenAPI document, by schemathesis' own state machine: what is made is read, used,
 changed and deleted, in any order, and every answer is held to the document.
 
-Seeded: the same walks in every run, as far as the server's own pace allows. `FUSE_FUZZ_REQUESTS=10000` makes them
+Seeded: the same walks in every run, as far as the server's own pace allows. `--fuzz-requests 10000` makes them
 longer. A document that lies about what is behind a link shows that the walks get there, and that they can fail.
 """
 
 import contextlib
 import copy
-import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from hypothesis.stateful import rule
 from schemathesis.core.failures import FailureGroup
 from schemathesis.generation.stateful.state_machine import StepInput
 
+import fuzz_rounds
 from fusevm.testing.postgres import PostgresServer
 from fusevm.wire.routes import ROUTES
 
@@ -104,7 +104,7 @@ def walk_along(document: dict[str, Any], url: str, kind: str, is_enough: Callabl
 
 
 def requests_wanted() -> int:
-    return int(os.environ.get("FUSE_FUZZ_REQUESTS", REQUESTS))
+    return fuzz_rounds.requests or REQUESTS
 
 
 def sources_used(machine: Any) -> set[str]:

@@ -1,22 +1,21 @@
 """Parsers of what strangers send: layers, documents, references. Whatever comes, the outcome is an image or a refusal.
 
-CI runs a fixed number of mutations of a corpus from a fixed seed. `FUSE_FUZZ_SECONDS=300 pytest tests/unit/host/images/
-test_image_fuzz.py` goes on for that long with another seed, which a failure prints.
+CI runs a fixed number of mutations of a corpus from a fixed seed; `--fuzz-seconds 300` goes on for that long with
+another one, which a failure prints.
 """
 
 import gzip
 import io
 import itertools
 import json
-import os
 import random
 import re
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
+import fuzz_rounds
 from fusevm.host.images.file_system import measure_tree, render_script
 from fusevm.host.images.oci import Manifest, choose, parse_config, parse_manifest
 from fusevm.host.images.reference import parse_reference
@@ -27,7 +26,6 @@ from fusevm.model.errors import BadReference, ImageRefused, ImageUnknown
 from image_factory import INDEX, MANIFEST, ImageFiles, describe, entry, folder, hard_link, make_tar, symlink
 
 ROUNDS = 1500
-SECONDS = float(os.environ.get("FUSE_FUZZ_SECONDS", "0"))
 #: One line of a script: a command of ours, and words that are quoted or plain.
 _WORD = rb'(?:"(?:[^"\n\r\0]|"")*"|[A-Za-z0-9_@/.-]+)'
 _LINE = re.compile(rb"(?:mkdir|cd|symlink|mknod|write|link|rm|sif|ea_set -f|ssv)(?: " + _WORD + rb"){1,3}", re.DOTALL)
@@ -92,15 +90,7 @@ def seal(data: bytes) -> bytes:
 
 def rounds(name: str) -> Iterator[random.Random]:
     """A source of chance per round; the seed of a failure is in the test's name for it."""
-    if not SECONDS:
-        yield from (random.Random(f"{name} {number}") for number in range(ROUNDS))
-        return
-    seed, end = time.time_ns(), time.monotonic() + SECONDS
-    print(f"seed {seed}")
-    for number in itertools.count():
-        if time.monotonic() > end:
-            return
-        yield random.Random(f"{name} {seed} {number}")
+    return (chance for _seed, chance in fuzz_rounds.rounds(name, ROUNDS))
 
 
 def apply_layers(layers: list[bytes]) -> Tree:
