@@ -174,7 +174,7 @@ NEWS = {
 ENDINGS = {
     "deleted": (State.DESTROYED, "somebody deleted it"),
     "max_runtime": (State.DESTROYED, "`max_runtime_seconds` have passed since it got its place"),
-    "idle": (State.DESTROYED, "nobody used it for `idle_timeout_seconds`"),
+    "idle": (State.DESTROYED, "nobody used it for `idle_timeout_seconds`, nor its published ports (`docs/network.md`)"),
     "linger": (State.DESTROYED, "it was drained, and nobody deleted it in time"),
     "no_capacity": (State.FAILED, "it waited for a place, and none was found within `queue_seconds`"),
     "boot_timeout": (State.FAILED, "the machine did not come up before the deadline"),

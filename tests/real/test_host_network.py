@@ -232,8 +232,8 @@ async def test_who_can_reach_what(network_host: Host):
         # The published port: from outside and from the host.
         assert await call(host, OUT, HOST_ADDRESS, port.host_port) == OUTSIDE
         assert await call(host, HERE, "127.0.0.1", port.host_port) == other_end
-        visits = {record.id: record.visited_s_ago is not None for record in await host.machines()}
-        assert visits == {"m-one": False, "m-two": True}
+        uses = {record.id: record.ports_used_s_ago is not None for record in await host.machines()}
+        assert uses == {"m-one": False, "m-two": True}
 
         before = len(heard(host))
         for address in forbidden:

@@ -322,3 +322,112 @@ def test_a_create_that_ends_before_it_runs_has_its_answer_kept():
         assert len(cluster.checker.records) == 1
 
     play(scenario)
+
+
+# -- use that only the host sees ---------------------------------------------------------------------------------------
+
+IDLE_S = 60
+WEB = {"task_id": "t1", "spec": {"idle_timeout_seconds": IDLE_S}, "expose": [{"port": 80}]}
+#: The pace of lists and what they take, and the grain of the note.
+LATE_S = 30
+
+
+async def create_web(cluster: Cluster) -> tuple[str, str]:
+    """An environment that clients reach by a port; with its machine."""
+    answer = await cluster.replicas[0].ask("POST", "/v1/environments", body=WEB)
+    assert answer.status == 201, answer
+    (machine,) = cluster.hosts[0].table
+    return str(answer.body["uid"]), machine
+
+
+async def be_used(cluster: Cluster, machine: str, seconds: float, pause_s: float = 7) -> None:
+    loop = asyncio.get_running_loop()
+    until_s = loop.time() + seconds
+    while loop.time() < until_s:
+        cluster.hosts[0].use(machine)
+        await asyncio.sleep(pause_s)
+
+
+def end_of(cluster: Cluster, uid: str) -> str:
+    ending = cluster.checker.records[uid].ending
+    return "" if ending is None else ending.reason
+
+
+@pytest.mark.parametrize("pause_s", [1, 55])
+def test_an_environment_that_is_used_only_by_its_port_lives_and_ends_when_nobody_uses_it_any_more(pause_s: float):
+    async def scenario(cluster: Cluster) -> None:
+        uid, machine = await create_web(cluster)
+        before = cluster.checker.records[uid].revision
+        await be_used(cluster, machine, 20 * IDLE_S, pause_s)
+        assert end_of(cluster, uid) == ""
+        # Written a few times per timeout, and not with every list.
+        assert 20 <= cluster.checker.records[uid].revision - before <= 80
+        await asyncio.sleep(IDLE_S - pause_s - 1)
+        assert end_of(cluster, uid) == "", "its timeout counts from the last use"
+        await asyncio.sleep(LATE_S + pause_s)
+        assert end_of(cluster, uid) == "idle"
+
+    play(scenario)
+
+
+def test_what_a_host_does_not_tell_of_is_no_use():
+    async def scenario(cluster: Cluster) -> None:
+        uid, _ = await create_web(cluster)
+        revision = cluster.checker.records[uid].revision
+        await asyncio.sleep(IDLE_S - 1)
+        assert (end_of(cluster, uid), cluster.checker.records[uid].revision) == ("", revision), "and nothing is written"
+        await asyncio.sleep(LATE_S)
+        assert end_of(cluster, uid) == "idle"
+
+    play(scenario)
+
+
+def test_a_control_plane_that_was_down_ends_nothing_that_was_used_meanwhile():
+    async def scenario(cluster: Cluster) -> None:
+        uid, machine = await create_web(cluster)
+        for replica in cluster.replicas:
+            replica.kill()
+        await be_used(cluster, machine, 10 * IDLE_S)
+        for replica in cluster.replicas:
+            replica.start()
+        await be_used(cluster, machine, 5 * IDLE_S)
+        assert end_of(cluster, uid) == ""
+        await asyncio.sleep(IDLE_S + LATE_S)
+        assert end_of(cluster, uid) == "idle"
+
+    play(scenario)
+
+
+def test_what_a_host_out_of_reach_could_tell_is_unknown_and_not_idle():
+    async def scenario(cluster: Cluster) -> None:
+        uid, machine = await create_web(cluster)
+        cluster.hosts[0].refusing = 1
+        await be_used(cluster, machine, 5 * IDLE_S)
+        assert end_of(cluster, uid) == ""
+        cluster.hosts[0].refusing = 0
+        await be_used(cluster, machine, IDLE_S)
+        assert end_of(cluster, uid) == ""
+        cluster.hosts[0].refusing = 1
+        await asyncio.sleep(10 * IDLE_S)
+        assert end_of(cluster, uid) == ""
+        cluster.hosts[0].refusing = 0
+        await asyncio.sleep(LATE_S)
+        assert end_of(cluster, uid) == "idle"
+
+    play(scenario)
+
+
+def test_whoever_watches_the_host_tells_of_its_uses():
+    async def scenario(cluster: Cluster) -> None:
+        uid, machine = await create_web(cluster)
+        using = asyncio.ensure_future(be_used(cluster, machine, 20 * IDLE_S))
+        for number in range(10):
+            await asyncio.sleep(2 * IDLE_S)
+            cluster.replicas[number % 2].kill()
+            cluster.replicas[1 - number % 2].start()
+        await using
+        assert end_of(cluster, uid) == ""
+        await asyncio.sleep(IDLE_S + LATE_S)
+        assert end_of(cluster, uid) == "idle"
+
+    play(scenario)

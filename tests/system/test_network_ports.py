@@ -31,7 +31,7 @@ from network_lab import (
 from fusevm.host.net.namespace import run_inside
 from fusevm.host.net.network import HostNetwork
 from fusevm.host.net.plan import plan_slot
-from fusevm.host.net.tables import VISIT_MEMORY_S
+from fusevm.host.net.tables import USE_MEMORY_S
 from fusevm.host.net.terms import Forward, Terms
 from fusevm.model.network import Network, Transport
 
@@ -168,37 +168,37 @@ async def test_users_of_the_host_reach_only_what_is_published(tmp_path):
         assert await reaches("0", address, ECHO_PORT)
 
 
-async def visited(lab: World, index: int = 0) -> bool:
+async def is_used(lab: World, index: int = 0) -> bool:
     """Has a client used a port of the machine since this was last asked?"""
-    found = index in await lab.network.visits()
+    found = index in await lab.network.uses()
     if found:
-        sh(f"nft delete element inet {PLAN.table} visited {{ {plan_slot(PLAN, index).veth} }}")
+        sh(f"nft delete element inet {PLAN.table} used {{ {plan_slot(PLAN, index).veth} }}")
     return found
 
 
 @private_network
-async def test_what_clients_send_to_a_port_is_a_visit_and_what_the_machine_does_is_none(tmp_path):
+async def test_what_clients_send_to_a_port_is_use_and_what_the_machine_does_is_none(tmp_path):
     async with world(tmp_path) as lab:
         loop = asyncio.get_running_loop()
         assert await lab.guest.tcp(SERVER) == f"{HOST_ADDRESS} hello"
         assert await lab.guest.udp(SERVER) == f"{HOST_ADDRESS} hello".encode()
         assert await lab.guest.is_refused(HOST_ADDRESS, 20_000), "not even to its own port"
-        assert await lab.network.visits() == {}, "what a machine sends, and the answers to it"
+        assert await lab.network.uses() == {}, "what a machine sends, and the answers to it"
         for path, address in ((OUT, HOST_ADDRESS), (None, HOST_ADDRESS), (None, "127.0.0.1")):
             for kind, port in ((socket.SOCK_STREAM, 20_000), (socket.SOCK_DGRAM, 20_001)):
                 await call(path, address, port, kind)
-                assert await visited(lab), (path, address, port)
+                assert await is_used(lab), (path, address, port)
         make = functools.partial(socket.socket, socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         with await run_inside(OUT, make) as connection:
             await loop.sock_connect(connection, (HOST_ADDRESS, 20_000))
             assert await say(connection, b"one") == f"{OUTSIDE} one"
-            assert await visited(lab)
+            assert await is_used(lab)
             assert await say(connection, b"two") == f"{OUTSIDE} two"
-            assert await visited(lab), "a connection that lasts"
+            assert await is_used(lab), "a connection that lasts"
             await lab.network.set_terms(lab.guest.slot, Terms(forwards=frozenset({TCP})))
             assert await say(connection, b"three") == f"{OUTSIDE} three"
-            assert await visited(lab), "also after a change of the ports"
-        assert not await visited(lab, 1)
+            assert await is_used(lab), "also after a change of the ports"
+        assert not await is_used(lab, 1)
 
 
 #: linux/tcp.h: a socket that is closed in this mode says nothing to its peer.
@@ -206,7 +206,7 @@ TCP_REPAIR = 19
 
 
 @private_network
-async def test_a_machine_that_sends_to_clients_who_have_left_is_not_visited(tmp_path):
+async def test_a_machine_that_sends_to_clients_who_have_left_is_not_used(tmp_path):
     """Their resets and ICMP errors come by the connection that they had."""
     tcp = Forward(protocol=Transport.TCP, host_port=20_000, port=9)
     udp = Forward(protocol=Transport.UDP, host_port=20_001, port=9)
@@ -233,26 +233,26 @@ async def test_a_machine_that_sends_to_clients_who_have_left_is_not_visited(tmp_
 
         for kind, port in ((socket.SOCK_STREAM, 20_000), (socket.SOCK_DGRAM, 20_001)):
             client, server = await meet(kind, port)
-            assert await visited(lab)
+            assert await is_used(lab)
             if kind == socket.SOCK_STREAM:
                 client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
             client.close()
-            assert not await visited(lab), "it left without a word"
+            assert not await is_used(lab), "it left without a word"
             await loop.sock_sendall(server, b"still there?")
             with pytest.raises((ConnectionResetError, ConnectionRefusedError)):
                 await asyncio.wait_for(loop.sock_recv(server, 100), PATIENCE_S)
-            assert not await visited(lab)
+            assert not await is_used(lab)
 
 
 @private_network
-async def test_visits_survive_another_table_and_another_daemon_but_not_the_machine(tmp_path):
+async def test_uses_survive_another_table_and_another_daemon_but_not_the_machine(tmp_path):
     async with world(tmp_path) as lab:
         assert await call(OUT, HOST_ADDRESS, 20_000) == f"{OUTSIDE} hello"
-        assert not await lab.network.ensure(), "who visits whom is no change of the rules"
-        assert await visited(lab)
+        assert not await lab.network.ensure(), "who uses whom is no change of the rules"
+        assert await is_used(lab)
         veth = lab.guest.slot.veth
-        sh(f"nft add element inet {PLAN.table} visited {{ {veth} timeout {VISIT_MEMORY_S - 1000}s }}")
-        assert await lab.network.visits() == {}, "it was before the machine: another one's"
+        sh(f"nft add element inet {PLAN.table} used {{ {veth} timeout {USE_MEMORY_S - 1000}s }}")
+        assert await lab.network.uses() == {}, "it was before the machine: another one's"
         sh(f"nft flush map inet {PLAN.table} forward_port")
         assert await lab.network.ensure()
         await lab.network.close()
@@ -260,4 +260,4 @@ async def test_visits_survive_another_table_and_another_daemon_but_not_the_machi
         assert await second.open({0: BOTH, 1: Terms()}) == {}
         lab.stack.push_async_callback(second.sweep, set())
         lab.stack.push_async_callback(second.close)
-        assert 1000 <= (await second.visits())[0] < 2000, "its time is known as before"
+        assert 1000 <= (await second.uses())[0] < 2000, "its time is known as before"

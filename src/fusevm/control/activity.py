@@ -10,13 +10,12 @@ from collections.abc import AsyncIterator
 import structlog
 
 from fusevm.control.plane import Plane
+from fusevm.core.use import NOTES_PER_TIMEOUT
 from fusevm.model.environment import Environment
 from fusevm.model.errors import Error
 from fusevm.model.event import ActivitySeen
 
 log = structlog.get_logger()
-#: A session in use is noted this many times per idle timeout.
-NOTES_PER_TIMEOUT = 4
 
 
 @contextlib.asynccontextmanager

@@ -29,10 +29,11 @@ from fusevm.core.lifecycle import Identity, Step
 from fusevm.core.placement import can_reserve, place
 from fusevm.core.policy import Policy
 from fusevm.core.spec import resources_of
+from fusevm.core.use import waits_for_list
 from fusevm.model import ids
 from fusevm.model.environment import Environment, Spec
 from fusevm.model.errors import EnvironmentNotFound, NoCapacity, NoHosts, PreconditionFailed, RevisionConflict
-from fusevm.model.event import Event, Placed
+from fusevm.model.event import Event, Placed, Tick
 from fusevm.model.host import Host
 from fusevm.model.setup import Duties
 
@@ -190,6 +191,14 @@ class Entry:
             conflicts += 1
             pause_ms = backoff_ms(conflicts, first_ms=CONFLICT_PAUSE_MS, max_ms=MAX_CONFLICT_PAUSE_MS, key=event.cause)
             await asyncio.sleep(pause_ms / 1000)
+
+    async def tick(self, uid: str) -> bool:
+        """Let happen what is due. False: that is for the watch of its host to say, after a list (`core.use`)."""
+        record = await self._store.get(uid)
+        if record is not None and waits_for_list(record, self._clock.now_ms(), self._policy):
+            return False
+        await self.feed(uid, Tick(cause="deadline"), known=record, commit_always=True)
+        return True
 
     async def wait_for(
         self,

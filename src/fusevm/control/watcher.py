@@ -4,7 +4,7 @@ Each host is watched by the one replica that holds the host's lease, in a task o
 another's. Silence makes a host unreachable, then lost; a refusal makes it unreachable and never lost; only a good
 answer makes it well again. A failure on our side, of the store, of the key that its token is sealed with or of an event
 loop that stood still, says nothing about a host: silence is then counted from zero. What heartbeats and lists mean is
-decided by `core.reconcile`; this module only carries it out.
+decided by `core.reconcile` and `core.use`; this module only carries it out.
 """
 
 import asyncio
@@ -41,6 +41,7 @@ from fusevm.core.reconcile import (
     observe_host,
     plan,
 )
+from fusevm.core.use import uses, waits_for_list
 from fusevm.model.environment import Environment
 from fusevm.model.errors import (
     BadSetting,
@@ -53,7 +54,7 @@ from fusevm.model.errors import (
     Timeout,
     WrongCluster,
 )
-from fusevm.model.event import Event, HostLost, MachineMissing, Reported
+from fusevm.model.event import Event, HostLost, MachineMissing, Reported, Tick
 from fusevm.model.fact import Kind
 from fusevm.model.host import Host, HostHealth, HostState, effective
 from fusevm.model.machine import Fence, Phase
@@ -343,14 +344,15 @@ class Watch:
             if isinstance(error, Error):
                 raise
             raise HostUnreachable(id=self._id, problem=f"no list within {CALL_TIMEOUT_S:.0f} s") from error
+        heard_ms = self._clock.now_ms()
         reading = await self._store.on_host(self._id)
-        expected = reading.records
+        expected, observed = reading.records, [_observed(machine) for machine in listed.machines]
         cause = f"reconcile {self._id}"
         decided = plan(
             self._id,
             self._cluster,
             expected,
-            [_observed(machine) for machine in listed.machines],
+            observed,
             self._strikes,
             known=self._known,
             unreadable=reading.unreadable,
@@ -362,6 +364,12 @@ class Watch:
         self._tracked = [env for env in expected if is_tracked(env)]
         self._is_listed.set()
         await self._carry_out(decided)
+        for uid, event in uses(expected, observed, cause=cause, heard_ms=heard_ms, policy=self._policy):
+            await self._feed(uid, event)
+        # Now that use is noted, what is still idle is so.
+        for env in expected:
+            if waits_for_list(env, heard_ms, self._policy):
+                await self._feed(env.uid, Tick(cause=cause))
         self._view.listed(len(listed.machines), expected)
         self._metrics.reconcile_cycles.labels("done").inc()
         self._metrics.reconcile_seconds.observe(time.perf_counter() - began)
@@ -531,6 +539,7 @@ def _observed(machine: MachineBody) -> ObservedMachine:
         incarnation=machine.incarnation,
         phase=machine.phase,
         error=machine.error,
+        ports_used_s_ago=machine.ports_used_s_ago,
     )
 
 

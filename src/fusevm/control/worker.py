@@ -23,7 +23,7 @@ from fusevm.control.performer import Performer, operation_name
 from fusevm.control.store.protocol import Claim, Leases
 from fusevm.model.environment import Action, Environment
 from fusevm.model.errors import EnvironmentNotFound, Error, ShuttingDown, StoreFull, StoreUnreachable
-from fusevm.model.event import Event, OutcomeUnknown, Tick
+from fusevm.model.event import Event, OutcomeUnknown
 
 log = structlog.get_logger()
 
@@ -31,6 +31,8 @@ log = structlog.get_logger()
 LOOK_LIMIT = 256
 #: How long a record that cannot be worked on is left alone.
 TROUBLE_PAUSE_MS = 30_000
+#: The same, where a list of its host is waited for.
+LIST_PAUSE_MS = 5_000
 #: Pause before an outcome is reported again to a store that could not take it.
 REPORT_PAUSE_S = 0.5
 
@@ -73,7 +75,7 @@ class Worker:
         self._metrics = metrics
         self._poll_s = poll_s
         self._jobs: dict[str, _Job] = {}
-        #: Environments and snapshots that could not be worked on, and the steady time until which they are left alone.
+        #: Environments and snapshots that cannot be worked on now, and the steady time until which they are left alone.
         self._troubled: dict[str, int] = {}
         self._stopping = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
@@ -146,11 +148,15 @@ class Worker:
             await self._isolated(uid, self._take_up(uid, seq))
         deadlines = [uid for uid in due.deadlines if uid not in self._troubled]
         for uid in deadlines:
-            await self._isolated(uid, self._entry.feed(uid, Tick(cause="deadline"), commit_always=True))
+            await self._isolated(uid, self._tick(uid))
         for snapshot_id in due.snapshots:
             if self._group is not None and snapshot_id not in self._troubled:
                 self._group.create_task(self._collect(snapshot_id))
         return max(len(actions), len(deadlines)) >= LOOK_LIMIT
+
+    async def _tick(self, uid: str) -> None:
+        if not await self._entry.tick(uid):
+            self._leave_alone(uid, LIST_PAUSE_MS)
 
     async def _isolated(self, uid: str, work: Awaitable[object]) -> None:
         """Loop boundary: a failure concerns this record only, unless it is the store's."""
@@ -163,8 +169,8 @@ class Worker:
             self._metrics.loop_failures.labels("record").inc()
             log.exception("record_left_alone", uid=uid, pause_ms=TROUBLE_PAUSE_MS)
 
-    def _leave_alone(self, id: str) -> None:  # noqa: A002 - the record's field
-        self._troubled[id] = self._clock.steady_ms() + TROUBLE_PAUSE_MS
+    def _leave_alone(self, id: str, pause_ms: int = TROUBLE_PAUSE_MS) -> None:  # noqa: A002 - the record's field
+        self._troubled[id] = self._clock.steady_ms() + pause_ms
 
     async def _collect(self, snapshot_id: str) -> None:
         if not await self._collector.collect(snapshot_id):

@@ -98,10 +98,11 @@ def next_deadline(env: Environment, policy: Policy) -> Deadline | None:
     """The first thing that will happen by itself."""
     if env.desired is Desired.DESTROYED:
         return None
-    return min(_deadlines(env, policy), key=lambda deadline: deadline.at_ms, default=None)
+    return min(deadlines(env, policy), key=lambda deadline: deadline.at_ms, default=None)
 
 
-def _deadlines(env: Environment, policy: Policy) -> list[Deadline]:
+def deadlines(env: Environment, policy: Policy) -> list[Deadline]:
+    """All that will happen by itself, unless it is to be destroyed already."""
     if env.queued_until_ms is not None:
         message = f"no place was found within {env.spec.queue_seconds} s"
         return [Deadline(env.queued_until_ms, Ending(state=State.FAILED, reason="no_capacity", message=message))]

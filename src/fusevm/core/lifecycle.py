@@ -151,7 +151,7 @@ def step(env: Environment, event: Event, now_ms: int, policy: Policy) -> Step:
         case Reported() | OutputSeen() | CommandsEnded():
             return _report(env, event, now_ms)
         case ActivitySeen():
-            return _activity_seen(env, now_ms, policy)
+            return _activity_seen(env, event, now_ms, policy)
         case Tick():
             return _tick(env, event, now_ms, policy)
         case _:
@@ -454,11 +454,12 @@ def _commands_ended(env: Environment, event: CommandsEnded, now_ms: int) -> Step
     return Step(record, (), tuple(facts))
 
 
-def _activity_seen(env: Environment, now_ms: int, policy: Policy) -> Step:
-    if env.state is not State.RUNNING or now_ms < env.last_activity_ms + policy.activity_grain_ms:
+def _activity_seen(env: Environment, event: ActivitySeen, now_ms: int, policy: Policy) -> Step:
+    seen_ms = now_ms if event.at_ms is None else min(event.at_ms, now_ms)
+    if env.state is not State.RUNNING or seen_ms < env.last_activity_ms + policy.activity_grain_ms:
         return Step(env)
     # `updated_at_ms` stays: reconcile must be able to judge a busy environment by a list older than its last command.
-    return Step(replace(env, last_activity_ms=now_ms))
+    return Step(replace(env, last_activity_ms=seen_ms))
 
 
 # -- time ----------------------------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ class ObservedMachine(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: int
     phase: Phase
     error: str = ""
+    #: Seconds since a client last sent something to one of its published ports; None: unknown, or never.
+    ports_used_s_ago: int | None = None
 
 
 class Strikes(msgspec.Struct, frozen=True, kw_only=True):

@@ -154,9 +154,9 @@ def _line(event: MachineEvent) -> bytes:
 
 
 async def _list(daemon: Daemon, _request: Request, _route: Route) -> Response:
-    visits = await daemon.visits()
+    uses = await daemon.uses()
     sick = daemon.machines.quarantined()
-    machines = [render_body(it, sick.get(it.id), visits.get(it.id)) for it in daemon.machines.records()]
+    machines = [render_body(it, sick.get(it.id), uses.get(it.id)) for it in daemon.machines.records()]
     return render_json({"machines": machines, "tombstones": await daemon.journal.tombstones()})
 
 
@@ -170,10 +170,10 @@ async def _create(daemon: Daemon, request: Request, route: Route) -> Response:
 
 
 async def _get(daemon: Daemon, request: Request, _route: Route) -> Response:
-    visits = await daemon.visits()
+    uses = await daemon.uses()
     machine = daemon.machines.record(request.path_params["id"])
     sick = daemon.machines.quarantined()
-    return render_one(machine, quarantine=sick.get(machine.id), visited_s_ago=visits.get(machine.id))
+    return render_one(machine, quarantine=sick.get(machine.id), ports_used_s_ago=uses.get(machine.id))
 
 
 async def _delete(daemon: Daemon, request: Request, _route: Route) -> Response:

@@ -65,7 +65,7 @@ class TrafficMeter(Protocol):
         """By network slot."""
         ...
 
-    async def visits(self) -> dict[int, int]:
+    async def uses(self) -> dict[int, int]:
         """Seconds since clients last used published ports, by network slot."""
         ...
 
@@ -158,12 +158,12 @@ class Daemon:
         by_slot = await self._network.traffic() if self._network is not None else {}
         return {machine.id: by_slot[machine.slot] for machine in self.machines.records() if machine.slot in by_slot}
 
-    async def visits(self) -> dict[str, int]:
+    async def uses(self) -> dict[str, int]:
         """Seconds since a client last sent something to a machine's published ports, where one has since its start."""
         machines = [machine for machine in self.machines.records() if machine.ports]
         if self._network is None or not machines:
             return {}
-        by_slot = await self._network.visits()
+        by_slot = await self._network.uses()
         return {machine.id: by_slot[machine.slot] for machine in machines if machine.slot in by_slot}
 
     async def render_metrics(self) -> bytes:

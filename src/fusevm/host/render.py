@@ -38,7 +38,7 @@ def render_time(at_ms: int | None) -> str:
 
 
 def render_machine(
-    machine: Machine, quarantine: Quarantine | None = None, visited_s_ago: int | None = None
+    machine: Machine, quarantine: Quarantine | None = None, ports_used_s_ago: int | None = None
 ) -> MachineBody:
     """A machine without its secrets."""
     return MachineBody(
@@ -56,7 +56,7 @@ def render_machine(
         timings=machine.timings,
         error=machine.error,
         published_ports=[render_port(machine.id, port) for port in machine.ports],
-        visited_s_ago=visited_s_ago,
+        ports_used_s_ago=ports_used_s_ago,
         created_at=render_time(machine.created_at_ms),
         started_at=render_time(machine.started_at_ms),
         quarantine=render_quarantine(quarantine) if quarantine is not None else None,

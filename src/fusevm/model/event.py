@@ -190,6 +190,9 @@ class HostLost(EventHeader, frozen=True, kw_only=True, tag="host_lost"):
 class ActivitySeen(EventHeader, frozen=True, kw_only=True, tag="activity_seen"):
     """Somebody used the machine."""
 
+    #: None: now.
+    at_ms: int | None = None
+
 
 class Tick(EventHeader, frozen=True, kw_only=True, tag="tick"):
     """Look at the deadlines."""

@@ -14,6 +14,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import math
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -106,6 +107,8 @@ class FakeHost:
         #: Snapshot id to what was taken; and whether this host can take any.
         self.snapshots: dict[str, SnapshotBody] = {}
         self.has_snapshots = True
+        #: Machine id to when, by the event loop's clock, a client last sent something to its ports.
+        self.uses: dict[str, float] = {}
         #: Ids that nothing is taken under any more.
         self.freed: set[str] = set()
         self.log_lines = b"booted\n"
@@ -135,6 +138,16 @@ class FakeHost:
         """The machine is gone and the host knows nothing of it."""
         del self.table[machine_id]
 
+    def use(self, machine_id: str) -> None:
+        """A client sends something to a published port of the machine."""
+        self.uses[machine_id] = asyncio.get_running_loop().time()
+
+    def listed(self) -> list[MachineBody]:
+        """The machines as a list has them."""
+        now_s = asyncio.get_running_loop().time()
+        ages = {machine_id: math.ceil(now_s - at_s) for machine_id, at_s in self.uses.items()}
+        return [replace(machine, ports_used_s_ago=ages.get(machine.id)) for machine in self.table.values()]
+
     def plant(self, body: MachineBody) -> None:
         """A machine that no control plane asked for."""
         self.table[body.id] = body
@@ -158,7 +171,7 @@ class FakeHost:
 
     async def machines(self) -> MachineList:
         await self._arrive("machines", None)
-        return MachineList(machines=list(self.table.values()))
+        return MachineList(machines=self.listed())
 
     async def create(self, fence: Fence, body: CreateMachine) -> MachineBody:
         lost = await self._arrive("create", (fence, body))

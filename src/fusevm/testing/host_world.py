@@ -21,6 +21,7 @@ from fusevm.host.images.store import ImageStore
 from fusevm.host.journal import Journal
 from fusevm.host.machines import Machines
 from fusevm.host.metrics import Metrics
+from fusevm.host.net.traffic import Traffic
 from fusevm.host.snapshots.folders import SnapshotFolders
 from fusevm.host.snapshots.keeper import SnapshotKeeper
 from fusevm.host.snapshots.ledger import Ledger
@@ -56,6 +57,23 @@ class KnownPoints:
         """Called from the event loop and from the journal's thread."""
         if not is_known(point):
             self.unknown.add(point)
+
+
+class FakeMeter:
+    """Implements `host.daemon.TrafficMeter`: counts nothing, and is told when ports were used."""
+
+    def __init__(self) -> None:
+        #: Network slot to seconds since a client used a published port.
+        self.used: dict[int, int] = {}
+        #: How often it was asked for them.
+        self.asked = 0
+
+    async def traffic(self) -> dict[int, Traffic]:
+        return {}
+
+    async def uses(self) -> dict[int, int]:
+        self.asked += 1
+        return dict(self.used)
 
 
 class World:

@@ -171,7 +171,7 @@ class MachineBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     published_ports: list[PublishedPortBody] = []
     #: Seconds since a client last sent something to one of its published ports. Only there if one has since its start,
     #: and the host can tell; in the list and in answers to `GET`.
-    visited_s_ago: int | None = None
+    ports_used_s_ago: int | None = None
     #: Only there while something is wrong.
     quarantine: QuarantineBody | None = None
     # What follows is the contract's, and only there in machines that were made in its form.

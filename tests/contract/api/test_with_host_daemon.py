@@ -16,8 +16,9 @@ from fusevm.host.daemon import Daemon
 from fusevm.host.listeners import bind_tcp, serving
 from fusevm.host.tls import ensure_identity, make_ssl_context
 from fusevm.model.machine import Fence
+from fusevm.testing.clock import FakeClock
 from fusevm.testing.fake_host import FakeHost
-from fusevm.testing.host_world import World, order
+from fusevm.testing.host_world import FakeMeter, World, order
 from fusevm.wire.frames import Frame, FrameType, decode_message, encode_frame
 from fusevm.wire.guest import ExecRequest
 
@@ -85,6 +86,41 @@ async def test_network_and_ports_through_both(tmp_path: Path) -> None:
         assert world.quarters.rewired[machine.id].spec.network.egress_kbit == 512
         # The order has a number of its own: what was given before is refused from then on.
         assert daemon.machines.records()[0].fence.action_seq > machine.fence.action_seq
+
+
+async def two_lists(meter: FakeMeter) -> None:
+    """One of them was begun and judged after this was called."""
+    asked = meter.asked
+    await until(lambda: meter.asked > asked + 2)
+
+
+async def test_a_service_that_is_used_only_by_its_port_lives_as_long_as_clients_come(tmp_path: Path) -> None:
+    world, clock = World(tmp_path), FakeClock()
+    world.meter = meter = FakeMeter()
+    async with together(tmp_path, world, clock=clock) as (server, daemon):
+        made = await server.create("web", expose=[{"port": 80}], spec={"idle_timeout_seconds": 60})
+        (machine,) = daemon.machines.records()
+        for _ in range(4):
+            clock.advance(50_000)
+            meter.used = {machine.slot: 3}
+
+            async def is_noted() -> bool:
+                return (await server.record(made["uid"])).last_activity_ms == clock.now_ms() - 3_000
+
+            await until(is_noted)
+        meter.used = {}
+        await two_lists(meter)
+        revision = (await server.record(made["uid"])).revision
+        clock.advance(61_000)
+        await two_lists(meter)
+        assert (await server.record(made["uid"])).revision == revision, "where nothing is new, nothing is written"
+        clock.advance(10_000)
+
+        async def is_over() -> bool:
+            return (await server.get("web", uid=made["uid"])).json()["state"] == "destroyed"
+
+        await until(is_over)
+        assert (await server.get("web", uid=made["uid"])).json()["reason"] == "idle"
 
 
 async def test_a_terminal_through_both(tmp_path: Path) -> None:

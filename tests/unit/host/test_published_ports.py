@@ -7,7 +7,6 @@ import pytest
 from msgspec.structs import replace
 
 from fusevm.host.contract.render import render_body
-from fusevm.host.net.traffic import Traffic
 from fusevm.host.port_rows import PortDraft
 from fusevm.host.ports import PortHolder, is_port_free
 from fusevm.host.rewiring import check_enforceable
@@ -23,7 +22,7 @@ from fusevm.model.errors import (
 )
 from fusevm.model.machine import Isolation
 from fusevm.model.network import Exposure, Network, PublishedPort, Rule, Transport
-from fusevm.testing.host_world import SPEC, World, fence, order, until
+from fusevm.testing.host_world import SPEC, FakeMeter, World, fence, order, until
 
 
 @pytest.fixture
@@ -105,32 +104,17 @@ async def test_a_full_range_is_a_clear_refusal_without_side_effects(world):
         assert (await daemon.machines.publish("m-1", None, draft("web"))).host_port == 20_001
 
 
-class _Meter:
-    """Counts nothing, and knows whose ports were used when."""
-
-    def __init__(self) -> None:
-        self.seen: dict[int, int] = {}
-        self.asked = 0
-
-    async def traffic(self) -> dict[int, Traffic]:
-        return {}
-
-    async def visits(self) -> dict[int, int]:
-        self.asked += 1
-        return self.seen
-
-
-async def test_visits_are_the_machines_and_nobody_asks_for_them_where_nothing_is_published(world):
-    world.meter = meter = _Meter()
+async def test_uses_are_the_machines_and_nobody_asks_for_them_where_nothing_is_published(world):
+    world.meter = meter = FakeMeter()
     async with world.daemon() as daemon:
         quiet = await daemon.machines.create(order("m-1"), None)
-        assert (await daemon.visits(), meter.asked) == ({}, 0)
+        assert (await daemon.uses(), meter.asked) == ({}, 0)
         used = await daemon.machines.create(order("m-2", replace(SPEC, expose=(Exposure(port=80),))), None)
-        assert await daemon.visits() == {}
-        meter.seen = {quiet.slot: 1, used.slot: 7, 99: 3}
-        assert await daemon.visits() == {"m-2": 7}
+        assert await daemon.uses() == {}
+        meter.used = {quiet.slot: 1, used.slot: 7, 99: 3}
+        assert await daemon.uses() == {"m-2": 7}
         body = render_body(used, None, 7)
-        assert (body["visited_s_ago"], "visited_s_ago" in render_body(used)) == (7, False)
+        assert (body["ports_used_s_ago"], "ports_used_s_ago" in render_body(used)) == (7, False)
 
 
 async def test_ports_are_kept_while_stopped_and_over_a_restart_and_go_with_the_machine(world):

@@ -66,10 +66,10 @@ def render_one(
     status: int = 200,
     *,
     quarantine: Quarantine | None = None,
-    visited_s_ago: int | None = None,
+    ports_used_s_ago: int | None = None,
 ) -> Response:
     """The answer about one machine."""
-    return render_json({"machine": render_body(machine, quarantine, visited_s_ago)}, status)
+    return render_json({"machine": render_body(machine, quarantine, ports_used_s_ago)}, status)
 
 
 async def _resize(daemon: Daemon, request: Request, route: Route) -> Response:

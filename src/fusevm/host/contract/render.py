@@ -17,10 +17,10 @@ STARTING = "starting"
 
 
 def render_body(
-    machine: Machine, quarantine: Quarantine | None = None, visited_s_ago: int | None = None
+    machine: Machine, quarantine: Quarantine | None = None, ports_used_s_ago: int | None = None
 ) -> dict[str, Any]:
     """A machine as the API shows it: those of the contract's users in their words, with Fuse's fields beside."""
-    body: dict[str, Any] = msgspec.to_builtins(render_machine(machine, quarantine, visited_s_ago))
+    body: dict[str, Any] = msgspec.to_builtins(render_machine(machine, quarantine, ports_used_s_ago))
     contract = machine.contract
     if contract is None:
         return body

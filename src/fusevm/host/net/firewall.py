@@ -26,12 +26,12 @@ from fusevm.host.net.foreign import (
     render_passage,
     render_passage_removal,
 )
-from fusevm.host.net.listing import Counts, TableListing, parse_table, parse_visits
+from fusevm.host.net.listing import Counts, TableListing, parse_table, parse_uses
 from fusevm.host.net.nft import Json, Table
 from fusevm.host.net.pins import PinBatch, Pinboard
 from fusevm.host.net.plan import NetworkPlan, Slot, plan_slot
 from fusevm.host.net.tables import (
-    VISITED,
+    USED,
     render_host_table,
     render_host_table_removal,
     render_machines,
@@ -192,12 +192,12 @@ class Firewall:
             listing = await self._list_table()
             return {index: self._counted.get(index, Counts()) + counts for index, counts in listing.counts.items()}
 
-    async def visits(self) -> dict[int, int]:
+    async def uses(self) -> dict[int, int]:
         """Read how many seconds ago clients last sent something to published ports, by slot, rounded up; who is not
         there had no client for days. Cheap, and waits for no change."""
-        found = parse_visits(self._plan, await list_set(self._plan.table, VISITED))
+        found = parse_uses(self._plan, await list_set(self._plan.table, USED))
         now = asyncio.get_running_loop().time()
-        # What is older was the visit of another machine, which had the slot before.
+        # What is older was the use of another machine, which had the slot before.
         ages = {index: now - self._admitted.get(index, -math.inf) for index in self._machines}
         return {index: ago_s for index, ago_s in found.items() if ago_s <= ages.get(index, -math.inf) + 1}
 
@@ -267,7 +267,7 @@ class Firewall:
                 self._counted[index] = self._counted.get(index, Counts()) + counts
         machines = [(self._slot(index), terms) for index, terms in sorted(self._machines.items())]
         pins = self._pins.remaining(asyncio.get_running_loop().time())
-        table = render_host_table(self._plan, self._uplinks, machines, pins, listing.visits)
+        table = render_host_table(self._plan, self._uplinks, machines, pins, listing.uses)
         await apply_transaction(table)
         self._fingerprint = await self._read_fingerprint()
         self._is_doubtful = False

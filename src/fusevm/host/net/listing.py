@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import msgspec
 
 from fusevm.host.net.plan import NetworkPlan, parse_veth
-from fusevm.host.net.tables import VISIT_MEMORY_S, VISITED
+from fusevm.host.net.tables import USE_MEMORY_S, USED
 from fusevm.host.net.terms import Forward
 from fusevm.model.network import Transport
 
@@ -46,7 +46,7 @@ class TableListing(msgspec.Struct, frozen=True, kw_only=True):
     pins: dict[str, dict[str, int]] = {}
     counts: dict[int, Counts] = {}
     #: Seconds since a client sent something to a published port, by slot.
-    visits: dict[int, int] = {}
+    uses: dict[int, int] = {}
 
 
 class _Set(msgspec.Struct, frozen=True):
@@ -92,13 +92,13 @@ def parse_table(plan: NetworkPlan, listing: bytes) -> TableListing:
         forwards=frozenset(_parse_forwards(sets)),
         pins={name: dict(_parse_pins(elements)) for name, elements in sets.items() if name.startswith(_PINS)},
         counts=_parse_counts(plan, sets),
-        visits=_parse_visits(plan, sets),
+        uses=_parse_uses(plan, sets),
     )
 
 
-def parse_visits(plan: NetworkPlan, listing: bytes) -> dict[int, int]:
-    """Read the output of `nft -j list set inet <ours> visited` alone."""
-    return _parse_visits(plan, _parse_sets(listing)) if listing else {}
+def parse_uses(plan: NetworkPlan, listing: bytes) -> dict[int, int]:
+    """Read the output of `nft -j list set inet <ours> used` alone."""
+    return _parse_uses(plan, _parse_sets(listing)) if listing else {}
 
 
 def _parse_sets(listing: bytes) -> dict[str, list[object]]:
@@ -138,8 +138,8 @@ def _parse_counts(plan: NetworkPlan, sets: dict[str, list[object]]) -> dict[int,
     return {index: Counts(**counts) for index, counts in found.items()}
 
 
-def _parse_visits(plan: NetworkPlan, sets: dict[str, list[object]]) -> dict[int, int]:
+def _parse_uses(plan: NetworkPlan, sets: dict[str, list[object]]) -> dict[int, int]:
     """An element whose time is over may still be listed, without its `expires`."""
-    elements = msgspec.convert(sets.get(VISITED, []), list[_Wrapped])
+    elements = msgspec.convert(sets.get(USED, []), list[_Wrapped])
     found = ((parse_veth(plan, element.elem.val), element.elem.expires) for element in elements)
-    return {index: VISIT_MEMORY_S - left_s for index, left_s in found if index is not None}
+    return {index: USE_MEMORY_S - left_s for index, left_s in found if index is not None}

@@ -95,9 +95,9 @@ class HostNetwork:
         """Read what every slot has sent and received."""
         return observe_traffic(self.plan, await self._firewall.count(), self._dns.refused())
 
-    async def visits(self) -> dict[int, int]:
-        """Read when published ports were last used (see `Firewall.visits`)."""
-        return await self._firewall.visits()
+    async def uses(self) -> dict[int, int]:
+        """Read when published ports were last used (see `Firewall.uses`)."""
+        return await self._firewall.uses()
 
 
 class _Policies:

@@ -3,7 +3,7 @@
 On the host there is one table per daemon instance. A machine is one element of the set `sources` (veth . address), one
 in each set that counts, and only if its policy is not the default one of the verdict maps `outward` and `inward`, with
 chains of its own where it has rules (`verdicts`). A published port is an element of two maps and of `exposed`; the set
-`visited` holds whose ports clients use, put there by their packets and gone some time after the last one. A veth that
+`used` holds whose ports clients use, put there by their packets and gone some time after the last one. A veth that
 carries our prefix and is not in `sources` reaches nothing: half-made slots are closed. To add an element takes
 2 ms, to remove one waits for the kernel's RCU grace period (16 ms measured), so the common case needs neither.
 
@@ -72,10 +72,10 @@ DNS_CONNECTIONS_PER_S, DNS_CONNECTIONS_BURST = 20, 20
 #: Sets that count, by veth: connections opened by the machine and accepted by it, and its packets that were refused.
 COUNTERS = ("opened", "accepted", "refused")
 
-#: By veth, with the time that is left of `VISIT_MEMORY_S` since a client last sent to a published port.
-VISITED = "visited"
+#: By veth, with the time that is left of `USE_MEMORY_S` since a client last sent to a published port.
+USED = "used"
 #: Longer than anybody goes without asking, who wants to know it exactly.
-VISIT_MEMORY_S = 7 * 86_400
+USE_MEMORY_S = 7 * 86_400
 
 #: Name of both tables inside a namespace.
 INSIDE_TABLE = "fuse"
@@ -89,11 +89,11 @@ def render_host_table(
     uplinks: Sequence[str],
     machines: Iterable[tuple[Slot, Terms]],
     pins: Pins = MappingProxyType({}),
-    visits: Mapping[int, int] = MappingProxyType({}),
+    uses: Mapping[int, int] = MappingProxyType({}),
 ) -> list[Json]:
     """Render the whole host table, replacing one that exists.
 
-    Connection tracking is not part of a table: established connections survive the replacement. `visits` are the
+    Connection tracking is not part of a table: established connections survive the replacement. `uses` are the
     seconds since clients sent something, by slot.
     """
     table = Table("inet", plan.table)
@@ -110,14 +110,14 @@ def render_host_table(
         table.set("exposed", ["ifname", "inet_proto", "inet_service"]),
         table.map("forward_address", ["inet_proto", "inet_service"], "ipv4_addr"),
         table.map("forward_port", ["inet_proto", "inet_service"], "inet_service"),
-        table.set(VISITED, "ifname", flags=["timeout"]),
+        table.set(USED, "ifname", flags=["timeout"]),
         *_endings(table),
         *(table.map(name, "ifname", "verdict") for name in ("outward", "inward")),
         *_host_policy_chains(table),
         *_host_base_chains(table, plan),
         *_host_nat_chains(table, plan),
         *render_machines(plan, pairs, pins),
-        *table.add_elements(VISITED, _visits([slot for slot, terms in pairs if terms.forwards], visits)),
+        *table.add_elements(USED, _uses([slot for slot, terms in pairs if terms.forwards], uses)),
     ]
 
 
@@ -325,14 +325,14 @@ def _host_nat_chains(table: Table, plan: NetworkPlan) -> list[Json]:
     to_host: Json = equals({"fib": {"result": "type", "flags": ["daddr"]}}, "local")
     to_machine = equals(meta("oifname"), plan.veth_pattern)
     return [
-        table.chain("visit"),
-        table.rule("visit", has_state("new"), equals(meta("oifname"), "@accepted")),
+        table.chain("use"),
+        table.rule("use", has_state("new"), equals(meta("oifname"), "@accepted")),
         # Nobody is there: a machine that goes on sending to who has left gets these, and is not used by that.
-        table.rule("visit", has_reset(), ACCEPT),
-        table.rule("visit", *_published("oifname"), remember(meta("oifname"), VISITED, VISIT_MEMORY_S)),
+        table.rule("use", has_reset(), ACCEPT),
+        table.rule("use", *_published("oifname"), remember(meta("oifname"), USED, USE_MEMORY_S)),
         # What the host itself sends is on its way to a machine only here: it was translated on the way out.
         table.chain("arrivals", "postrouting", FILTER),
-        table.rule("arrivals", to_machine, has_status("dnat"), goto("visit")),
+        table.rule("arrivals", to_machine, has_status("dnat"), goto("use")),
         table.chain("publish", "prerouting", DSTNAT, kind="nat"),
         # No machine reaches another one, not even by way of the host.
         table.rule("publish", differs(meta("iifname"), plan.veth_pattern), to_host, is_tcp_or_udp(), translate),
@@ -366,9 +366,9 @@ def _service(interface: str, field: str) -> Json:
     return concat(meta(interface), meta("l4proto"), payload("th", field))
 
 
-def _visits(slots: Iterable[Slot], visits: Mapping[int, int]) -> list[Json]:
-    """Elements of `visited` that end when those of an earlier table would have."""
-    left = [(slot.veth, VISIT_MEMORY_S - visits[slot.index]) for slot in slots if slot.index in visits]
+def _uses(slots: Iterable[Slot], uses: Mapping[int, int]) -> list[Json]:
+    """Elements of `used` that end when those of an earlier table would have."""
+    left = [(slot.veth, USE_MEMORY_S - uses[slot.index]) for slot in slots if slot.index in uses]
     return [lasting(veth, seconds) for veth, seconds in left if seconds > 0]
 
 

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from fusevm.control.host_api import GuestRequest, ReplyLost
 from fusevm.control.pretended_guest import PretendedGuest
+from fusevm.control.pretended_ports import pretended_ports
 from fusevm.model.errors import (
     Error,
     GuestUnreachable,
@@ -205,7 +206,7 @@ class SimHost(FakeHost):
     # -- machines -------------------------------------------------------------------------------------------------
 
     async def machines(self) -> MachineList:
-        listed = list(self.table.values())
+        listed = self.listed()
         await asyncio.sleep(self._chance.uniform(0.0, 0.2))
         if not self._is_list_short:
             self._full_lists += 1
@@ -256,6 +257,7 @@ class SimHost(FakeHost):
             phase=Phase.CREATING,
             spec=body.spec,
             driver="fake",
+            published_ports=pretended_ports(body),
             created_at=CREATED_AT,
         )
         self.table[machine.id] = machine

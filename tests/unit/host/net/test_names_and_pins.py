@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from fusevm.host.net.conntrack import parse_connections
 from fusevm.host.net.dns_message import Question, make_query, parse_query, read_addresses, render_addresses
-from fusevm.host.net.listing import Counts, parse_table, parse_visits
+from fusevm.host.net.listing import Counts, parse_table, parse_uses
 from fusevm.host.net.names import MAX_TTL_S, Ruling, bound_ttl, judge_question, pin_lifetime
 from fusevm.host.net.nft import Table
 from fusevm.host.net.pins import Pinboard
 from fusevm.host.net.plan import NetworkPlan
-from fusevm.host.net.tables import VISIT_MEMORY_S
+from fusevm.host.net.tables import USE_MEMORY_S
 from fusevm.host.net.tracking import MAX_CONNECTIONS, connections_each, needed_entries
 from fusevm.host.net.traffic import parse_traffic
 from fusevm.host.net.verdicts import MAX_PINS
@@ -126,17 +126,17 @@ def test_counts_are_the_machines_and_others_interfaces_are_passed_over():
     assert (seen.packets_refused, seen.names_refused) == (1, 7)
 
 
-def test_visits_are_read_as_seconds_that_have_gone_by():
+def test_uses_are_read_as_seconds_that_have_gone_by():
     elements = [
-        {"elem": {"val": "fuse-v3", "timeout": VISIT_MEMORY_S, "expires": VISIT_MEMORY_S - 30}},
+        {"elem": {"val": "fuse-v3", "timeout": USE_MEMORY_S, "expires": USE_MEMORY_S - 30}},
         {"elem": {"val": "fuse-v4", "timeout": 60}},
         {"elem": {"val": "eth0", "timeout": 60, "expires": 9}},
     ]
-    listed = {"set": {"family": "inet", "name": "visited", "table": "fuse_fuse", "type": "ifname", "elem": elements}}
+    listed = {"set": {"family": "inet", "name": "used", "table": "fuse_fuse", "type": "ifname", "elem": elements}}
     listing = msgspec.json.encode({"nftables": [{"metainfo": {}}, listed]})
-    assert parse_visits(NetworkPlan(), listing) == {3: 30, 4: VISIT_MEMORY_S}
-    assert parse_table(NetworkPlan(), listing).visits == {3: 30, 4: VISIT_MEMORY_S}
-    assert parse_visits(NetworkPlan(), b"") == {}
+    assert parse_uses(NetworkPlan(), listing) == {3: 30, 4: USE_MEMORY_S}
+    assert parse_table(NetworkPlan(), listing).uses == {3: 30, 4: USE_MEMORY_S}
+    assert parse_uses(NetworkPlan(), b"") == {}
 
 
 def test_no_table_is_no_machines():

@@ -9,7 +9,7 @@ from fusevm.host.net.links import Objects, render_creation, render_inside, rende
 from fusevm.host.net.nft import render_document
 from fusevm.host.net.plan import NetworkPlan, plan_slot
 from fusevm.host.net.tables import (
-    VISIT_MEMORY_S,
+    USE_MEMORY_S,
     render_host_table,
     render_host_table_removal,
     render_machines,
@@ -44,14 +44,14 @@ def test_the_host_table():
     check_golden("host_table.jsonl", pretty(render_host_table(PLAN, ["eth0", "eth1"], machines)))
 
 
-def test_visits_are_kept_by_another_table_where_there_are_ports():
+def test_uses_are_kept_by_another_table_where_there_are_ports():
     slots = [plan_slot(PLAN, index) for index in range(3)]
     forward = Forward(protocol=Transport.TCP, host_port=20_000, port=80)
     terms = [Terms(forwards=frozenset({forward})), Terms(forwards=frozenset({forward})), ONLINE]
-    visits = {0: 60, 1: VISIT_MEMORY_S, 2: 60, 9: 60}
-    *_, last = render_host_table(PLAN, [], zip(slots, terms, strict=True), visits=visits)
-    assert last["add"]["element"]["name"] == "visited"
-    assert last["add"]["element"]["elem"] == [{"elem": {"val": slots[0].veth, "timeout": VISIT_MEMORY_S - 60}}]
+    uses = {0: 60, 1: USE_MEMORY_S, 2: 60, 9: 60}
+    *_, last = render_host_table(PLAN, [], zip(slots, terms, strict=True), uses=uses)
+    assert last["add"]["element"]["name"] == "used"
+    assert last["add"]["element"]["elem"] == [{"elem": {"val": slots[0].veth, "timeout": USE_MEMORY_S - 60}}]
 
 
 def test_the_tables_inside_a_namespace():
