@@ -560,13 +560,16 @@ func TestSignalNames(t *testing.T) {
 func TestADefaultFolderIsOneThatTheUserMayEnter(t *testing.T) {
 	root := t.TempDir()
 	os.Chmod(filepath.Dir(root), 0o755) // it is made for its owner only
-	for name, mode := range map[string]os.FileMode{"open": 0o755, "own": 0o700, "own/inner": 0o755, "group": 0o710, "not-owner": 0o077} {
-		path := filepath.Join(root, name)
+	for _, made := range []struct {
+		name string
+		mode os.FileMode
+	}{{"open", 0o755}, {"own", 0o700}, {"own/inner", 0o755}, {"group", 0o710}, {"not-owner", 0o077}} {
+		path := filepath.Join(root, made.name)
 		if err := os.Mkdir(path, 0o700); err != nil {
 			t.Fatal(err)
 		}
 		defer os.Chmod(path, 0o700) // TempDir removes it
-		if err := os.Chmod(path, mode); err != nil {
+		if err := os.Chmod(path, made.mode); err != nil {
 			t.Fatal(err)
 		}
 	}
