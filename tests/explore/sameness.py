@@ -93,6 +93,7 @@ def _about_host(server: Server, uid: str, machine_name: str) -> tuple[object, ..
         [upto for owner, upto in server.tombstones if owner == uid],
         [machine for machine in server.listed or () if machine.uid == uid],
         uid in server.changed,
+        [(seq, internet) for owner, seq, internet in server.held if owner == uid],
         [(what.split()[0], count) for what, count in server.strikes if what.endswith(machine_name)],
     )
     return (server.record.id, *found) if any(found) else ()

@@ -43,6 +43,7 @@ from worlds import (
     drop,
     find_problems,
     foreign,
+    hold,
     index_of,
     must_be_gone,
     put,
@@ -65,6 +66,7 @@ from fusevm.model import snapshot as snapshot_model
 from fusevm.model.environment import (
     Action,
     BootMachine,
+    ChangeNetwork,
     Desired,
     DestroyMachine,
     Environment,
@@ -506,6 +508,9 @@ class Cluster:
         if there is None or not is_up or self.is_fenced(server, order):
             yield Move("progress", f"refused {order}", self._answer(world, order, refused))
             return
+        if isinstance(action, ChangeNetwork):
+            yield from self._change_network(world, index, order, action)
+            return
         after = world
         if isinstance(action, RestoreMachine):
             again = put(server.machines, replace(there, phase=Phase.RUNNING, error=""))
@@ -513,6 +518,18 @@ class Cluster:
         yield Move("progress", f"did {order}", self._answer(after, order, success(order)))
         if "refuse" in self.faults:
             yield Move("fault", f"failed {order}", self._answer(world, order, refused))
+
+    def _change_network(self, world: World, index: int, order: Order, action: ChangeNetwork) -> Iterator[Move]:
+        """A host notes the policy first; what it cannot make so now, it refuses, and goes on trying."""
+        server = world.servers[index]
+        refused = ActionRefused(cause="x", seq=order.seq, reason="command_failed", message="nft does not work")
+        if any(uid == order.uid and seq > order.seq for uid, seq, _ in server.held):
+            yield Move("progress", f"refused {order}", self._answer(world, order, refused))
+            return
+        after = with_server(world, index, hold(server, order, internet=action.network.internet))
+        yield Move("progress", f"did {order}", self._answer(after, order, success(order)))
+        if "refuse" in self.faults:
+            yield Move("fault", f"failed {order}", self._answer(after, order, refused))
 
     def is_fenced(self, server: Server, order: Order) -> bool:
         return any(uid == order.uid and order.action.incarnation <= upto for uid, upto in server.tombstones)

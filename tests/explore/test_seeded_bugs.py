@@ -9,10 +9,12 @@ from small_world import Cluster
 from worlds import CLUSTER, NOW, PATIENT, Move
 
 from fusevm.core.lifecycle import Step
+from fusevm.core.operations import PUT_BACK
 from fusevm.core.reconcile import Strikes
 from fusevm.core.snapshots import begin_snapshot
 from fusevm.model.environment import (
     BootMachine,
+    ChangeNetwork,
     Desired,
     DestroyMachine,
     DrainAgent,
@@ -282,6 +284,17 @@ class TwoAtATime(Cluster):
             yield Move("user", "rotate meanwhile", self.apply(world, env.uid, RotateRequested(cause="x")))
 
 
+class PoliciesAreNotPutBack(Cluster):
+    """A change that was given up may have reached its host."""
+
+    def step(self, env, event, now_ms):
+        found = super().step(env, event, now_ms)
+        pending = found.record.pending
+        if isinstance(pending, ChangeNetwork) and pending.cause == PUT_BACK:
+            return replace(found, record=replace(found.record, pending=None), actions=())
+        return found
+
+
 class DrainsHaveNoEnd(Cluster):
     def orders(self, actions):
         return tuple(action for action in actions if not isinstance(action, DrainAgent))
@@ -394,6 +407,12 @@ WORLDS: dict[str, dict[str, Any]] = {
         "faults": frozenset({"drain", "refuse"}),
     },
     "a machine with nothing": {"tasks": ("a",), "hosts": 1, "faults": frozenset({"drain"})},
+    "a machine whose network is changed": {
+        "tasks": ("a",),
+        "hosts": 1,
+        "wishes": frozenset({"network"}),
+        "faults": frozenset({"time", "unknown", "refuse"}),
+    },
     "a host is lost for ever": {"tasks": ("a",), "comes_back": False, "faults": frozenset({"host"})},
 }
 #: The mistake, the world in which it is planted, what the checker says.
@@ -436,6 +455,7 @@ BROKEN = [
     (SnapshotsAreSavedTooLate, "a machine with everything", "snapshot snap-u0-0, which is unknown"),
     (LateSnapshotsCount, "a machine with everything", "snapshot snap-u0-0 goes from error to ready"),
     (TwoAtATime, "a machine with everything", "creating, and nobody is at it"),
+    (PoliciesAreNotPutBack, "a machine whose network is changed", "held to another policy than its record has"),
     (NothingIsDrained, "a machine with nothing", "draining with drain_agent pending instead of nothing"),
     (ClustersAreConfused, "machines end by themselves", "a machine of another cluster is touched"),
 ]

@@ -18,6 +18,7 @@ from fusevm.model.environment import (
     RotateToken,
     SetUpMachine,
     SnapshotMachine,
+    State,
 )
 from fusevm.model.event import (
     AgentDrained,
@@ -79,6 +80,8 @@ class Server(msgspec.Struct, frozen=True):
     machines: tuple[ObservedMachine, ...] = ()
     #: (uid, incarnation) below and including which nothing is made any more.
     tombstones: tuple[tuple[str, int], ...] = ()
+    #: (uid, number of the order, Internet or not) of machines whose network was changed.
+    held: tuple[tuple[str, int, bool], ...] = ()
     #: A list on its way to the watcher, and the records of this host that have changed since it was asked for.
     listed: tuple[ObservedMachine, ...] | None = None
     changed: tuple[str, ...] = ()
@@ -114,7 +117,7 @@ class Broken(Exception):
 
 
 def find_problems(world: World) -> list[str]:
-    """Broken invariants of the core, and broken promises about ends that were confirmed."""
+    """Broken invariants of the core, and broken promises about ends that were confirmed, and about policies."""
     envs = {slot.env.uid: slot.env for slot in world.slots if slot.env is not None}
     found = invariants.violations(
         invariants.World(
@@ -130,11 +133,23 @@ def find_problems(world: World) -> list[str]:
         POLICY,
     )
     confirmed = {slot.env.uid for slot in world.slots if slot.env is not None and slot.is_confirmed}
-    return found + [
+    found += [
         f"{machine.uid}: a machine runs after its end was confirmed"
         for server in world.servers
         for machine in server.machines
         if machine.uid in confirmed
+    ]
+    granted = {
+        uid: env.spec.network.internet
+        for uid, env in envs.items()
+        if env.state is State.RUNNING and env.pending is None
+    }
+    return found + [
+        f"{machine.uid}: it is held to another policy than its record has"
+        for server in world.servers
+        for machine in server.machines
+        for uid, _, internet in server.held
+        if uid == machine.uid and machine.phase is Phase.RUNNING and granted.get(uid, internet) is not internet
     ]
 
 
@@ -146,6 +161,12 @@ def foreign(number: int) -> ObservedMachine:
 
 def bury(server: Server, uid: str, incarnation: int) -> tuple[tuple[str, int], ...]:
     return tuple(sorted({*server.tombstones, (uid, incarnation)}))
+
+
+def hold(server: Server, order: Order, *, internet: bool) -> Server:
+    """The host holds a machine to a policy from here on."""
+    others = (entry for entry in server.held if entry[0] != order.uid)
+    return replace(server, held=tuple(sorted((*others, (order.uid, order.seq, internet)))))
 
 
 def server_of(world: World, host_id: str) -> Server:

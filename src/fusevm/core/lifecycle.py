@@ -223,7 +223,7 @@ def _outcome(env: Environment, event: _Outcome, now_ms: int, policy: Policy) -> 
         case SnapshotRestored():
             return operations.snapshot_restored(env, event, now_ms)
         case ActionRefused():
-            return _action_refused(env, event, now_ms)
+            return _action_refused(env, event, now_ms, policy)
         case DestroyConfirmed():
             return _destroy_confirmed(env, event, now_ms)
         case OutcomeUnknown():
@@ -334,13 +334,13 @@ def _boot_refused(env: Environment, event: BootRefused, now_ms: int) -> Step:
 # -- outcomes of all actions ---------------------------------------------------------------------------------------
 
 
-def _action_refused(env: Environment, event: ActionRefused, now_ms: int) -> Step:
+def _action_refused(env: Environment, event: ActionRefused, now_ms: int, policy: Policy) -> Step:
     action = env.pending
     if action is None or action.seq != event.seq or isinstance(action, BootMachine | DestroyMachine):
         return Step(env)
     if isinstance(action, SetUpMachine):
         return end(env, Ending(state=State.FAILED, reason=event.reason, message=event.message), event.cause, now_ms)
-    return operations.give_up(env, action, event.reason, event.message, event.cause, now_ms)
+    return operations.refuse(env, action, event, now_ms, policy)
 
 
 def _outcome_unknown(env: Environment, event: OutcomeUnknown, now_ms: int, policy: Policy) -> Step:
@@ -352,7 +352,7 @@ def _outcome_unknown(env: Environment, event: OutcomeUnknown, now_ms: int, polic
     if isinstance(action, BootMachine | SetUpMachine) and now_ms + pause >= action.deadline_ms:
         # The destroy that follows has a newer number. What leaves the machine alive is given up at its deadline, not
         # before: until then the order whose outcome is unknown may still be taken up.
-        return _overdue(env, action, event.message, event.cause, now_ms)
+        return _overdue(env, action, event.message, event.cause, now_ms, policy)
     again = replace(action, seq=env.action_seq + 1, attempt=attempt, not_before_ms=now_ms + pause)
     found = Step(replace(env, error=event.message, updated_at_ms=now_ms))
     if isinstance(action, DestroyMachine) and attempt == DEAD_LETTER_ATTEMPTS:
@@ -360,12 +360,12 @@ def _outcome_unknown(env: Environment, event: OutcomeUnknown, now_ms: int, polic
     return give(found, again)
 
 
-def _overdue(env: Environment, action: TimedAction, message: str, cause: str, now_ms: int) -> Step:
+def _overdue(env: Environment, action: TimedAction, message: str, cause: str, now_ms: int, policy: Policy) -> Step:
     """Give up what was not done by its deadline: a boot or setup with the environment, the rest alone."""
     if isinstance(action, BootMachine | SetUpMachine):
         reason, sentence = TIMEOUTS[type(action)]
         return end(env, Ending(state=State.FAILED, reason=reason, message=message or sentence), cause, now_ms)
-    return operations.give_up_late(env, action, message, cause, now_ms)
+    return operations.give_up_late(env, action, message, cause, now_ms, policy)
 
 
 def _destroy_confirmed(env: Environment, event: DestroyConfirmed, now_ms: int) -> Step:
@@ -471,7 +471,7 @@ def _tick(env: Environment, event: Tick, now_ms: int, policy: Policy) -> Step:
         return Step(env)
     if isinstance(due.then, Ending):
         return end(env, due.then, event.cause, now_ms)
-    return _overdue(env, due.then, env.error if due.then.attempt else "", event.cause, now_ms)
+    return _overdue(env, due.then, env.error if due.then.attempt else "", event.cause, now_ms, policy)
 
 
 def next_deadline_ms(env: Environment, policy: Policy) -> int | None:

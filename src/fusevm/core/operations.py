@@ -2,7 +2,8 @@
 
 A request while another one is under way raises ActionUnderWay; the same request again changes nothing, where it has a
 name to know it by (the id of a new snapshot, the cause of a restore). None of them ends the environment: what is
-refused or overdue is given up, with a fact that says so.
+refused or overdue is given up, with a fact that says so. A change of the network may have reached the host all the
+same, so it is put back there: the record says what the machine is held to.
 """
 
 from msgspec.structs import replace
@@ -23,6 +24,7 @@ from fusevm.model.environment import (
 )
 from fusevm.model.errors import ActionUnderWay, WrongState
 from fusevm.model.event import (
+    ActionRefused,
     AgentDrained,
     DrainRequested,
     NetworkChanged,
@@ -35,8 +37,12 @@ from fusevm.model.event import (
     TokenRotated,
 )
 from fusevm.model.fact import Kind
+from fusevm.model.network import Network
 from fusevm.model.setup import AgentState, AgentStatus
 from fusevm.model.snapshot import SnapshotState
+
+#: Cause of an order that nobody has asked for: the host is to hold a machine to the policy that its record has.
+PUT_BACK = "put_back"
 
 Operation = DrainAgent | RotateToken | ChangeNetwork | SnapshotMachine | RestoreMachine
 
@@ -78,18 +84,28 @@ def request_rotation(env: Environment, event: RotateRequested, now_ms: int, poli
 
 
 def request_network(env: Environment, event: NetworkRequested, now_ms: int, policy: Policy) -> Step:
-    """Hold the machine to another policy."""
-    _must_be_free(env, "only the network of a running environment can be changed")
-    action = ChangeNetwork(
+    """Hold the machine to another policy. An earlier one that is being put back need not be waited for."""
+    _must_be_free(
+        replace(env, pending=None) if _is_put_back(env) else env,
+        "only the network of a running environment can be changed",
+    )
+    return give(Step(replace(env, updated_at_ms=now_ms)), _hold_to(env, event.network, event.cause, now_ms, policy))
+
+
+def _hold_to(env: Environment, network: Network, cause: str, now_ms: int, policy: Policy) -> ChangeNetwork:
+    return ChangeNetwork(
         seq=env.action_seq + 1,
-        cause=event.cause,
+        cause=cause,
         host_id=env.host_id,
         machine_id=env.machine_id,
         incarnation=env.incarnation,
         deadline_ms=now_ms + policy.network_deadline_ms,
-        network=event.network,
+        network=network,
     )
-    return give(Step(replace(env, updated_at_ms=now_ms)), action)
+
+
+def _is_put_back(env: Environment) -> bool:
+    return isinstance(env.pending, ChangeNetwork) and env.pending.cause == PUT_BACK
 
 
 def request_snapshot(env: Environment, event: SnapshotRequested, now_ms: int, policy: Policy) -> Step:
@@ -172,7 +188,11 @@ def network_changed(env: Environment, event: NetworkChanged, now_ms: int) -> Ste
     if not isinstance(env.pending, ChangeNetwork) or env.pending.seq != event.seq:
         return Step(env)
     record = replace(_free(env, now_ms), spec=replace(env.spec, network=env.pending.network))
-    return tell(record, Kind.HOST, event.cause, now_ms, reason="network_changed", data=_about(env.pending))
+    if _is_put_back(env):
+        record, reason = replace(record, error=env.error), "network_put_back"
+    else:
+        reason = "network_changed"
+    return tell(record, Kind.HOST, event.cause, now_ms, reason=reason, data=_about(env.pending))
 
 
 def snapshot_taken(env: Environment, event: SnapshotTaken, now_ms: int) -> Step:
@@ -192,7 +212,27 @@ def snapshot_restored(env: Environment, event: SnapshotRestored, now_ms: int) ->
     return tell_snapshot(record, snapshot, event.cause, now_ms, reason="restored")
 
 
-def give_up(env: Environment, action: Operation, reason: str, message: str, cause: str, now_ms: int) -> Step:
+def refuse(env: Environment, action: Operation, event: ActionRefused, now_ms: int, policy: Policy) -> Step:
+    """The host will not do it. Even then it may hold a machine to a policy whose rules it could not make yet."""
+    found = _give_up(env, action, event.reason, event.message, event.cause, now_ms)
+    is_known = not isinstance(action, ChangeNetwork) or _is_put_back(env)
+    return found if is_known else _put_back(found, now_ms, policy)
+
+
+def give_up_late(env: Environment, action: Operation, message: str, cause: str, now_ms: int, policy: Policy) -> Step:
+    """The action was not done by its deadline."""
+    reason, sentence = TIMEOUTS[type(action)]
+    found = _give_up(env, action, reason, message or sentence, cause, now_ms)
+    return _put_back(found, now_ms, policy) if isinstance(action, ChangeNetwork) else found
+
+
+def _put_back(found: Step, now_ms: int, policy: Policy) -> Step:
+    """Nobody knows what the host holds the machine to."""
+    env = found.record
+    return give(found, _hold_to(env, env.spec.network, PUT_BACK, now_ms, policy))
+
+
+def _give_up(env: Environment, action: Operation, reason: str, message: str, cause: str, now_ms: int) -> Step:
     """The action failed for good; the environment goes on without it."""
     record = replace(_free(env, now_ms), error=message)
     if isinstance(action, ChangeNetwork):
@@ -201,12 +241,6 @@ def give_up(env: Environment, action: Operation, reason: str, message: str, caus
         return tell(record, Kind.AGENT, cause, now_ms, message=message, reason=reason, data=_about(action))
     snapshot = given_up(action.snapshot, message, now_ms)
     return tell_snapshot(record, snapshot, cause, now_ms, reason=reason, message=message)
-
-
-def give_up_late(env: Environment, action: Operation, message: str, cause: str, now_ms: int) -> Step:
-    """The action was not done by its deadline."""
-    reason, sentence = TIMEOUTS[type(action)]
-    return give_up(env, action, reason, message or sentence, cause, now_ms)
 
 
 def _free(env: Environment, now_ms: int) -> Environment:

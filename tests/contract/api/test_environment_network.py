@@ -1,7 +1,9 @@
 """Network policy and published ports of environments over the API, against a host that only remembers them."""
 
+from collections.abc import Awaitable, Callable
+
 import pytest
-from control_harness import running
+from control_harness import running, until
 
 from fusevm.model.errors import CommandFailed, HostUnreachable
 from fusevm.model.network import Network, Rule
@@ -134,5 +136,30 @@ async def test_what_the_host_refuses_changes_nothing() -> None:
         assert (answer.status_code, answer.json()["error"]["details"]["reason"]) == (500, "command_failed")
         shown = (await server.http.get("/v1/environments/fuse-t")).json()
         assert (shown["network"], shown["state"]) == ({"internet": True}, "running")
+        await until(lambda: host.count("set_network") == 2)
         bad = await server.http.put(URL, json={"rules": [{"cidr": "x"}]})
         assert bad.json()["error"]["details"]["field"] == "network.rules[0].cidr"
+
+
+async def test_a_change_that_fails_after_the_host_has_made_it_is_put_back() -> None:
+    host = FakeHost()
+    async with running(host) as server:
+        await server.create(task_id="t")
+        no = CommandFailed(command="nft", exit_status=1, stderr="no")
+        host.script("set_network", lose_reply, no)
+        answer = await server.http.put(URL, json={"internet": False})
+        assert (answer.status_code, answer.json()["error"]["details"]["reason"]) == (500, "command_failed")
+        env = await server.plane.store.live("t")
+        assert env is not None
+
+        async def told() -> list[str]:
+            return [stored.fact.reason for stored in await server.plane.store.facts_of(env.uid, 0, 100)]
+
+        await until(lambda: _ends_with(told, "command_failed", "network_put_back"))
+        assert ordered(host) == Network()
+        shown = (await server.http.get("/v1/environments/fuse-t")).json()
+        assert (shown["network"], shown["state"]) == ({"internet": True}, "running")
+
+
+async def _ends_with(told: Callable[[], Awaitable[list[str]]], *reasons: str) -> bool:
+    return (await told())[-len(reasons) :] == [*reasons]

@@ -22,8 +22,10 @@ from msgspec.structs import replace
 
 from fusevm.core.endings import CUT_OFF
 from fusevm.core.lifecycle import Step, next_deadline_ms, step
+from fusevm.core.operations import PUT_BACK
 from fusevm.core.record import action_name
 from fusevm.model.environment import (
+    ChangeNetwork,
     Desired,
     DestroyMachine,
     DrainAgent,
@@ -114,6 +116,14 @@ def outcome(name: str, env: Environment) -> Event:
     return outcomes(env.pending.seq)[kinds[name]]
 
 
+def goes_on(found: Step) -> bool:
+    """Nothing is under way any more, but for a policy that may have reached the host: it is put back."""
+    pending = found.record.pending
+    if not isinstance(pending, ChangeNetwork):
+        return pending is None and found.actions == ()
+    return found.actions == (pending,) and (pending.cause, pending.network) == (PUT_BACK, found.record.spec.network)
+
+
 # -- what all of them have in common -------------------------------------------------------------------------------
 
 
@@ -179,13 +189,13 @@ def test_a_refusal_leaves_the_machine_alone_and_is_told(name: str):
     refused = ActionRefused(cause="host", seq=env.action_seq, reason="no_space", message="the disk is full")
     found = step(env, refused, LATER, POLICY)
     after = found.record
-    assert (after.state, after.desired, after.pending) == (env.state, env.desired, None)
-    assert (after.error, after.ending, after.action_seq) == ("the disk is full", None, env.action_seq + 1)
+    assert (after.state, after.desired) == (env.state, env.desired)
+    assert (after.error, after.ending) == ("the disk is full", None)
     (fact,) = found.facts
     kinds = {"drain_agent": Kind.AGENT, "rotate_token": Kind.AGENT, "change_network": Kind.HOST}
     kind = kinds.get(name, Kind.SNAPSHOT)
     assert (fact.kind, fact.reason, fact.message, fact.state) == (kind, "no_space", "the disk is full", env.state)
-    assert found.actions == ()
+    assert goes_on(found)
     assert step(after, refused, LATER, POLICY) == Step(after)
 
 
@@ -204,7 +214,8 @@ def test_an_unknown_outcome_repeats_the_action_and_gives_nothing_up_before_its_d
     assert waits.record.pending.not_before_ms > late + 1
     assert waits.facts == ()
     over = step(waits.record, Tick(cause="deadline"), late + 1, POLICY)
-    assert (over.record.state, over.record.pending, over.record.error) == (env.state, None, "still nothing")
+    assert (over.record.state, over.record.error) == (env.state, "still nothing")
+    assert goes_on(over)
     assert [fact.reason for fact in over.facts] == [TIMEOUTS[name]]
 
 
@@ -215,7 +226,8 @@ def test_an_action_that_never_answers_is_given_up_at_its_deadline(name: str):
     assert next_deadline_ms(env, POLICY) == due
     assert step(env, Tick(cause="tick"), due - 1, POLICY) == Step(env)
     found = step(env, Tick(cause="tick"), due, POLICY)
-    assert (found.record.state, found.record.pending, found.record.ending) == (env.state, None, None)
+    assert (found.record.state, found.record.ending) == (env.state, None)
+    assert goes_on(found)
     (fact,) = found.facts
     assert fact.reason == TIMEOUTS[name]
     assert fact.message == found.record.error != ""
@@ -462,3 +474,47 @@ def test_a_snapshot_of_another_environment_or_host_is_not_restored_in_place():
 def test_ends_without_a_snapshot_save_none(maker):
     env = maker()
     assert step(env, DestroyRequested(cause="delete"), LATER, POLICY).snapshots == ()
+
+
+# -- a policy that may have reached the host -----------------------------------------------------------------------
+
+
+def put_back() -> Environment:
+    """Its change was refused, and the policy of before is ordered again."""
+    env = changing_network()
+    refused = ActionRefused(cause="host", seq=env.action_seq, reason="command_failed", message="nft does not work")
+    return step(env, refused, LATER, POLICY).record
+
+
+def test_a_policy_that_was_put_back_is_told_and_the_problem_stays():
+    env = put_back()
+    assert env.action_seq > changing_network().action_seq + 1
+    found = step(env, NetworkChanged(cause="host", seq=env.action_seq), LATER, POLICY)
+    assert (found.record.pending, found.record.error) == (None, "nft does not work")
+    assert found.record.spec.network == Network()
+    assert [fact.reason for fact in found.facts] == ["network_put_back"]
+
+
+def test_putting_back_goes_on_until_the_host_answers():
+    env = put_back()
+    assert env.pending is not None
+    found = step(env, Tick(cause="deadline"), LATER + POLICY.network_deadline_ms, POLICY)
+    assert goes_on(found)
+    assert [fact.reason for fact in found.facts] == ["network_timeout"]
+
+
+def test_a_host_that_refuses_to_put_a_policy_back_is_not_asked_again():
+    env = put_back()
+    refused = ActionRefused(cause="host", seq=env.action_seq, reason="wrong_state", message="it is stopped")
+    found = step(env, refused, LATER, POLICY)
+    assert (found.record.pending, found.actions) == (None, ())
+
+
+def test_another_change_need_not_wait_for_the_putting_back():
+    env = put_back()
+    found = step(env, NetworkRequested(cause="again", network=Network(internet=False)), LATER, POLICY)
+    action = found.record.pending
+    assert isinstance(action, ChangeNetwork)
+    assert (action.cause, action.network, action.seq) == ("again", Network(internet=False), env.action_seq + 1)
+    with pytest.raises(ActionUnderWay):
+        step(env, RotateRequested(cause="x"), LATER, POLICY)

@@ -138,8 +138,13 @@ async def change_network(plane: Plane, call: Call) -> Response:
     body, _ = await call.json(rest.NetworkInput)
     network = check_network(read_network(body))
     event = NetworkRequested(cause=_cause(call), network=network)
-    before, after = await _until(plane, call, env, event, lambda seen: not isinstance(seen.pending, ChangeNetwork))
-    if isinstance(after.pending, ChangeNetwork):
+
+    def is_done(seen: Environment) -> bool:
+        # Another one follows where this one was given up.
+        return not (isinstance(seen.pending, ChangeNetwork) and seen.pending.cause == event.cause)
+
+    before, after = await _until(plane, call, env, event, is_done)
+    if not is_done(after):
         return _shown(call, after, 202)
     told = await find_fact(plane, before, lambda fact: fact.data.get("asked_by") == event.cause)
     if told is None:
