@@ -287,6 +287,47 @@ def test_every_other_command_is_finished_by_the_next_run_too(world: World, mirro
     check_bare(world)
 
 
+#: A package that kills apt and who has called it, as soon as its program is there; at the next try it is well.
+APT_REPOSITORY = """
+set -eu
+mkdir -p /srv/repo /srv/tree/DEBIAN /srv/tree/usr/bin
+printf '#!/bin/sh\\n' >/srv/tree/usr/bin/lz4
+cat >/srv/tree/DEBIAN/postinst <<'END'
+#!/bin/sh
+[ -e /srv/was-killed ] && exit 0
+touch /srv/was-killed
+pkill -9 -f 'host install'
+kill -9 "$PPID"
+END
+chmod 755 /srv/tree/usr/bin/lz4 /srv/tree/DEBIAN/postinst
+control="Package: lz4\\nVersion: 99\\nArchitecture: all\\nMaintainer: me <me@example.com>\\nDescription: probe\\n"
+printf "$control" >/srv/tree/DEBIAN/control
+dpkg-deb -b /srv/tree /srv/repo/lz4.deb >/dev/null
+cd /srv/repo
+size=$(stat -c %s lz4.deb) sum=$(sha256sum lz4.deb | cut -d' ' -f1)
+printf "${control}Filename: ./lz4.deb\\nSize: $size\\nSHA256: $sum\\n" >Packages
+rm -rf /etc/apt/sources.list.d /var/lib/apt/lists
+mkdir -p /etc/apt/sources.list.d /var/lib/apt/lists/partial
+echo 'deb [trusted=yes] file:/srv/repo ./' >/etc/apt/sources.list
+rm -f /usr/bin/lz4
+"""
+
+
+def test_killed_within_a_package_it_is_installed_by_the_next_run(world: World, mirror: Path):
+    world.run("sh", "-c", APT_REPOSITORY)
+    assert "install with apt: lz4" in install(world, mirror, "--driver", "qemu", "--plan").stdout.splitlines()
+    done = install(world, mirror, "--driver", "qemu", check=False)
+    assert done.returncode in (-9, 137), done.stderr
+    assert world.exists("/srv/was-killed")
+    assert world.exists("/usr/bin/lz4")  # there is nothing to be seen of it but in dpkg's records
+    assert "install with apt: lz4" in install(world, mirror, "--driver", "qemu", "--plan").stdout.splitlines()
+    assert "FIRECRACKER_TOKEN=" in install(world, mirror, "--driver", "qemu").stdout
+    state = world.run("dpkg-query", "-W", "-f", "${db:Status-Status} ${Version}", "lz4").stdout
+    assert state == "installed 99"
+    assert world.run("dpkg", "--audit").stdout == ""
+    assert install(world, mirror, "--driver", "qemu", "--plan").stdout.strip() == "nothing is to be done"
+
+
 def names(world: World, folder: str) -> set[str]:
     return {path.name for path in world.path(folder).iterdir()}
 
