@@ -188,11 +188,11 @@ def network_changed(env: Environment, event: NetworkChanged, now_ms: int) -> Ste
     if not isinstance(env.pending, ChangeNetwork) or env.pending.seq != event.seq:
         return Step(env)
     record = replace(_free(env, now_ms), spec=replace(env.spec, network=env.pending.network))
+    data = _about(env.pending)
     if _is_put_back(env):
-        record, reason = replace(record, error=env.error), "network_put_back"
-    else:
-        reason = "network_changed"
-    return tell(record, Kind.HOST, event.cause, now_ms, reason=reason, data=_about(env.pending))
+        kept = replace(record, error=env.error)
+        return tell(kept, Kind.HOST, event.cause, now_ms, reason="network_put_back", data=data)
+    return tell(record, Kind.HOST, event.cause, now_ms, reason="network_changed", data=data)
 
 
 def snapshot_taken(env: Environment, event: SnapshotTaken, now_ms: int) -> Step:
