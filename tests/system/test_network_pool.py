@@ -12,6 +12,7 @@ import pytest
 from namespaces import private_network
 from network_lab import HOST_ADDRESS, PLAN, SERVER, internet, plugged_in, say, sh, snapshot_of_host
 
+from fusevm.host.net import pool
 from fusevm.host.net.links import ensure_links, observe_objects, render_creation, render_inside
 from fusevm.host.net.network import HostNetwork
 from fusevm.host.net.plan import NetworkPlan, Slot, plan_slot
@@ -80,6 +81,20 @@ async def test_a_warm_slot_is_there_before_it_is_asked_for():
         assert list(itertools.islice(network.candidates(), 3)) == [0, 2, 3]
         with pytest.raises(SlotInUse):
             await network.acquire(1)
+
+
+@private_network
+async def test_slots_are_made_in_a_lull_unless_none_is_left(monkeypatch):
+    async with opened(warm=2) as network:
+        await network.settle()
+        monkeypatch.setattr(pool, "_LULL_S", 3600)
+        await network.acquire(0)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(network.settle(), 0.5)
+        assert observe_objects(PLAN).namespaces == {0, 1}
+        await network.acquire(1)
+        await network.settle()
+        assert observe_objects(PLAN).namespaces == {0, 1, 2, 3}
 
 
 @private_network

@@ -4,8 +4,9 @@ The journal owns numbers: it reserves one (best the first of `candidates()`), th
 kernel objects: it keeps a few slots complete, makes others on demand, and destroys a released slot entirely (namespace,
 veth, rules), so that no connection, socket or neighbour of the old machine survives; the number can then be used anew.
 
-All making and destroying is done by one background task, in batches. Nothing is remembered across restarts: `open`
-finishes the slots that the journal still has and removes all others of this instance.
+All making and destroying is done by one background task, in batches; what nobody waits for is made in a lull. Nothing
+is remembered across restarts: `open` finishes the slots that the journal still has and removes all others of this
+instance.
 
 Owns: which slots are warm. Must not: reserve numbers, know machines.
 """
@@ -32,6 +33,9 @@ log = structlog.get_logger()
 _BATCH = 8
 #: Of a machine whose own terms cannot be enforced.
 _NOTHING = Terms(policy=Network(internet=False))
+#: Slots are made once nobody has taken one for this long, seconds, while some are left: whoever has just taken one goes
+#: on to boot a machine, and needs the processors.
+_LULL_S = 0.2
 #: After a failure in the background, seconds until the next attempt.
 _RETRY_S = 5.0
 
@@ -62,6 +66,8 @@ class Pool:
         self._making: set[int] = set()
         self._doomed: set[int] = set()
         self._wanted: dict[int, asyncio.Future[Slot]] = {}
+        #: When the lull begins in which slots are made ahead of need, on the loop's clock.
+        self._calm_at = 0.0
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -137,6 +143,7 @@ class Pool:
             raise SlotInUse(index=index)
         slot = self._ready.pop(index, None) or await self._demand(index)
         self._used[index] = slot
+        self._calm_at = asyncio.get_running_loop().time() + _LULL_S
         self._wake_up()
         if terms != DEFAULT_TERMS:
             try:
@@ -266,9 +273,11 @@ class Pool:
                 failed = True
             if not failed and self._has_work():
                 continue
-            self._settled.set()
+            pause_s = _RETRY_S if failed else self._lull_in_s()
+            if failed or pause_s is None:
+                self._settled.set()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_RETRY_S if failed else None):
+                async with asyncio.timeout(pause_s):
                     await self._wake.wait()
 
     def _has_work(self) -> bool:
@@ -290,7 +299,15 @@ class Pool:
     def _open_demands(self) -> list[int]:
         return [index for index, waiter in self._wanted.items() if not waiter.done()][:_BATCH]
 
+    def _lull_in_s(self) -> float | None:
+        """Seconds until slots may be made ahead of need; None if none are needed."""
+        if len(self._ready) >= self._warm:
+            return None
+        return max(self._calm_at - asyncio.get_running_loop().time(), 0.0)
+
     def _to_warm(self) -> list[int]:
+        if self._ready and self._lull_in_s():
+            return []
         missing = min(self._warm - len(self._ready), _BATCH)
         own = self._own()
         free = (index for index in range(self._plan.capacity) if index not in own)
