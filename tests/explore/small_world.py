@@ -46,6 +46,7 @@ from worlds import (
     hold,
     index_of,
     must_be_gone,
+    must_be_orphan,
     put,
     running,
     server_of,
@@ -557,7 +558,7 @@ class Cluster:
         counts = tuple(sorted((key, min(count, 2)) for key, count in found.strikes.counts.items()))
         after = with_server(world, index, replace(server, listed=None, changed=(), strikes=counts))
         for machine in found.destroy:
-            self._must_be_orphan(world, machine)
+            must_be_orphan(world, machine)
             action = DestroyMachine(
                 seq=0, cause="x", host_id=id_, machine_id=machine.id, incarnation=machine.incarnation
             )
@@ -578,13 +579,6 @@ class Cluster:
         """The plan of a list; the records named in `changed` were others when it was asked for."""
         known = expectations(env for env in envs if env.uid not in changed)
         return plan(host_id, CLUSTER, envs, listed, strikes, known=known, cause="x")
-
-    def _must_be_orphan(self, world: World, machine: ObservedMachine) -> None:
-        if machine.id.startswith("m-foreign"):
-            raise Broken("a machine of another cluster is touched")
-        env = next((slot.env for slot in world.slots if slot.env is not None and slot.env.uid == machine.uid), None)
-        if env is not None and not env.is_terminal and env.incarnation == machine.incarnation:
-            raise Broken(f"{machine.uid}: the machine of a live environment is destroyed as an orphan")
 
     # -- worlds that are the same --------------------------------------------------------------------------------------
 

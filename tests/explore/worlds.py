@@ -233,6 +233,14 @@ def running(world: World, *, comes_back: bool) -> set[str]:
     }
 
 
+def must_be_orphan(world: World, machine: ObservedMachine) -> None:
+    if machine.id.startswith("m-foreign"):
+        raise Broken("a machine of another cluster is touched")
+    env = next((slot.env for slot in world.slots if slot.env is not None and slot.env.uid == machine.uid), None)
+    if env is not None and not env.is_terminal and env.incarnation == machine.incarnation:
+        raise Broken(f"{machine.uid}: the machine of a live environment is destroyed as an orphan")
+
+
 def must_be_gone(server: Server, event: Event) -> None:
     if isinstance(event, MachineMissing | MachineExited) and any(
         machine.id == event.machine_id and machine.phase is Phase.RUNNING for machine in server.machines

@@ -21,7 +21,7 @@ from previous_agent import NotAvailable, previous_agent
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from real_host import Box, Guest, Host, make_fence, make_jail_host
+from real_host import Box, Guest, Host, emptied, make_fence, make_jail_host
 
 
 @pytest.fixture(scope="session")
@@ -41,24 +41,16 @@ def artefacts() -> Path:
 def host(artefacts: Path) -> Iterator[Host]:
     """A host without a daemon, in a box of its own; at the end nothing of machines may be left."""
     host = Host(Box(), artefacts, f"{run_prefix()}h")
-    try:
+    with emptied(host):
         yield host
-        left = asyncio.run(host.wait_empty())
-        assert not left, (left, host.tail())
-    finally:
-        host.close()
 
 
 @pytest.fixture
 def jail_host(artefacts: Path) -> Iterator[Host]:
     """As `host`, for machines on Firecracker's fake: real guests in real jails."""
     host = make_jail_host(artefacts, f"{run_prefix()}f", "qemu")
-    try:
+    with emptied(host):
         yield host
-        left = asyncio.run(host.wait_empty())
-        assert not left, (left, host.tail())
-    finally:
-        host.close()
 
 
 @pytest.fixture(scope="session")
@@ -100,12 +92,8 @@ def bare_artefacts(artefacts: Path) -> Iterator[Path]:
 def bare_host(bare_artefacts: Path) -> Iterator[Host]:
     """As `host`, for machines of the image `bare`."""
     host = Host(Box(), bare_artefacts, f"{run_prefix()}b")
-    try:
+    with emptied(host):
         yield host
-        left = asyncio.run(host.wait_empty())
-        assert not left, (left, host.tail())
-    finally:
-        host.close()
 
 
 @pytest.fixture(scope="session")
@@ -134,9 +122,5 @@ async def _disguise(root: Path, artefacts: Path, agent: Path) -> None:
 def older_host(older_artefacts: Path) -> Iterator[Host]:
     """As `host`, for machines with the previous agent."""
     host = Host(Box(), older_artefacts, f"{run_prefix()}o")
-    try:
+    with emptied(host):
         yield host
-        left = asyncio.run(host.wait_empty())
-        assert not left, (left, host.tail())
-    finally:
-        host.close()

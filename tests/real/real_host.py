@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -298,6 +298,17 @@ class Host:
     async def delete(self, machine_id: str, fence: Fence | None) -> None:
         """Remove a machine."""
         await self.ask("DELETE", f"/machines/{machine_id}", fence)
+
+
+@contextlib.contextmanager
+def emptied(host: Host) -> Iterator[None]:
+    """At the end of a test nothing of machines may be left."""
+    try:
+        yield
+        left = asyncio.run(host.wait_empty())
+        assert not left, (left, host.tail())
+    finally:
+        host.close()
 
 
 def make_jail_host(artefacts: Path, name: str, guests: Literal["qemu", "process"]) -> Host:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from real_host import Box, Guest, Host, make_fence, make_jail_host
+from real_host import Box, Guest, Host, emptied, make_fence, make_jail_host
 
 from artefacts import IMAGE
 from fusevm.host.images.store import ImageStore
@@ -65,12 +65,8 @@ def sharing_host(sharing_artefacts: Path, request: pytest.FixtureRequest) -> Ite
         host = Host(Box(), sharing_artefacts, name, where=sharing_artefacts)
     else:
         host = make_jail_host(sharing_artefacts, name, "qemu")
-    try:
+    with emptied(host):
         yield host
-        left = asyncio.run(host.wait_empty())
-        assert not left, (left, host.tail())
-    finally:
-        host.close()
 
 
 def used_bytes(folder: Path) -> int:
