@@ -265,6 +265,12 @@ class Agent:
             assert response.status == 200
             return json.loads(await response.read())
 
+    async def configure(self, body: dict) -> None:
+        """Tell the guest what a host tells it after its boot."""
+        sent = json.dumps(body).encode()
+        async with asyncio.timeout(BOOT_S), await self.http.request("POST", "/configure", body=sent) as response:
+            assert response.status == 200, await response.read()
+
     async def shell(self, text: str) -> str:
         """Run a command that must succeed and return its output."""
         body = json.dumps({"shell": text}).encode()

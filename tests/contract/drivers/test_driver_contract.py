@@ -10,12 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from fusevm.host.channel import AgentClient
+from fusevm.host.disk.superblock import is_cleanly_left
 from fusevm.host.process import identify
 from fusevm.host.vmm.driver import BootPlan, Confinement
 from fusevm.model.errors import BootFailed, VmmMissing
@@ -46,6 +48,18 @@ async def test_commands_run_in_the_image_with_the_overlay(agent):
     assert await agent.shell("cat /root/file") == "kept\n"
     kib = int(await agent.shell("df -k --output=size / | tail -1"))
     assert kib > 900_000  # a blank of 1 GiB
+
+
+async def test_the_clock_is_what_the_guest_was_told(agent):
+    """Whatever it was before: a Firecracker's guest begins at the epoch, another has its host's time from a device."""
+    told = time.time_ns() + 86_400_000_000_000  # no device of any host says tomorrow
+    try:
+        await agent.configure({"time_unix_ns": told})
+        heard = (await agent.health())["time_unix_ns"]
+        assert told <= heard < told + BOOT_S * 1_000_000_000
+        assert int(await agent.shell("date +%s")) >= told // 1_000_000_000
+    finally:
+        await agent.configure({"time_unix_ns": time.time_ns()})
 
 
 async def test_two_hundred_streams_at_once(vmm):
@@ -315,6 +329,29 @@ async def test_a_guest_that_shuts_down_ends_the_vmm(bench, agent_of):
         async with await agent.http.request("POST", "/shutdown", body=b"{}") as response:
             assert response.status == 202
         assert await vmm.wait_exit() == "the guest shut down"
+
+
+#: A process that no SIGTERM ends, nor any of its children: what is ignored is inherited. Shown before it is relied on.
+#: The file that it writes to keeps the disk from becoming read-only for as long as it lives.
+STUBBORN = """
+setsid sh -c "trap '' TERM; while :; do date; sleep 1; done" </dev/null >/root/held 2>&1 &
+until [ -s /root/held ]; do sleep 0.1; done
+kill -TERM $! && sleep 0.3 && kill -0 $!
+"""
+
+
+async def test_a_process_that_ignores_sigterm_does_not_keep_a_guest_from_its_orderly_end(bench, agent_of):
+    """Nobody here kills the VMM: the guest ends that process, leaves its disk clean, and ends itself."""
+    plan = await bench.plan()
+    vmm = await bench.boot(plan)
+    agent = agent_of(vmm)
+    await agent.shell(STUBBORN)
+    assert is_cleanly_left(plan.overlay, plan.overlay_format) is False
+    async with asyncio.timeout(BOOT_S):
+        async with await agent.http.request("POST", "/shutdown", body=b"{}") as response:
+            assert response.status == 202
+        assert await vmm.wait_exit() == "the guest shut down"
+    assert is_cleanly_left(plan.overlay, plan.overlay_format) is True
 
 
 async def test_a_kernel_panic_is_the_reason_of_the_end(bench, agent_of):

@@ -69,8 +69,9 @@ async def test_a_command_that_hangs_holds_up_nobody(world: World):
             await hanging
 
 
-async def test_a_stop_is_over_when_the_guest_is(world: World):
-    """No signal is waited out that nobody answers."""
+async def test_a_stop_is_over_when_the_guest_is(world: World, monkeypatch):
+    """No signal is waited out that nobody answers: the grace is longer than this test."""
+    monkeypatch.setattr("fusevm.host.held_vmm.SHUTDOWN_GRACE_S", 3600.0)
     async with world.daemon() as daemon:
         await daemon.machines.create(order(), fence())
         async with asyncio.timeout(60):

@@ -14,11 +14,12 @@ from fusevm.model.errors import (
     MachineNotFound,
     NotSupported,
     SnapshotFailed,
+    SnapshotNotFound,
     StaleIncarnation,
     WrongCluster,
     WrongState,
 )
-from fusevm.model.machine import Phase
+from fusevm.model.machine import DiskSeed, Machine, Phase
 from fusevm.testing.fake_disks import SIZE
 from fusevm.testing.host_world import SPEC, World, fence, order, until
 from fusevm.wire.host_api import CLUSTER_HEADER
@@ -272,6 +273,68 @@ async def test_a_delete_while_it_is_made_usable_wins(world: World) -> None:
         assert taking.exception() is not None
         assert (await daemon.snapshots.load_all(), bytes_of(world)) == ([], set())
         assert daemon.machines.record("m-1").phase is Phase.RUNNING
+
+
+@pytest.mark.parametrize("has_its_disk", [False, True])
+async def test_a_delete_while_a_machine_is_made_from_it(world: World, has_its_disk: bool) -> None:
+    """The machine has all of it, or there is none: held before its disk is made, or after."""
+    holds, point = (world.driver.holds, "boot") if has_its_disk else (world.quarters.holds, "prepare")
+    async with world.daemon() as daemon:
+        await make(daemon)
+        world.disks.write("m-1", b"content")
+        await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        holds.reached(point).clear()
+        gate = holds.hold(point)
+        creating = asyncio.create_task(daemon.machines.create(order("m-2", snapshot_id="s-1"), None))
+        await holds.reached(point).wait()
+        await daemon.snapshots.delete("s-1", "")
+        assert bytes_of(world) == set()
+        gate.set()
+        if has_its_disk:
+            assert (await creating).phase is Phase.RUNNING
+            assert world.disks.read("m-2") == b"content"
+        else:
+            with pytest.raises(SnapshotNotFound):
+                await creating
+            assert world.leftovers == ({"m-1"}, {"m-1"}, {"m-1"})
+            assert [machine.id for machine in daemon.machines.records()] == ["m-1"]
+        assert daemon.machines.record("m-1").phase is Phase.RUNNING
+
+
+@pytest.mark.parametrize("has_its_disk", [False, True])
+async def test_a_delete_while_it_is_put_back(world: World, has_its_disk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine has all of it, or goes on with the disk that it had: held before the copy is made, or after."""
+    reached, gate, stage = asyncio.Event(), asyncio.Event(), world.disks.stage
+
+    async def hold(machine: Machine, seed: DiskSeed) -> None:
+        if has_its_disk:
+            await stage(machine, seed)
+        reached.set()
+        await gate.wait()
+        if not has_its_disk:
+            await stage(machine, seed)
+
+    monkeypatch.setattr(world.disks, "stage", hold)
+    async with world.daemon() as daemon:
+        await make(daemon)
+        world.disks.write("m-1", b"before")
+        await daemon.snapshots.take("m-1", "s-1", None, live=False)
+        world.disks.write("m-1", b"after")
+        restoring = asyncio.create_task(daemon.machines.restore("m-1", "s-1", None))
+        await reached.wait()
+        await daemon.snapshots.delete("s-1", "")
+        assert bytes_of(world) == set()
+        gate.set()
+        if has_its_disk:
+            assert (await restoring).phase is Phase.RUNNING
+        else:
+            with pytest.raises(SnapshotNotFound):
+                await restoring
+        assert world.disks.read("m-1") == (b"before" if has_its_disk else b"after")
+        assert not world.disks.is_staged("m-1")
+        assert daemon.machines.record("m-1").phase is Phase.RUNNING
+        await daemon.machines.stop("m-1", None)
+        assert (await daemon.machines.start("m-1", None)).phase is Phase.RUNNING
 
 
 async def test_the_machine_is_free_before_the_digest_is_known(world: World) -> None:

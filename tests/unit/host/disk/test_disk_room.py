@@ -1,15 +1,18 @@
 """Where machines' disks are: made of blanks and of snapshots, put in place, and never what a disk itself claims."""
 
+import asyncio
 import os
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import pytest
 
 from fusevm.host.disk.copy import Stop, copy_disk, share_blocks
-from fusevm.host.disk.overlay import Method, WithoutReflink, allocated_bytes
+from fusevm.host.disk.overlay import Method, Overlay, WithoutReflink, allocated_bytes, create_overlay
 from fusevm.host.disk.qcow2 import render_overlay
 from fusevm.host.disk.room import DiskRoom
+from fusevm.host.snapshots.folders import SnapshotFolders
 from fusevm.model.errors import Internal, SnapshotNotFound
 from fusevm.model.machine import DiskSeed, Fence, Machine, MachineSpec, Phase
 
@@ -65,6 +68,35 @@ async def test_a_disk_begins_with_a_snapshot_and_outlives_it(
     assert allocated_bytes(snapshot) > 0
     snapshot.unlink()
     assert await read(disks, owner, tmp_path) == content
+
+
+@pytest.mark.parametrize("is_restored", [False, True])
+@pytest.mark.parametrize("method", FORMATS)
+async def test_a_snapshot_deleted_while_its_disk_is_copied_gives_a_whole_disk(
+    tmp_path: Path, content: bytes, method: WithoutReflink, is_restored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disks, owner = room(tmp_path, method), machine(SEED)
+    if is_restored:
+        await disks.ensure(machine())
+    reached, gate = asyncio.Event(), asyncio.Event()
+
+    async def hold(*arguments: Any, **options: Any) -> Overlay:
+        reached.set()
+        await gate.wait()
+        return await create_overlay(*arguments, **options)
+
+    monkeypatch.setattr("fusevm.host.disk.room.create_overlay", hold)
+    making = asyncio.create_task(disks.stage(owner, SEED) if is_restored else disks.ensure(owner))
+    await reached.wait()
+    await SnapshotFolders(tmp_path / "snapshots").remove("s-1")
+    assert not (tmp_path / "snapshots" / "s-1").exists()
+    gate.set()
+    await making
+    if is_restored:
+        await disks.swap(owner)
+    assert await read(disks, owner, tmp_path) == content
+    kept = list((tmp_path / "machines" / "m-1").glob("base-*"))
+    assert bool(kept) == ((await disks.image(owner)).format == "qcow2"), "a copy needs no base any more"
 
 
 @pytest.mark.parametrize("method", FORMATS)
