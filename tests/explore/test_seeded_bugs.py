@@ -8,8 +8,8 @@ from search import explore, stuck
 from small_world import Cluster
 from worlds import CLUSTER, NOW, PATIENT, Move
 
+from fusevm.core.endings import PUT_BACK
 from fusevm.core.lifecycle import Step
-from fusevm.core.operations import PUT_BACK
 from fusevm.core.reconcile import Strikes
 from fusevm.core.snapshots import begin_snapshot
 from fusevm.model.environment import (

@@ -1,6 +1,9 @@
 """The door to nftables: whole transactions, refusals that can be tried in a shell, calls that are not overtaken."""
 
 import asyncio
+import contextlib
+import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -75,4 +78,25 @@ async def test_a_host_without_the_library_is_told_what_to_install(monkeypatch):
     monkeypatch.setattr(transaction, "_LIBRARY", "libnftables.so.missing")
     transaction._load.cache_clear()
     with pytest.raises(ToolMissing, match="apt-get install nftables"):
-        await list_ruleset()
+        await list_table("fuse_try")
+
+
+@private_network
+async def test_a_daemon_without_a_free_descriptor_lives_on():
+    """The library would end the process."""
+    held = [os.open("/dev/null", os.O_RDONLY)]
+    await apply_transaction(MAKE)  # whatever it keeps is there now
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        last = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, limits[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open("/dev/null", os.O_RDONLY))
+        with pytest.raises(OSError, match="Too many open files"):
+            await list_table("fuse_try")
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert b"fuse_try" in await list_table("fuse_try")

@@ -2,8 +2,18 @@
 
 from msgspec.structs import replace
 
+from fusevm.core.endings import is_put_back
 from fusevm.model.environment import Action, BootMachine, DestroyMachine, Environment
-from fusevm.model.errors import BadSetting, Error, HostRejected, MachineNotFound, StaleIncarnation, WrongCluster
+from fusevm.model.errors import (
+    BadSetting,
+    CommandFailed,
+    Error,
+    HostRejected,
+    Internal,
+    MachineNotFound,
+    StaleIncarnation,
+    WrongCluster,
+)
 from fusevm.model.event import ActionRefused, BootRefused, BootSucceeded, DestroyConfirmed, Event, OutcomeUnknown
 from fusevm.model.machine import Fence, MachineSpec, Moment, Phase
 from fusevm.model.network import PublishedPort
@@ -85,6 +95,9 @@ def error_outcome(action: Action, error: Error) -> Event:
         return OutcomeUnknown(cause=cause, seq=action.seq, message=error.message)
     if isinstance(action, BootMachine):
         return BootRefused(cause=cause, seq=action.seq, reason=error.reason, message=error.message)
+    # A host in trouble may have noted the policy all the same, and make it hold later.
+    if is_put_back(action) and isinstance(error, Internal | CommandFailed):
+        return OutcomeUnknown(cause=cause, seq=action.seq, message=error.message)
     # A host that turns us away says nothing about the machine, which may be in use.
     if isinstance(error, HostRejected | WrongCluster):
         return OutcomeUnknown(cause=cause, seq=action.seq, message=error.message)

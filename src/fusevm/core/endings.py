@@ -11,6 +11,7 @@ from fusevm.core.policy import Policy
 from fusevm.core.record import Step, after, enter, give, tell_snapshot
 from fusevm.core.snapshots import given_up
 from fusevm.model.environment import (
+    Action,
     BootMachine,
     ChangeNetwork,
     Desired,
@@ -37,8 +38,16 @@ TIMEOUTS: dict[type[TimedAction], tuple[str, str]] = {
     RestoreMachine: ("restore_timeout", "the snapshot was not restored in time"),
 }
 
+#: Cause of an order that nobody has asked for: the host is to hold a machine to the policy that its record has.
+PUT_BACK = "put_back"
+
 #: Reason of the fact about a snapshot or restore that an end comes before.
 CUT_OFF = "environment_ended"
+
+
+def is_put_back(action: Action | None) -> bool:
+    """Is it the system's own wish?"""
+    return isinstance(action, ChangeNetwork) and action.cause == PUT_BACK
 
 
 class Deadline(msgspec.Struct, frozen=True):
@@ -129,7 +138,8 @@ def _action_limit(env: Environment) -> Deadline | None:
 
 def _idle_limit(env: Environment, policy: Policy) -> Deadline | None:
     idle = env.spec.idle_timeout_seconds
-    if idle <= 0 or env.state is not State.RUNNING or env.pending is not None:
+    is_busy = env.pending is not None and not is_put_back(env.pending)
+    if idle <= 0 or env.state is not State.RUNNING or is_busy:
         return None
     ending = Ending(state=State.DESTROYED, reason="idle", message=f"no activity for {idle} s")
     return Deadline(env.last_activity_ms + idle * 1000 + policy.activity_grain_ms, ending)

@@ -8,7 +8,7 @@ same, so it is put back there: the record says what the machine is held to.
 
 from msgspec.structs import replace
 
-from fusevm.core.endings import TIMEOUTS
+from fusevm.core.endings import PUT_BACK, TIMEOUTS, is_put_back
 from fusevm.core.policy import Policy
 from fusevm.core.record import Step, action_name, enter, give, tell, tell_snapshot
 from fusevm.core.snapshots import check_restorable, given_up, made, restored, restoring
@@ -40,9 +40,6 @@ from fusevm.model.fact import Kind
 from fusevm.model.network import Network
 from fusevm.model.setup import AgentState, AgentStatus
 from fusevm.model.snapshot import SnapshotState
-
-#: Cause of an order that nobody has asked for: the host is to hold a machine to the policy that its record has.
-PUT_BACK = "put_back"
 
 Operation = DrainAgent | RotateToken | ChangeNetwork | SnapshotMachine | RestoreMachine
 
@@ -86,7 +83,7 @@ def request_rotation(env: Environment, event: RotateRequested, now_ms: int, poli
 def request_network(env: Environment, event: NetworkRequested, now_ms: int, policy: Policy) -> Step:
     """Hold the machine to another policy. An earlier one that is being put back need not be waited for."""
     _must_be_free(
-        replace(env, pending=None) if _is_put_back(env) else env,
+        replace(env, pending=None) if is_put_back(env.pending) else env,
         "only the network of a running environment can be changed",
     )
     return give(Step(replace(env, updated_at_ms=now_ms)), _hold_to(env, event.network, event.cause, now_ms, policy))
@@ -102,10 +99,6 @@ def _hold_to(env: Environment, network: Network, cause: str, now_ms: int, policy
         deadline_ms=now_ms + policy.network_deadline_ms,
         network=network,
     )
-
-
-def _is_put_back(env: Environment) -> bool:
-    return isinstance(env.pending, ChangeNetwork) and env.pending.cause == PUT_BACK
 
 
 def request_snapshot(env: Environment, event: SnapshotRequested, now_ms: int, policy: Policy) -> Step:
@@ -189,7 +182,7 @@ def network_changed(env: Environment, event: NetworkChanged, now_ms: int) -> Ste
         return Step(env)
     record = replace(_free(env, now_ms), spec=replace(env.spec, network=env.pending.network))
     data = _about(env.pending)
-    if _is_put_back(env):
+    if is_put_back(env.pending):
         kept = replace(record, error=env.error)
         return tell(kept, Kind.HOST, event.cause, now_ms, reason="network_put_back", data=data)
     return tell(record, Kind.HOST, event.cause, now_ms, reason="network_changed", data=data)
@@ -215,12 +208,14 @@ def snapshot_restored(env: Environment, event: SnapshotRestored, now_ms: int) ->
 def refuse(env: Environment, action: Operation, event: ActionRefused, now_ms: int, policy: Policy) -> Step:
     """The host will not do it. Even then it may hold a machine to a policy whose rules it could not make yet."""
     found = _give_up(env, action, event.reason, event.message, event.cause, now_ms)
-    is_known = not isinstance(action, ChangeNetwork) or _is_put_back(env)
+    is_known = not isinstance(action, ChangeNetwork) or is_put_back(action)
     return found if is_known else _put_back(found, now_ms, policy)
 
 
 def give_up_late(env: Environment, action: Operation, message: str, cause: str, now_ms: int, policy: Policy) -> Step:
-    """The action was not done by its deadline."""
+    """The action was not done by its deadline. To put a policy back is given another one, and nothing is told."""
+    if is_put_back(action):
+        return _put_back(Step(replace(env, updated_at_ms=now_ms)), now_ms, policy)
     reason, sentence = TIMEOUTS[type(action)]
     found = _give_up(env, action, reason, message or sentence, cause, now_ms)
     return _put_back(found, now_ms, policy) if isinstance(action, ChangeNetwork) else found

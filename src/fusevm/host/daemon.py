@@ -163,7 +163,12 @@ class Daemon:
         machines = [machine for machine in self.machines.records() if machine.ports]
         if self._network is None or not machines:
             return {}
-        by_slot = await self._network.uses()
+        try:
+            by_slot = await self._network.uses()
+        except (Error, OSError) as e:
+            # Whoever asks takes what is not there for unused, and may end it.
+            log.warning("use_unknown", problem=str(e))
+            return {machine.id: 0 for machine in machines}
         return {machine.id: by_slot[machine.slot] for machine in machines if machine.slot in by_slot}
 
     async def render_metrics(self) -> bytes:

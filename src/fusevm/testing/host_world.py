@@ -27,6 +27,7 @@ from fusevm.host.snapshots.keeper import SnapshotKeeper
 from fusevm.host.snapshots.ledger import Ledger
 from fusevm.host.surroundings import Surroundings
 from fusevm.host.sweep import Sweeper
+from fusevm.model.errors import Error
 from fusevm.model.machine import Fence, Isolation, MachineSpec
 from fusevm.testing.fake_disks import FakeDisks
 from fusevm.testing.fake_driver import BOOT_ID, FakeDriver, FakeQuarters
@@ -65,6 +66,8 @@ class FakeMeter:
     def __init__(self) -> None:
         #: Network slot to seconds since a client used a published port.
         self.used: dict[int, int] = {}
+        #: Why they cannot be read.
+        self.problem: Error | None = None
         #: How often it was asked for them.
         self.asked = 0
 
@@ -73,6 +76,8 @@ class FakeMeter:
 
     async def uses(self) -> dict[int, int]:
         self.asked += 1
+        if self.problem is not None:
+            raise self.problem
         return dict(self.used)
 
 

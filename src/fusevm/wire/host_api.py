@@ -169,8 +169,8 @@ class MachineBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     created_at: str
     started_at: str = ""
     published_ports: list[PublishedPortBody] = []
-    #: Seconds since a client last sent something to one of its published ports. Only there if one has since its start,
-    #: and the host can tell; in the list and in answers to `GET`.
+    #: Seconds since a client last sent something to one of its published ports. Only there if one has since its start
+    #: and the host keeps such times; 0 while it cannot read them. In the list and in answers to `GET`.
     ports_used_s_ago: int | None = None
     #: Only there while something is wrong.
     quarantine: QuarantineBody | None = None

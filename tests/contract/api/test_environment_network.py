@@ -146,7 +146,7 @@ async def test_a_change_that_fails_after_the_host_has_made_it_is_put_back() -> N
     async with running(host) as server:
         await server.create(task_id="t")
         no = CommandFailed(command="nft", exit_status=1, stderr="no")
-        host.script("set_network", lose_reply, no)
+        host.script("set_network", lose_reply, no, no, no)
         answer = await server.http.put(URL, json={"internet": False})
         assert (answer.status_code, answer.json()["error"]["details"]["reason"]) == (500, "command_failed")
         env = await server.plane.store.live("t")

@@ -20,9 +20,8 @@ from making import (
 )
 from msgspec.structs import replace
 
-from fusevm.core.endings import CUT_OFF
+from fusevm.core.endings import CUT_OFF, PUT_BACK
 from fusevm.core.lifecycle import Step, next_deadline_ms, step
-from fusevm.core.operations import PUT_BACK
 from fusevm.core.record import action_name
 from fusevm.model.environment import (
     ChangeNetwork,
@@ -500,7 +499,18 @@ def test_putting_back_goes_on_until_the_host_answers():
     assert env.pending is not None
     found = step(env, Tick(cause="deadline"), LATER + POLICY.network_deadline_ms, POLICY)
     assert goes_on(found)
-    assert [fact.reason for fact in found.facts] == ["network_timeout"]
+    assert found.facts == ()
+    assert found.record.last_activity_ms == env.last_activity_ms
+
+
+def test_an_environment_whose_policy_cannot_be_put_back_is_idle_all_the_same():
+    env = replace(put_back(), spec=replace(put_back().spec, idle_timeout_seconds=60))
+    over = env.last_activity_ms + 60_000 + POLICY.activity_grain_ms
+    ended = step(env, Tick(cause="deadline"), over, POLICY).record
+    while ended.pending is not None and not isinstance(ended.pending, DestroyMachine):
+        ended = step(ended, Tick(cause="deadline"), over, POLICY).record
+    assert ended.ending is not None
+    assert ended.ending.reason == "idle"
 
 
 def test_a_host_that_refuses_to_put_a_policy_back_is_not_asked_again():

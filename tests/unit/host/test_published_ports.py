@@ -113,6 +113,8 @@ async def test_uses_are_the_machines_and_nobody_asks_for_them_where_nothing_is_p
         assert await daemon.uses() == {}
         meter.used = {quiet.slot: 1, used.slot: 7, 99: 3}
         assert await daemon.uses() == {"m-2": 7}
+        meter.problem = CommandFailed(command="nft", exit_status=1, stderr="no")
+        assert await daemon.uses() == {"m-2": 0}, "unknown is not unused"
         body = render_body(used, None, 7)
         assert (body["ports_used_s_ago"], "ports_used_s_ago" in render_body(used)) == (7, False)
 

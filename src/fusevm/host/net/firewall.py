@@ -194,7 +194,8 @@ class Firewall:
 
     async def uses(self) -> dict[int, int]:
         """Read how many seconds ago clients last sent something to published ports, by slot, rounded up; who is not
-        there had no client for days. Cheap, and waits for no change."""
+        there had no client for days, or since somebody flushed the table. CommandFailed, OSError if nothing can be
+        read. Cheap, and waits for no change."""
         found = parse_uses(self._plan, await list_set(self._plan.table, USED))
         now = asyncio.get_running_loop().time()
         # What is older was the use of another machine, which had the slot before.

@@ -51,13 +51,13 @@ async def run_inside(
     function: Callable[[], T],
     *,
     discard: Callable[[T], None] | None = None,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
+    timeout_s: float | None = DEFAULT_TIMEOUT_S,
 ) -> T:
     """Call `function` in a thread inside the network namespace at `path` and return what it returns.
 
     Whatever it raises is raised; a missing namespace is FileNotFoundError. If nobody waits any more when it returns
-    (timeout, cancellation), its result goes to `discard`, which closes it. Timeout at the deadline: the thread is
-    abandoned and keeps nothing but itself.
+    (timeout, cancellation), its result goes to `discard`, which closes it. Timeout at the deadline, if there is
+    one: the thread is abandoned and keeps nothing but itself.
     """
     visit = _Visit(path, function, discard)
     visit.start()
@@ -68,7 +68,7 @@ async def run_inside(
     except BaseException as e:
         visit.abandon()
         # The function may raise a TimeoutError of its own.
-        if isinstance(e, TimeoutError) and deadline.expired():
+        if timeout_s is not None and isinstance(e, TimeoutError) and deadline.expired():
             raise Timeout(what=f"work in the namespace {path}", limit_s=math.ceil(timeout_s)) from e
         raise
 

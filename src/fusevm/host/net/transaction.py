@@ -10,16 +10,20 @@ Owns: the binding. Must not: know any rule.
 import asyncio
 import ctypes
 import functools
+import socket
 import threading
 from collections.abc import Callable, Sequence
 
 from fusevm.host.net.namespace import run_inside
 from fusevm.host.net.nft import Json, render_document
-from fusevm.host.run import PACKAGES
+from fusevm.host.run import PACKAGES, run
 from fusevm.host.tasks import finish
 from fusevm.model.errors import CommandFailed, ToolMissing
 
 _LIBRARY = "libnftables.so.1"
+#: linux/netlink.h
+_NETLINK_NETFILTER = 12
+_TIMEOUT_S = 30.0
 #: nftables/libnftables.h: rules without their counters, as JSON, sets without their elements.
 _STATELESS, _JSON, _TERSE = 1 << 1, 1 << 4, 1 << 11
 #: The options of `nft` for them, for messages that can be tried in a shell.
@@ -36,7 +40,7 @@ async def apply_transaction(commands: Sequence[Json], *, namespace_path: str = "
     document = render_document(commands)
     work = functools.partial(_run, document, _JSON, "-f -")
     if namespace_path:
-        await finish(run_inside(namespace_path, work))
+        await finish(run_inside(namespace_path, work, timeout_s=None))
     else:
         await _call(work)
 
@@ -50,11 +54,8 @@ async def list_table(name: str) -> bytes:
 
 
 async def list_set(table: str, name: str) -> bytes:
-    """List a set of such a table as JSON with its elements; nothing if there is none."""
-    try:
-        return await _list(f"list set inet {table} {name}", _JSON)
-    except CommandFailed:
-        return b""
+    """List a set of such a table as JSON with its elements. CommandFailed, also if there is none."""
+    return await _list(f"list set inet {table} {name}", _JSON)
 
 
 async def list_rules(name: str) -> bytes:
@@ -66,8 +67,11 @@ async def list_rules(name: str) -> bytes:
 
 
 async def list_ruleset() -> bytes:
-    """List everybody's rules as JSON, without the elements of sets, which may be many. CommandFailed."""
-    return await _list("list ruleset", _JSON | _TERSE)
+    """List everybody's rules as JSON, without the elements of sets, which may be many. CommandFailed.
+
+    By the program: nothing that others have put into the kernel is parsed in this process.
+    """
+    return (await run(["nft", "-j", "-t", "list", "ruleset"], timeout_s=_TIMEOUT_S)).stdout
 
 
 async def _list(command: str, flags: int) -> bytes:
@@ -79,9 +83,11 @@ async def _call(work: Callable[[], bytes]) -> bytes:
 
 
 def _run(text: bytes, flags: int, told: str) -> bytes:
-    """Carry out commands in a context of their own and return what is listed. CommandFailed."""
+    """Carry out commands in a context of their own and return what is listed. CommandFailed, OSError."""
     library = _load()
     with _lock:
+        # Without a free descriptor the library ends the process; like this it is an OSError of this call.
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER).close()
         context = library.nft_ctx_new(0)
         if not context:
             raise MemoryError
