@@ -45,7 +45,8 @@ test-python: setup ## Run pytest; the end says what was skipped and why
 
 fuzz: setup ## Attack every parser and protocol, each test for SECONDS
 	.venv/bin/python -m pytest -q --fuzz-seconds $(SECONDS) $(ARGS) \
-	  --timeout=0 tests/unit/host/images/test_image_fuzz.py tests/unit/host/vmm/test_hostile_guest.py
+	  --timeout=0 tests/unit/host/images/test_image_fuzz.py tests/unit/host/disk/test_disk_fuzz.py \
+	  tests/unit/host/vmm/test_hostile_guest.py
 	cd guest && grep -r '^func Fuzz' --include='*_test.go' . | sed 's|/[^/]*:func | |; s|(.*||' | while read -r folder name; do \
 	  $(GO) test -run=NONE -fuzz="^$$name\$$" -fuzztime=$(SECONDS)s "$$folder" </dev/null || exit 1; done
 

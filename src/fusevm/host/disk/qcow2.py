@@ -53,6 +53,8 @@ _OFFSET: Final = (1 << 56) - (1 << 9)
 _ZERO: Final = 1
 _COMPRESSED: Final = 1 << 62
 _COPIED: Final = 1 << 63
+#: Behind every file there can be: Linux has offsets below 2**63, and more is no number for pread(2).
+_BEYOND: Final = 1 << 62
 #: Bytes by which the map of used clusters grows: 4 GiB of the file.
 _TAKEN_STEP: Final = 1 << 13
 
@@ -129,7 +131,7 @@ def read_backing(fd: int) -> str:
     offset, length = struct.unpack(">QI", os.pread(fd, 12, 8))
     if not offset:
         return ""
-    name = os.pread(fd, min(length, _MAX_NAME), offset)
+    name = _pread(fd, min(length, _MAX_NAME), offset)
     if length > _MAX_NAME or len(name) < length:
         raise QcowDamaged("the name of its backing file is cut off")
     return name.decode(errors="replace")
@@ -227,10 +229,15 @@ def _read_header(fd: int) -> tuple[int, int, int]:
 def _read_table(fd: int, offset: int, entries: int) -> tuple[int, ...]:
     if offset % CLUSTER:
         raise QcowDamaged(f"a table is at {offset}")
-    table = os.pread(fd, entries * 8, offset)
+    table = _pread(fd, entries * 8, offset)
     if len(table) < entries * 8:
         raise QcowDamaged("a table is cut off")
     return struct.unpack(f">{entries}Q", table)
+
+
+def _pread(fd: int, length: int, offset: int) -> bytes:
+    """As pread(2), for an offset that the file itself has told: nothing is there beyond its end."""
+    return os.pread(fd, length, offset) if offset < _BEYOND else b""
 
 
 def _tables_of(run: Run) -> range:

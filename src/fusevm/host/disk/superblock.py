@@ -40,7 +40,7 @@ def is_cleanly_left(path: Path, kind: Literal["raw", "qcow2"]) -> bool | None:
             block = file.read(_SUPERBLOCK)
             magic, state = _STATE.unpack_from(block, _STATE_AT)
             (features,) = struct.unpack_from("<I", block, _INCOMPATIBLE_AT)
-    except (OSError, struct.error):
+    except (OSError, ValueError, struct.error):  # ValueError: an offset that is none of any file
         return None
     if magic != _MAGIC:
         return None
