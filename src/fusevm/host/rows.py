@@ -19,6 +19,7 @@ from fusevm.model.errors import HostFull, Internal, MachineExists, StaleIncarnat
 from fusevm.model.fencing import Seen
 from fusevm.model.machine import ALLOWED, Contract, DiskSeed, Fence, Isolation, Machine, MachineSpec, Phase
 from fusevm.model.network import Transport
+from fusevm.wire.decode import UNREADABLE
 
 #: A visit opens the disk of a machine at rest (`host.visit`).
 Kind: TypeAlias = Literal["create", "start", "stop", "delete", "resize", "visit", "snapshot", "restore"]
@@ -136,7 +137,7 @@ def load_machine(db: sqlite3.Connection, machine_id: str) -> Machine | None:
         return None
     try:
         return msgspec.json.decode(row[0], type=Machine)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return next(entry.machine for entry in load_entries(db) if entry.machine.id == machine_id)
 
 
@@ -265,7 +266,7 @@ def _entry(row: tuple[Any, ...], held: dict[tuple[str, str], int]) -> Entry:
     damage = ""
     try:
         machine = msgspec.json.decode(record, type=Machine)
-    except msgspec.DecodeError as e:
+    except UNREADABLE as e:
         damage = str(e)
         machine = Machine(
             id=machine_id,

@@ -17,7 +17,7 @@ def _type_info(kind: Any) -> msgspec.inspect.Type:
     return msgspec.inspect.type_info(kind)
 
 
-#: What reading JSON of somebody who is not trusted may raise: no JSON, another shape, no UTF-8, nested too deep.
+#: What reading JSON that is not ours, or has been on a disk, may raise: no JSON, another shape, no UTF-8, too deep.
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 

@@ -92,7 +92,14 @@ async def test_a_delete_that_fails_is_in_quarantine_until_it_succeeds(world: Wor
 
 
 @pytest.mark.parametrize(
-    "damage", ["record = x'00'", "record = x'7b7d'", "phase = 'of a newer daemon', record = x'00'"]
+    "damage",
+    [
+        "record = x'00'",
+        "record = x'7b7d'",
+        "record = x'7b226964223a22ff227d'",
+        "phase = 'of a newer daemon', record = x'00'",
+    ],
+    ids=["no JSON", "fields missing", "no UTF-8", "unknown phase"],
 )
 async def test_a_record_that_cannot_be_read_costs_the_start_nothing(world: World, damage: str):
     async with world.daemon() as daemon:

@@ -174,7 +174,7 @@ async def test_a_fetch_waits_for_the_removal_of_what_an_earlier_one_has_left(
 # -- damage ----------------------------------------------------------------------------------------------------------
 
 
-def damage(world: World, change: str = "record = x'00'") -> None:
+def damage(world: World, change: str) -> None:
     with contextlib.closing(sqlite3.connect(world.root / "data/journal.db", isolation_level=None)) as db:
         db.execute(f"UPDATE snapshots SET {change} WHERE id = 's-1'")
 
@@ -185,12 +185,13 @@ def is_swept(daemon: Daemon) -> bool:
     return any(float(line.split()[-1]) > 0 for line in lines if line.startswith("fuse_host_sweep_seconds "))
 
 
-async def test_a_record_that_cannot_be_read_costs_neither_the_start_nor_the_others_anything(world: World):
+@pytest.mark.parametrize("record", ["00", b'{"id":"\xff"}'.hex()], ids=["no JSON", "no UTF-8"])
+async def test_a_record_that_cannot_be_read_costs_neither_the_start_nor_the_others_anything(world: World, record: str):
     async with world.daemon() as daemon:
         await make(daemon)
         await daemon.snapshots.take("m-1", "s-1", None, live=False)
         await daemon.snapshots.take("m-1", "s-2", None, live=False)
-    damage(world)
+    damage(world, f"record = x'{record}'")
     async with serving_daemon(world) as (daemon, http):
         listed = (await http.get("/snapshots")).json()["snapshots"]
         assert {one["id"]: one["state"] for one in listed} == {"s-1": "damaged", "s-2": "ready"}

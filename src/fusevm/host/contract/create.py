@@ -26,6 +26,7 @@ from fusevm.wire.contract import (
     CreateContractMachine,
     GuestConfig,
 )
+from fusevm.wire.decode import UNREADABLE
 from fusevm.wire.host_api import CreateMachine
 
 #: A full distribution may take this long in software emulation.
@@ -55,7 +56,7 @@ def is_contract_form(body: bytes) -> bool:
     """
     try:
         form = msgspec.json.decode(body, type=_Form)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return False
     is_contract = form.artifact is not msgspec.UNSET or form.image is not msgspec.UNSET
     if is_contract and form.spec is not msgspec.UNSET:

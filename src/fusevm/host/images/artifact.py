@@ -38,6 +38,7 @@ from fusevm.model.errors import (
     Internal,
     KernelCorrupt,
 )
+from fusevm.wire.decode import UNREADABLE
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -247,7 +248,7 @@ class ArtifactImporter:
             return msgspec.json.decode(self._path.read_bytes(), type=_Index).entries
         except FileNotFoundError:
             return {}
-        except msgspec.DecodeError as e:
+        except UNREADABLE as e:
             # It only saves downloads.
             log.warning("artifact_index_damaged", path=str(self._path), problem=str(e))
             return {}

@@ -20,6 +20,7 @@ from fusevm.host.images.oci import MAX_DOCUMENT_BYTES, Manifest, choose, parse_m
 from fusevm.host.images.tar_stream import BadTar, TarKind, TarStream
 from fusevm.host.images.unpack import Allowance, LayerReader, TooLarge
 from fusevm.model.errors import BadReference, DigestMismatch, ImageRefused, ImageTooLarge, ImageUnknown
+from fusevm.wire.decode import UNREADABLE
 
 _MAX_LINKS: Final = 10
 
@@ -157,7 +158,7 @@ def _from_layout(files: Files, tag: str, image: str) -> Bundle:
 def _from_saved(files: Files, tag: str, image: str) -> Bundle:
     try:
         saved = msgspec.json.decode(_document(files, "manifest.json", image), type=list[_Saved])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+    except UNREADABLE as e:
         raise ImageRefused(image=image, problem=f"its manifest.json cannot be read ({e})") from e
     found = [one for one in saved if not tag or tag in (one.repo_tags or [])]
     if len(found) != 1:

@@ -30,6 +30,7 @@ from fusevm.host.images.progress import Progress, ProgressEvent, ignore_progress
 from fusevm.host.images.workspace import exclusive, publish_folder, workspace, write_durably
 from fusevm.host.run import run
 from fusevm.model.errors import CommandFailed, KernelCorrupt
+from fusevm.wire.decode import UNREADABLE
 
 #: Meta packages, best first: Debian 12 (backported 6.12) and 13, any Debian, Ubuntu.
 META_PACKAGES = ("linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64", "linux-image-virtual")
@@ -166,7 +167,7 @@ class KernelStore:
             record = msgspec.json.decode(path.read_bytes(), type=KernelRecord)
         except FileNotFoundError as e:
             raise KernelCorrupt(path=str(path), problem="it does not exist") from e
-        except msgspec.DecodeError as e:
+        except UNREADABLE as e:
             raise KernelCorrupt(path=str(path), problem=str(e)) from e
         kernel = Kernel(record=record, directory=folder)
         _check_file(kernel.vmlinux, record.vmlinux_bytes)

@@ -14,6 +14,7 @@ import msgspec
 
 from fusevm.host.images.store import ImageConfig
 from fusevm.model.errors import ImageRefused, ImageUnknown
+from fusevm.wire.decode import UNREADABLE
 
 #: Of a document, as registries have it.
 MAX_DOCUMENT_BYTES: Final = 4 << 20
@@ -173,7 +174,7 @@ def _decode(data: bytes, kind: type[msgspec.Struct], image: str, what: str) -> A
         raise ImageRefused(image=image, problem=f"its {what} has more than {MAX_DOCUMENT_BYTES} bytes")
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+    except UNREADABLE as e:
         raise ImageRefused(image=image, problem=f"its {what} cannot be read ({e})") from e
 
 

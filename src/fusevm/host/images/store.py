@@ -20,6 +20,7 @@ import msgspec
 from fusevm.host.images.names import Names
 from fusevm.host.images.workspace import brief_lock, discard_folder, publish_folder, write_durably
 from fusevm.model.errors import BadField, ImageCorrupt, ImageNotFound
+from fusevm.wire.decode import UNREADABLE
 
 #: Offset and value of the ext4 superblock's magic number, little-endian (ext4(5); kernel, ext4 disk layout).
 _EXT4_MAGIC_OFFSET = 1024 + 0x38
@@ -185,7 +186,7 @@ class ImageStore:
             raise ImageNotFound(image=asked, known=_known(names))
         try:
             record = msgspec.json.decode(path.read_bytes(), type=ImageRecord)
-        except (OSError, msgspec.DecodeError) as e:
+        except (OSError, *UNREADABLE) as e:
             raise ImageCorrupt(image=asked, path=str(path), problem=_reason(e)) from e
         image = Image(record=record, names=own, directory=folder)
         _check_rootfs(image.rootfs, record.size_bytes, label=own[0] if own else asked)
@@ -276,7 +277,7 @@ def _is_whole(folder: Path, record: ImageRecord) -> bool:
     try:
         found = msgspec.json.decode((folder / "image.json").read_bytes(), type=ImageRecord)
         return found.digest == record.digest and file_sha256(folder / "rootfs.ext4") == record.rootfs_sha256
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE):
         return False
 
 

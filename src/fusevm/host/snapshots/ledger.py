@@ -37,6 +37,7 @@ from fusevm.model.errors import (
     WrongState,
 )
 from fusevm.model.machine import Fence, Machine, Phase
+from fusevm.wire.decode import UNREADABLE
 
 _AT_REST = frozenset({Phase.STOPPED, Phase.FAILED})
 _COPYABLE = frozenset({Phase.RUNNING, Phase.STOPPED})
@@ -380,7 +381,7 @@ def _decode(row: tuple[str, str, str, str, str, bytes]) -> HostSnapshot:
     snapshot_id, cluster, machine_id, phase, image_digest, record = row
     try:
         return msgspec.json.decode(record, type=HostSnapshot)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         is_doomed = phase == SnapshotPhase.DELETING
         return HostSnapshot(
             id=snapshot_id,

@@ -23,6 +23,7 @@ from fusevm.host.vmm.launch import find_program
 from fusevm.host.vmm.qemu import PROGRAM, REMEDY, QemuDriver, QemuVmm
 from fusevm.host.vmm.qemu_args import Accelerator
 from fusevm.model.errors import BootFailed, Error
+from fusevm.wire.decode import UNREADABLE
 
 AnyVmm = TypeVar("AnyVmm", bound=Vmm)
 TIMEOUT_S: Final = 8.0
@@ -180,7 +181,7 @@ def _digest(path: Path) -> str:
 def _load(path: Path) -> _Cached | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Cached)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE):
         return None
 
 

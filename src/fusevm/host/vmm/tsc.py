@@ -17,6 +17,7 @@ import msgspec
 
 from fusevm.host.process import boot_id
 from fusevm.model.errors import NotSupported
+from fusevm.wire.decode import UNREADABLE
 
 #: rdtsc; shl rdx, 32; or rax, rdx; ret
 _RDTSC = bytes.fromhex("0f31 48c1e220 4809d0 c3")
@@ -109,7 +110,7 @@ def _kernels_word() -> int:
 def _load(path: Path) -> int | None:
     try:
         cached = msgspec.json.decode(path.read_bytes(), type=_Cached)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE):
         return None
     return cached.khz if cached.boot_id == boot_id() else None
 

@@ -10,6 +10,8 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from fusevm.wire.decode import UNREADABLE
+
 #: Longest line that is read; real ones have some thousand bytes.
 MAX_LINE: Final = 128 << 10
 #: Largest number that one line may add: 2^40 bytes in a minute is more than any device moves.
@@ -50,7 +52,7 @@ def parse_line(line: bytes) -> dict[str, int]:
     """What a line adds, by name; empty for what is no such line."""
     try:
         sections = msgspec.json.decode(line)
-    except (msgspec.DecodeError, RecursionError):
+    except UNREADABLE:
         return {}
     if not isinstance(sections, dict):
         return {}
