@@ -118,11 +118,13 @@ class Firewall:
     async def admit(self, slots: Iterable[Slot], terms: Terms, *, is_fresh: bool = False) -> None:
         """Put slots into the table under the same terms; those in it already change to them.
 
-        Connections that the new terms do not allow end; `is_fresh`: nobody can have any yet.
+        Connections that the new terms do not allow end; `is_fresh`: nobody can have any yet. Raises CommandFailed when
+        nft refuses them; then everybody has the terms of before.
         """
         changed: dict[str, tuple[Terms, Terms]] = {}
         async with self._lock:
-            fresh = [slot for slot in slots if self._machines.get(slot.index) != terms]
+            before = dict(self._machines)
+            fresh = [slot for slot in slots if before.get(slot.index) != terms]
             new = [(slot, terms) for slot in fresh if slot.index not in self._machines]
             commands: list[Json] = []
             for slot in fresh:
@@ -135,7 +137,11 @@ class Firewall:
             has_chains = bool(terms.policy.rules) or any(old.policy.rules for old, _ in changed.values())
             self._machines |= {slot.index: terms for slot in fresh}
             self._admitted |= {slot.index: asyncio.get_running_loop().time() for slot, _ in new}
-            await self._change(commands, has_chains=has_chains)
+            try:
+                await self._change(commands, has_chains=has_chains)
+            except CommandFailed:
+                await self._take_back(before)
+                raise
         if not is_fresh and any(_takes_away(old, new) for old, new in changed.values()):
             await _cut(lambda connection: _is_taken_away(changed, connection))
 
@@ -221,8 +227,13 @@ class Firewall:
         The table is left alone whatever happens: what one machine asks for is no reason to make it anew.
         """
         batch = self._pins.take(lambda index, name: name in self._pin_sets(self._slot(index)))
-        if not self._is_open:
-            return
+        try:
+            if self._is_open:
+                await self._apply_each(batch)
+        finally:
+            self._pins.settle()
+
+    async def _apply_each(self, batch: PinBatch) -> None:
         if len(batch.slots) > 1:
             with contextlib.suppress(CommandFailed):
                 await self._apply_batch(batch)
@@ -260,16 +271,31 @@ class Firewall:
                 return
         await self._replace()
 
+    async def _take_back(self, machines: dict[int, Terms]) -> None:
+        """Return to the terms of before; refused ones in the whole table would have it refused to everybody."""
+        self._machines = machines
+        self._admitted = {index: since for index, since in self._admitted.items() if index in machines}
+        with contextlib.suppress(CommandFailed, OSError):  # then the next change or `ensure` tries again
+            self._take_over(await self._list_table())
+            await self._replace()
+
     async def _replace(self) -> None:
         self._is_doubtful = True
         listing = await self._list_table()
-        for index, counts in listing.counts.items():
-            if index in self._machines:
-                self._counted[index] = self._counted.get(index, Counts()) + counts
+        before = self._counted
+        self._counted = before | {
+            index: before.get(index, Counts()) + counts
+            for index, counts in listing.counts.items()
+            if index in self._machines
+        }
         machines = [(self._slot(index), terms) for index, terms in sorted(self._machines.items())]
         pins = self._pins.remaining(asyncio.get_running_loop().time())
         table = render_host_table(self._plan, self._uplinks, machines, pins, listing.uses)
-        await apply_transaction(table)
+        try:
+            await apply_transaction(table)
+        except (CommandFailed, OSError):
+            self._counted = before  # that table is still there, and will be counted again
+            raise
         self._fingerprint = await self._read_fingerprint()
         self._is_doubtful = False
         await self._open_passage()

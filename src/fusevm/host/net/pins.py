@@ -30,6 +30,11 @@ class PinBatch(msgspec.Struct, frozen=True, kw_only=True):
     def slots(self) -> list[int]:
         return sorted({index for index, _ in (*self.fresh, *self.again)})
 
+    def has(self, key: tuple[int, str], addresses: Collection[str]) -> bool:
+        """Is any of these in it?"""
+        mine = self.fresh.get(key, {}).keys() | self.again.get(key, {}).keys()
+        return not mine.isdisjoint(addresses)
+
     def of(self, slot: int) -> "PinBatch":
         """What one slot has in it."""
         return PinBatch(
@@ -45,6 +50,9 @@ class PinBatch(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
 
+_NOTHING = PinBatch(fresh={}, again={}, before={})
+
+
 class Pinboard:
     """What is pinned and what waits."""
 
@@ -53,14 +61,18 @@ class Pinboard:
         self._ends: dict[int, dict[str, dict[str, float]]] = {}
         #: Since when, and for how many seconds, by slot and set, and address.
         self._waiting: dict[tuple[int, str], dict[str, tuple[float, int]]] = {}
+        #: What was taken, until it is known whether the kernel has it.
+        self._under_way = _NOTHING
 
     def want(self, index: int, names: Iterable[str], addresses: Collection[str], now: float, lifetime_s: int) -> bool:
         """Ask for pins that last; return whether any of them has to be waited for.
 
-        One that is there for half of that already is left as it is. Nothing is asked of a set without room for all.
+        One that is there for half of that already is left as it is, and waited for while the kernel may not have it
+        yet. Nothing is asked of a set without room for all.
         """
         is_waiting = False
         for name in names:
+            is_waiting |= self._under_way.has((index, name), addresses)
             ends = self._ends.get(index, {}).get(name, {})
             _forget_old(ends, now)
             waiting = self._waiting.get((index, name), {})
@@ -79,7 +91,10 @@ class Pinboard:
         return all(sets.get(name, {}).get(address, 0.0) > now for name in names for address in addresses)
 
     def take(self, is_known: Callable[[int, str], bool]) -> PinBatch:
-        """Take what waits, less what belongs to no rule any more; it counts as pinned from here on."""
+        """Take what waits, less what belongs to no rule any more; it counts as pinned from here on.
+
+        It is under way until `settle`: one batch at a time.
+        """
         batch = PinBatch(fresh={}, again={}, before={})
         waiting, self._waiting = self._waiting, {}
         for key, pins in waiting.items():
@@ -94,7 +109,12 @@ class Pinboard:
                     batch.before.setdefault(key, {})[address] = ends[address]
                 target.setdefault(key, {})[address] = lifetime_s
                 ends[address] = max(now + lifetime_s, ends.get(address, 0.0))
+        self._under_way = batch
         return batch
+
+    def settle(self) -> None:
+        """What was under way is in the kernel, or forgotten."""
+        self._under_way = _NOTHING
 
     def forget(self, batch: PinBatch) -> None:
         """A batch did not get into the kernel: everything is as it was."""

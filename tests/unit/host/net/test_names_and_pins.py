@@ -96,6 +96,7 @@ def test_pins_that_last_cost_nothing_and_those_that_end_are_given_more_time():
     board, table = Pinboard(), Table("inet", "t")
     assert board.want(1, ["s"], ["1.2.3.4"], now=0, lifetime_s=100)
     assert len(board.take(lambda *_: True).render(table)) == 1
+    board.settle()
     assert not board.want(1, ["s"], ["1.2.3.4"], now=40, lifetime_s=100)
     assert board.want(1, ["s"], ["1.2.3.4"], now=60, lifetime_s=100)
     again = board.take(lambda *_: True)
@@ -103,6 +104,20 @@ def test_pins_that_last_cost_nothing_and_those_that_end_are_given_more_time():
     assert board.remaining(now=100) == {"s": {"1.2.3.4": 60}}
     board.keep(1, set())
     assert board.remaining(now=100) == {}
+
+
+def test_what_the_kernel_may_not_have_yet_is_waited_for_and_not_asked_for_twice():
+    board = Pinboard()
+    assert not board.want(1, ["s"], [], now=0, lifetime_s=100)
+    for asked_s in (0, 60):  # fresh, and given more time
+        board.want(1, ["s"], ["1.2.3.4"], now=asked_s, lifetime_s=100)
+        board.take(lambda *_: True)
+        assert board.want(1, ["s"], ["1.2.3.4"], now=asked_s, lifetime_s=100)
+        assert not board.want(1, ["s"], [], now=asked_s, lifetime_s=100)
+        assert not board.want(2, ["t"], [], now=asked_s, lifetime_s=100)
+        board.settle()
+        assert board.take(lambda *_: True).slots == []
+        assert not board.want(1, ["s"], ["1.2.3.4"], now=asked_s, lifetime_s=100)
 
 
 def test_what_belongs_to_no_rule_or_did_not_get_in_is_not_pinned():
@@ -150,6 +165,7 @@ def test_what_a_set_cannot_hold_is_not_asked_of_it():
     for start in range(0, MAX_PINS - 1, 9):
         board.want(1, ["s"], many[start : start + 9], now=0, lifetime_s=100)
     batch = board.take(lambda *_: True)
+    board.settle()
     fitting = MAX_PINS // 9 * 9
     assert [len(pins) for pins in batch.fresh.values()] == [fitting]
     assert not board.want(1, ["s"], many[fitting : fitting + 9], now=1, lifetime_s=100)
