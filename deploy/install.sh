@@ -14,6 +14,23 @@ say() { printf 'install: %s\n' "$*" >&2; }
 quietly() {
     output=$("$@" 2>&1 </dev/null) || { printf '%s\n' "$output" >&2; fail "this failed: $*"; }
 }
+# packaged COMMAND...: apt or dpkg, after one that is at work, such as one that outlives a killed run. Not left to
+# DPkg::Lock::Timeout: dpkg itself does not know it, and apt waits so for dpkg's lock only, not for that of its lists.
+packaged() {
+    ends=$(($(date +%s) + 600))
+    until output=$(env LC_ALL=C DEBIAN_FRONTEND=noninteractive "$@" 2>&1 </dev/null); do
+        case $output in *"Could not get lock"* | *"locked by another process"*) ;; *) ends=0 ;; esac
+        [ "$(date +%s)" -lt "$ends" ] || { printf '%s\n' "$output" >&2; fail "this failed: $*"; }
+        say "waiting for another apt or dpkg"
+        sleep 2
+    done
+}
+# Is there a Python that makes virtual environments, of whose packages a killed run has left none half configured?
+is_python_whole() {
+    python3 -c 'import ensurepip, venv, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || return
+    ! dpkg-query -W -f '${db:Status-Status}\n' '*python3*' 2>/dev/null |
+        grep -Evqx 'installed|not-installed|config-files'
+}
 
 [ "$(id -u)" = 0 ] || fail "root is needed: sudo $0 $*"
 command -v apt-get >/dev/null || fail "Debian or Ubuntu is needed: there is no apt-get"
@@ -30,19 +47,21 @@ if [ "$action" = uninstall ]; then
     exit
 fi
 
-if ! python3 -c 'import ensurepip, venv, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+if ! is_python_whole; then
     say "installing Python"
-    quietly apt-get -q update
-    quietly env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends python3-venv ca-certificates
+    packaged dpkg --configure -a
+    packaged apt-get -q update
+    packaged apt-get -q install -y --no-install-recommends python3-venv ca-certificates
 fi
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed"
 
 key=$(cd "$root" && find pyproject.toml hatch_build.py guest src requirements/run.txt -type f \
     ! -name '*.pyc' ! -name 'fused-*' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c1-12)
 target=/opt/fuse/$key
+# What a killed run has left, of whatever version.
+for folder in /opt/fuse/*; do [ -e "$folder/whole" ] || rm -rf "$folder"; done
 if [ ! -e "$target/whole" ]; then
     say "installing the program in $target"
-    rm -rf "$target" "$target.build"
     umask 022
     mkdir -p /opt/fuse "$target.build"
     trap 'rm -rf "$target.build"' EXIT

@@ -19,8 +19,10 @@ _FILES: Final = {
 #: Packages for a driver that there is on x86_64 only.
 _X86_ONLY: Final = frozenset({"qemu-system-x86"})
 _QUERY_S: Final = 30.0
-#: Of apt and dpkg, held by either as long as it changes anything (fcntl(2) locks).
-_DPKG_LOCK: Final = Path("/var/lib/dpkg/lock-frontend")
+#: fcntl(2) locks: of apt and dpkg, held by either as long as it changes anything, and of apt's lists and archives.
+_LOCKS: Final = tuple(
+    map(Path, ("/var/lib/dpkg/lock-frontend", "/var/lib/apt/lists/lock", "/var/cache/apt/archives/lock"))
+)
 _DPKG_WAIT_S: Final = 300.0
 _POLL_S: Final = 0.5
 #: What a package may be when nobody works on it: dpkg(1), "Package states".
@@ -45,19 +47,21 @@ async def find_half_installed(names: Sequence[str]) -> frozenset[str]:
     return frozenset(name for state, name in states if state not in _SETTLED)
 
 
-async def wait_for_dpkg(lock: Path = _DPKG_LOCK, limit_s: float = _DPKG_WAIT_S) -> None:
+async def wait_for_dpkg(locks: Sequence[Path] = _LOCKS, limit_s: float = _DPKG_WAIT_S) -> None:
     """Return when no apt or dpkg is at work, such as one that outlives a killed run. Raises CliError."""
     ends_at = time.monotonic() + limit_s
-    while not _is_free(lock):
+    while held := [lock for lock in locks if not _is_free(lock)]:
         if time.monotonic() > ends_at:
-            raise CliError(f"another apt or dpkg holds {lock}", hint="repeat it when that has ended")
+            raise CliError(f"another apt or dpkg holds {held[0]}", hint="repeat it when that has ended")
         await asyncio.sleep(_POLL_S)
 
 
 def _is_free(lock: Path) -> bool:
-    with lock.open("a") as file:
-        try:
+    try:
+        with lock.open("r+") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+    except FileNotFoundError:
         return True
+    except BlockingIOError:
+        return False
+    return True
