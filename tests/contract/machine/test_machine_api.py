@@ -438,8 +438,8 @@ async def test_a_command_whose_machine_dies_is_no_success(api: MachineApi):
 # -- the host ----------------------------------------------------------------------------------------------------------
 
 
-async def test_curl_reaches_it_as_the_readme_says(api: MachineApi):
-    """The commands of its README, word for word but for the root directory."""
+async def test_curl_reaches_it_on_the_socket(api: MachineApi):
+    """As docs/machine-api.md says; its lines themselves are run by tests/real/test_export_block.py."""
     root = api.path.parent
 
     async def curl(line: str) -> tuple[str, int]:
