@@ -32,18 +32,29 @@ is_python_whole() {
         grep -Evqx 'installed|not-installed|config-files'
 }
 
+# Is a folder of this name one that this script has made?
+is_ours() {
+    name=${1%.build}
+    case $name in *[!0-9a-f]*) return 1 ;; esac
+    [ "${#name}" -eq 12 ]
+}
+
 [ "$(id -u)" = 0 ] || fail "root is needed: sudo $0 $*"
 command -v apt-get >/dev/null || fail "Debian or Ubuntu is needed: there is no apt-get"
 case ${1:-} in install | upgrade | uninstall) action=$1; shift ;; *) action=install ;; esac
 
 if [ "$action" = uninstall ]; then
-    for program in /usr/local/bin/fuse /opt/fuse/*/bin/fuse; do
+    linked=$(readlink /usr/local/bin/fuse || :)
+    case $linked in /opt/fuse/*) ;; *) linked='' ;; esac
+    for program in "$linked" /opt/fuse/*/bin/fuse; do
         [ ! -x "$program" ] || exec "$program" host uninstall "$@"
     done
     # The program goes last: one that was killed then has left nothing but parts of itself.
     say "removing what is left of the program"
-    [ ! -L /usr/local/bin/fuse ] || rm -f /usr/local/bin/fuse
-    rm -rf /opt/fuse /opt/.fuse.removed /run/fuse-install.lock
+    [ -z "$linked" ] || rm -f /usr/local/bin/fuse
+    for folder in /opt/fuse/*; do ! is_ours "${folder##*/}" || rm -rf "$folder"; done
+    rm -rf /opt/fuse/.*.removed /opt/.fuse.removed /run/fuse-install.lock
+    rmdir /opt/fuse 2>/dev/null || :
     exit
 fi
 
@@ -59,7 +70,9 @@ key=$(cd "$root" && find pyproject.toml hatch_build.py guest src requirements/ru
     ! -name '*.pyc' ! -name 'fused-*' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c1-12)
 target=/opt/fuse/$key
 # What a killed run has left, of whatever version.
-for folder in /opt/fuse/*; do [ -e "$folder/whole" ] || rm -rf "$folder"; done
+for folder in /opt/fuse/*; do
+    ! is_ours "${folder##*/}" || [ -e "$folder/whole" ] || rm -rf "$folder"
+done
 if [ ! -e "$target/whole" ]; then
     say "installing the program in $target"
     umask 022

@@ -162,3 +162,18 @@ def test_killed_while_it_builds_it_leaves_one_folder_in_the_end(world: World):
     world.path("/srv/tiny/src/none").write_text("")
     assert world.run("sh", INSTALL, "upgrade").stdout == "host upgrade\n"
     assert programs(world) == {program}
+
+
+def test_what_is_not_ours_stays(world: World):
+    world.run("sh", INSTALL)
+    (program,) = programs(world)
+    world.path("/opt/fuse/notes").mkdir()
+    world.run("rm", "-rf", f"/opt/fuse/{program}/bin")
+    link = world.path("/usr/local/bin/fuse")
+    link.symlink_to("/usr/bin/true")
+    for _ in range(2):
+        assert "removing what is left" in world.run("sh", INSTALL, "uninstall").stderr
+        assert programs(world) == {"notes"}
+    world.run("sh", INSTALL)
+    assert programs(world) == {"notes", program}
+    assert str(link.readlink()) == "/usr/bin/true"
