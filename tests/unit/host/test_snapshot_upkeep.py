@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import sqlite3
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -133,6 +134,41 @@ async def test_a_fetch_leaves_alone_what_is_taken_under_its_id(world: World) -> 
         agent.set()
         assert (await taking).phase.value == "ready"
         assert files.requests == []
+
+
+async def test_a_fetch_joins_no_fetch_of_other_content_under_its_id(world: World) -> None:
+    world.policy = LOOPBACK
+    async with world.daemon() as daemon:
+        known = await take_with(world, daemon, b"content")
+        packed = daemon.snapshots.open_packed(await daemon.snapshots.get("s-1"))
+        content = packed.read(0, packed.size)
+        packed.close()
+        await daemon.snapshots.delete("s-1", "")
+        may_answer = asyncio.Event()
+
+        async def answer() -> AsyncIterator[bytes]:
+            await may_answer.wait()
+            yield ok(content)
+
+        async with serving(lambda _target, _headers: answer()) as files:
+
+            def fetch(image: str = "sha256:debian-12", **changes: object) -> asyncio.Task[HostSnapshot]:
+                wanted = msgspec.convert(durable(files, known, **changes)["snapshot"], DurableSnapshot)
+                return asyncio.create_task(daemon.snapshots.fetch("s-1", wanted, image))
+
+            first = fetch()
+            await until(lambda: len(files.requests) == 1)
+            signed_anew = fetch(download_url=files.url("/disk?signature=2"))
+            for other in (
+                fetch(download_url=files.url("/other")),
+                fetch(sha256_hex="0" * 64),
+                fetch(image="sha256:alpine"),
+            ):
+                with pytest.raises(SnapshotNotReady):
+                    await other
+            may_answer.set()
+            assert await first == await signed_anew
+            assert files.requests == ["/disk"]
 
 
 async def test_a_fetch_waits_for_the_removal_of_what_an_earlier_one_has_left(

@@ -35,7 +35,15 @@ from fusevm.host.snapshots.record import (
 from fusevm.host.snapshots.transfer import check_parts, fetch_disk, find_disk, unpack, upload
 from fusevm.host.surroundings import Surroundings
 from fusevm.host.tasks import gather_all
-from fusevm.model.errors import ArtifactNotFound, Error, MachineNotFound, NotSupported, ShuttingDown, SnapshotNotFound
+from fusevm.model.errors import (
+    ArtifactNotFound,
+    Error,
+    MachineNotFound,
+    NotSupported,
+    ShuttingDown,
+    SnapshotNotFound,
+    SnapshotNotReady,
+)
 from fusevm.model.ids import parse_machine_id, parse_snapshot_id
 from fusevm.model.machine import Fence
 from fusevm.wire.host_snapshots import ArtifactUpload, DurableArtifact, DurableSnapshot, UploadedArtifact
@@ -68,6 +76,8 @@ class SnapshotKeeper:
         self._metrics = parts.metrics
         #: What is under way. Of one snapshot, one thing at a time: what is begun later waits.
         self._work: dict[tuple[str, _Kind], _Task] = {}
+        #: What is being fetched: place, digest and image.
+        self._origins: dict[str, tuple[str, str, str]] = {}
         self._is_closing = False
 
     @asynccontextmanager
@@ -173,7 +183,8 @@ class SnapshotKeeper:
         """Bring a snapshot that was carried away to this host, and return it when it can be used. Idempotent by its id.
 
         Raises BadField, HostFull, NoSpace, SnapshotFailed, and what a download raises; then nothing is left.
-        SnapshotNotReady while somebody takes or deletes one of this id, SnapshotNotFound when it was deleted meanwhile.
+        SnapshotNotReady while somebody takes or deletes one of this id, or fetches it from elsewhere or with another
+        digest, SnapshotNotFound when it was deleted meanwhile.
         """
         disk = find_disk(durable, self._policy)
         draft = HostSnapshot(
@@ -187,7 +198,12 @@ class SnapshotKeeper:
             source=shown(disk.download_url),
             created_at_ms=self._now_ms(),
         )
-        return await self._carry_out(snapshot_id, "fetch", lambda: self._fetch(draft, disk))
+        origin = (draft.source, disk.sha256_hex.lower(), image_digest)
+        if self._origins.get(snapshot_id, origin) != origin:
+            raise SnapshotNotReady(id=snapshot_id, state=SnapshotPhase.TAKING.value)
+        task = self._begin(snapshot_id, "fetch", lambda: self._fetch(draft, disk))
+        self._origins[snapshot_id] = origin
+        return await self._outcome(snapshot_id, task)
 
     async def _fetch(self, draft: HostSnapshot, disk: DurableArtifact) -> HostSnapshot:
         limits = await self._limits()
@@ -250,7 +266,9 @@ class SnapshotKeeper:
         self, snapshot_id: str, kind: _Kind, work: Callable[[], Awaitable[HostSnapshot]]
     ) -> HostSnapshot:
         """Do some work to its end, even if the caller goes away. SnapshotNotFound when a delete has cut it short."""
-        task = self._begin(snapshot_id, kind, work)
+        return await self._outcome(snapshot_id, self._begin(snapshot_id, kind, work))
+
+    async def _outcome(self, snapshot_id: str, task: _Task) -> HostSnapshot:
         await asyncio.wait({task})
         if task.cancelled():
             raise ShuttingDown if self._is_closing else SnapshotNotFound(id=snapshot_id)
@@ -270,6 +288,8 @@ class SnapshotKeeper:
 
     def _note_end(self, snapshot_id: str, kind: _Kind, task: _Task) -> None:
         del self._work[snapshot_id, kind]
+        if kind == "fetch":
+            del self._origins[snapshot_id]
         if not task.cancelled() and task.exception() is not None:
             log.warning("snapshot_work_failed", snapshot=snapshot_id, problem=str(task.exception()))
 
