@@ -13,6 +13,7 @@ import contextlib
 import os
 import socket
 import ssl
+import stat
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -85,15 +86,28 @@ def bind_tcp(listen: Listen) -> socket.socket:
 def lock_instance(instance: str) -> Iterator[None]:
     """Hold the instance's name for our user, whatever directories it was given. Raises PortInUse, BadSetting."""
     directory = default_run_dir(instance)
-    path = directory.with_name(f"{directory.name}.lock")
     with contextlib.ExitStack() as stack:
         try:
-            is_ours = stack.enter_context(name_lock(path))
+            is_ours = stack.enter_context(name_lock(_lock_path(directory)))
         except (FileNotFoundError, PermissionError) as e:
-            raise BadSetting(setting="instance", problem=f"{path} cannot be made: {e.strerror}") from e
+            raise BadSetting(setting="instance", problem=f"{e.filename} cannot be made: {e.strerror}") from e
         if not is_ours:
             raise PortInUse(address=f"instance {instance!r}", setting="--instance")
         yield
+
+
+def _lock_path(directory: Path) -> Path:
+    """A file beside the directory; or in it, made and checked, where anybody may make a file beside it, as in /tmp."""
+    if not directory.parent.stat().st_mode & stat.S_IWOTH:
+        return directory.with_name(f"{directory.name}.lock")
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    found = directory.lstat()
+    is_private = stat.S_ISDIR(found.st_mode) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if not is_private or found.st_uid != os.geteuid():
+        remedy = "remove it, or let XDG_RUNTIME_DIR name a folder in which only you can write"
+        raise BadSetting(setting="instance", problem=f"{directory} is no folder of yours alone; {remedy}")
+    return directory / "instance.lock"
 
 
 @asynccontextmanager

@@ -122,8 +122,8 @@ async def _serve(config: HostConfig, engines: ChooseEngine, fault: Fault) -> Non
 
 async def _take_place(stack: AsyncExitStack, config: HostConfig, fault: Fault, clock: SystemClock) -> Place:
     """From here on nobody else works in these directories, under this name, or at these addresses."""
+    stack.enter_context(lock_instance(config.instance))  # first: it looks whose the runtime directory is
     stack.callback(os.close, await asyncio.to_thread(lock_directory, config.runtime_directory))
-    stack.enter_context(lock_instance(config.instance))
     journal = await Journal.open(config.data_root, fault, clock.now_ms)
     stack.push_async_callback(journal.close)
     listen = parse_listen(config.listen)

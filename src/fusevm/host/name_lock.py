@@ -1,4 +1,4 @@
-"""One holder at a time for a name: flock(2) on a file that belongs to us, in a folder where only we make files.
+"""One holder at a time for a name: flock(2) on a file in a folder where only our user makes files.
 
 Not an abstract socket (unix(7)), which any user of the machine could bind first and keep.
 

@@ -7,7 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from fusevm.host.config import Listen
 from fusevm.host.listeners import bind_tcp, lock_instance, serving
 from fusevm.host.metrics import Metrics
 from fusevm.host.name_lock import name_lock
-from fusevm.model.errors import PortInUse
+from fusevm.model.errors import BadSetting, PortInUse
 from fusevm.wire import http_protocol
 from fusevm.wire.errors import parse_error
 
@@ -117,6 +117,38 @@ def test_no_other_user_can_take_the_name_of_an_instance():
         for name in names:
             stack.enter_context(socket.socket(socket.AF_UNIX)).bind(name)
         stack.enter_context(lock_instance("t-taken"))
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like /tmp, in which users without a runtime directory have their own."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    monkeypatch.setattr("fusevm.host.listeners.default_run_dir", lambda instance: folder / instance)
+    return folder
+
+
+def test_where_anybody_may_make_files_the_name_of_an_instance_is_held_in_a_folder_of_ours(shared: Path):
+    with name_lock(shared / "t-tmp.lock") as is_theirs:
+        assert is_theirs
+        with lock_instance("t-tmp"), pytest.raises(PortInUse), lock_instance("t-tmp"):
+            pass
+    assert stat.S_IMODE((shared / "t-tmp").stat().st_mode) == 0o700
+    with lock_instance("t-tmp"):
+        pass
+    assert list((shared / "t-tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Path.touch, lambda path: path.symlink_to(path.parent), lambda path: path.mkdir() or path.chmod(0o777)],
+    ids=["file", "link", "open to all"],
+)
+def test_a_folder_that_others_have_made_there_is_not_used(shared: Path, make: Callable[[Path], object]):
+    make(shared / "t-tmp")
+    with pytest.raises(BadSetting, match="XDG_RUNTIME_DIR"), lock_instance("t-tmp"):
+        pass
 
 
 def test_the_file_of_a_lock_is_for_its_owner_and_goes_with_its_holder(tmp_path: Path):
