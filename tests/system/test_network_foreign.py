@@ -7,6 +7,7 @@ import pytest
 from namespaces import private_network
 from network_lab import PLAN, SERVER, Guest, internet, plugged_in, sh, snapshot_of_host
 
+from fusevm.host.fitness.rules import base_chains, find_earlier
 from fusevm.host.net.network import HostNetwork
 
 #: As Docker and ufw leave it: policy drop, some exceptions.
@@ -62,6 +63,24 @@ async def test_a_foreign_chain_that_rejects_at_its_end_gets_a_passage_which_goes
 @private_network
 async def test_all_foreign_chains_get_a_passage():
     await check(DOCKER + FIREWALLD + SELECTIVE, blocking=2)
+
+
+@private_network
+async def test_a_foreign_chain_that_comes_before_ours_is_found_by_the_doctor():
+    hooks = ("prerouting", "forward", "input")
+    sh(f"nft -f - <<'END'\n{DOCKER + FIREWALLD + SELECTIVE}\nEND")
+    async with one_machine():
+        ruleset = sh("nft -y list ruleset")
+        ours = {chain.hook for chain in base_chains(ruleset) if chain.table == PLAN.table}
+        assert ours >= set(hooks)
+        assert find_earlier(ruleset, PLAN.table, hooks) is None
+        sh("nft 'add chain inet admin early { type filter hook forward priority mangle; }'")
+        assert find_earlier(sh("nft -y list ruleset"), PLAN.table, hooks) is None
+        sh("nft add rule inet admin early tcp dport 25 drop")
+        found = find_earlier(sh("nft -y list ruleset"), PLAN.table, hooks)
+        assert found is not None
+        assert (found.name, found.hook, found.priority) == ("inet admin early", "forward", -150)
+        sh("nft 'flush chain inet admin early; delete chain inet admin early'")
 
 
 @private_network

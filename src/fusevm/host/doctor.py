@@ -88,7 +88,7 @@ def report_fitness(facts: Facts) -> list[Report]:
 
 async def _read_ruleset() -> str | None:
     try:
-        return (await run(["nft", "list", "ruleset"], timeout_s=_TIMEOUT_S)).text
+        return (await run(["nft", "-y", "list", "ruleset"], timeout_s=_TIMEOUT_S)).text
     except (Error, OSError):
         return None
 

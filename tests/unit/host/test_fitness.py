@@ -1,5 +1,6 @@
 """Each of the 36 checks, on a machine where all is well and on one where it is not."""
 
+import hashlib
 import struct
 from pathlib import Path
 
@@ -12,9 +13,17 @@ from fusevm.host.fitness.facts import Facts, Kvm, Pit, gather
 from fusevm.host.fitness.finding import Finding, Level
 from fusevm.host.fitness.machine import own_table
 from fusevm.host.fitness.memory import mount_options
-from fusevm.host.fitness.programs import ProgramFacts, find_programs, is_static, observe_program
+from fusevm.host.fitness.programs import (
+    NAMES,
+    ProgramFacts,
+    find_programs,
+    is_static,
+    observe_program,
+    observe_programs,
+)
 from fusevm.host.fitness.table import FITNESS
 from fusevm.host.vmm.firecracker.pins import VERSION, release_folder
+from fusevm.host.vmm.firecracker.release import RECORD, ReleaseRecord, is_release_whole
 from fusevm.host.vmm.firecracker.versions import Version
 
 RULES = """table ip other {
@@ -22,15 +31,55 @@ RULES = """table ip other {
 \t\ttype filter hook forward priority 0;
 \t}
 }
+table ip6 mangle {
+\tchain FORWARD {
+\t\ttype filter hook forward priority -150; policy accept;
+\t\tcounter
+\t}
+}
+table ip mangle {
+\tchain FORWARD {
+\t\ttype filter hook forward priority -150; policy accept;
+\t}
+\tchain POSTROUTING {
+\t\ttype filter hook postrouting priority -150; policy accept;
+\t\tcounter
+\t}
+}
+table inet fuse_second {
+\tchain forward {
+\t\ttype filter hook forward priority -20; policy accept;
+\t\tiifname "fuse2-*" drop
+\t}
+}
 table inet fuse_fuse {
 \tset private {
 \t\telements = { 10.0.0.0/8, 169.254.0.0/16 }
+\t}
+\tchain guard {
+\t\ttype filter hook prerouting priority -300; policy accept;
+\t\tiifname "fuse-v*" drop
 \t}
 \tchain forward {
 \t\ttype filter hook forward priority -10;
 \t}
 \tchain input {
 \t\ttype filter hook input priority -10;
+\t}
+}
+"""
+#: As others have them: before ours.
+EARLIER = """table ip mangle {
+\tchain FORWARD {
+\t\ttype filter hook forward priority -150; policy accept;
+\t\ttcp flags syn tcp option maxseg size set rt mtu
+\t}
+}
+"""
+RAW = """table inet raw {
+\tchain early {
+\t\ttype filter hook prerouting priority -301; policy accept;
+\t\tip saddr 10.0.0.1 notrack
 \t}
 }
 """
@@ -211,6 +260,23 @@ BAD = [
         "no release build",
         "fuse host install",
     ),
+    (
+        26,
+        but(programs={**GOOD.programs, "jailer": msgspec.structs.replace(PROGRAM, path="/j", is_as_installed=False)}),
+        DEGRADED,
+        "/j has not the digest",
+        "fuse host install",
+    ),
+    (
+        26,
+        but(
+            driver="firecracker",
+            programs=dict.fromkeys(NAMES, msgspec.structs.replace(PROGRAM, is_as_installed=False)),
+        ),
+        UNFIT,
+        "has not the digest",
+        "fuse host install",
+    ),
     (27, files(actions_avail=""), UNFIT, "cannot filter", "CONFIG_SECCOMP"),
     (27, but(seccomp={99: (2, 0)}), DEGRADED, "99", "restart them"),
     (28, but(has_tun=False), UNFIT, "/dev/net/tun", "modprobe tun"),
@@ -218,7 +284,16 @@ BAD = [
     (28, files(nf_conntrack_max="4096"), DEGRADED, "4096", "nf_conntrack_max"),
     (28, files(nf_conntrack_max="262144"), DEGRADED, "gets 196", "nf_conntrack_max=8257536"),
     (29, but(ruleset=RULES.replace("hook input", "hook output")), DEGRADED, "missing", "restart fuse-host"),
+    (29, but(ruleset=RULES.replace("hook prerouting", "hook output")), DEGRADED, "missing", "restart fuse-host"),
     (29, but(instance="other"), DEGRADED, "missing", "restart fuse-host"),
+    (
+        29,
+        but(ruleset=EARLIER + RULES),
+        DEGRADED,
+        "chain ip mangle FORWARD sees packets at forward (-150) before the table fuse_fuse",
+        "nft list chain ip mangle FORWARD",
+    ),
+    (29, but(ruleset=RULES + RAW), DEGRADED, "prerouting (-301)", "nft list chain inet raw early"),
     (30, but(ruleset=RULES.replace("169.254.0.0/16", "172.16.0.0/12")), DEGRADED, "169.254", "restart fuse-host"),
     (31, but(is_clock_in_step=False), DEGRADED, "not in step", "chrony"),
     (32, files(scaling_governor="powersave"), DEGRADED, "powersave", "performance"),
@@ -254,6 +329,14 @@ TOLD = [
     (25, but(is_root=False, ids=(("x", 200_001, 1),)), "without root"),
     (26, but(programs={}, kvm=Kvm(problem="x")), "of no use without KVM"),
     (26, GOOD, "snapshot format 10.0.0"),
+    (26, GOOD, "no digests"),
+    (
+        26,
+        but(programs=dict.fromkeys(NAMES, msgspec.structs.replace(PROGRAM, is_as_installed=True))),
+        "with the digests",
+    ),
+    (29, GOOD, "replaces rp_filter"),
+    (29, but(ruleset=RULES + EARLIER.replace("-150", "-10")), "comes first"),
     (29, but(is_serving=False, ruleset=""), "when it runs"),
     (30, but(is_serving=False, ruleset=""), "when it runs"),
     (31, but(is_clock_in_step=None), "could not be asked"),
@@ -337,6 +420,32 @@ def make_elf(*kinds: int) -> bytes:
 def test_a_release_build_is_one_without_a_loader(tmp_path: Path, content: bytes, expected: bool):
     (tmp_path / "program").write_bytes(content)
     assert is_static(tmp_path / "program") is expected
+
+
+def test_programs_that_have_changed_since_they_were_installed_are_found(tmp_path: Path):
+    config, folder = HostConfig(data_root=tmp_path), release_folder(tmp_path)
+    folder.mkdir(parents=True)
+    for name in NAMES:
+        (folder / name).write_bytes(make_elf(1))
+
+    def seen() -> list[bool | None]:
+        return [one.is_as_installed for one in observe_programs(config).values()]
+
+    assert seen() == [False, False], "nobody has noted anything"
+    digest = hashlib.sha256(make_elf(1)).hexdigest()
+    record = ReleaseRecord(archive_sha256="0" * 64, files=dict.fromkeys(NAMES, digest))
+    (folder / RECORD).write_bytes(msgspec.json.encode(record))
+    assert seen() == [True, True]
+    assert is_release_whole(folder, "0" * 64)
+    assert not is_release_whole(folder, "1" * 64)
+    (folder / "jailer").write_bytes(make_elf(1) + b"x")
+    assert seen() == [True, False]
+    assert not is_release_whole(folder, "0" * 64)
+    own = HostConfig(data_root=tmp_path, firecracker_binary=tmp_path / "own")
+    (tmp_path / "own").write_bytes(make_elf(1))
+    assert observe_programs(own)["firecracker"].is_as_installed is None
+    (folder / RECORD).write_bytes(b"{")
+    assert seen() == [False, False]
 
 
 def test_the_programs_are_those_that_the_daemon_will_start(tmp_path: Path):

@@ -11,13 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 import fusevm
 from fusevm.cli.failures import CliError
 from fusevm.cli.install.answers import is_serving
 from fusevm.cli.install.env_file import parse_env
-from fusevm.cli.install.fetch import sha256_of
 from fusevm.cli.install.packages import find_half_installed, missing_packages
 from fusevm.cli.install.plan import (
     CONTROL_UNIT,
@@ -38,19 +35,12 @@ from fusevm.host.images.workspace import find_abandoned
 from fusevm.host.run import run
 from fusevm.host.tls import identity_files
 from fusevm.host.vmm.firecracker.pins import KERNELS, RELEASES, release_folder
+from fusevm.host.vmm.firecracker.release import is_release_whole
 from fusevm.model.errors import ImageNotFound, KernelCorrupt
 
 #: Services with PrivateTmp= and ProtectHome= do not see what is below.
 _HIDDEN: Final = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))  # noqa: S108 - compared only
 _SYSTEMCTL_S: Final = 30.0
-
-
-class ReleaseRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """`release.json` beside the programs: what was installed."""
-
-    archive_sha256: str
-    #: File name -> digest.
-    files: dict[str, str]
 
 
 def check_machine() -> None:
@@ -127,17 +117,6 @@ async def observe(wanted: Wanted, places: Places) -> Facts:
         programs=_find_programs(places),
         existing=_find_existing(places),
     )
-
-
-def is_release_whole(folder: Path, archive_sha256: str) -> bool:
-    """Are the programs of exactly this archive there, unchanged?"""
-    try:
-        record = msgspec.json.decode((folder / "release.json").read_bytes(), type=ReleaseRecord)
-        return record.archive_sha256 == archive_sha256 and all(
-            sha256_of(folder / name) == digest for name, digest in record.files.items()
-        )
-    except (OSError, msgspec.DecodeError):
-        return False
 
 
 async def _has_kernel(store: KernelStore, *names: str) -> bool:

@@ -22,7 +22,6 @@ from fusevm.cli.building import Narrator
 from fusevm.cli.failures import CliError
 from fusevm.cli.install import steps as s
 from fusevm.cli.install.fetch import download, is_whole, sha256_of, take_local
-from fusevm.cli.install.observe import ReleaseRecord, is_release_whole
 from fusevm.cli.install.packages import find_half_installed, missing_packages, wait_for_dpkg
 from fusevm.cli.install.services import Services
 from fusevm.cli.install.traces import clear_beside, remove, replace_link
@@ -37,6 +36,7 @@ from fusevm.host.images.store import ImageConfig, ImageStore
 from fusevm.host.images.workspace import publish_folder, sweep, workspace, write_durably
 from fusevm.host.run import run, run_streaming
 from fusevm.host.tls import ensure_identity, identity_files
+from fusevm.host.vmm.firecracker.release import RECORD, ReleaseRecord, is_release_whole
 from fusevm.host.vmm.firecracker.versions import Version, judge_versions, parse_version
 from fusevm.model.errors import DigestMismatch
 
@@ -171,7 +171,7 @@ async def unpack_release(step: s.UnpackRelease) -> None:
             raise CliError(f"{step.archive} cannot be used: {problem}")
         digests = {name: sha256_of(new / name) for name in _PROGRAMS}
         record = ReleaseRecord(archive_sha256=step.sha256, files=digests)
-        write_durably(new / "release.json", msgspec.json.format(msgspec.json.encode(record)))
+        write_durably(new / RECORD, msgspec.json.format(msgspec.json.encode(record)))
         publish_folder(new, step.folder, lambda target: is_release_whole(target, step.sha256))
 
 

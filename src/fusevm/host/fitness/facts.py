@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from fusevm.host.config import HostConfig
-from fusevm.host.fitness.programs import ProgramFacts, find_programs, observe_program
+from fusevm.host.fitness.programs import ProgramFacts, observe_programs
 from fusevm.host.net.tracking import machines_at_once
 from fusevm.host.vmm.probe import FIRECRACKER_FILE, last_choice, last_problem
 
@@ -114,7 +114,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     seccomp: Mapping[int, tuple[int, ...]] = {}
     has_tun: bool = True
     has_userfaultfd: bool = True
-    #: `nft list ruleset`; None: it cannot be asked.
+    #: `nft -y list ruleset`; None: it cannot be asked.
     ruleset: str | None = None
     instance: str = "fuse"
     #: The host daemon of this data root runs.
@@ -160,7 +160,7 @@ def gather(config: HostConfig, ruleset: str | None) -> Facts:
     stats = os.statvfs(folder)
     uname = os.uname()
     folders = [config.data_root, config.artefacts, config.data_root / "machines"]
-    programs = find_programs(config)
+    programs = observe_programs(config)
     return Facts(
         files=dict(_read_all(_FILES)),
         is_root=os.geteuid() == 0,
@@ -173,11 +173,11 @@ def gather(config: HostConfig, ruleset: str | None) -> Facts:
         has_reflink=_try_reflink(folder),
         devices={str(path): _nearest(path).stat().st_dev for path in folders},
         data_root=str(folder),
-        writable=_find_writable([folder, *programs.values()]),
+        writable=_find_writable([folder, *(Path(one.path) for one in programs.values())]),
         ids=tuple(_observe_ids()),
         uid_base=config.uid_base,
         uid_count=config.uid_count,
-        programs={name: observe_program(path) for name, path in programs.items()},
+        programs=programs,
         seccomp=dict(_observe_seccomp()),
         has_tun=_opens("/dev/net/tun"),
         has_userfaultfd=Path("/dev/userfaultfd").exists(),

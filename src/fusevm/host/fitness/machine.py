@@ -5,11 +5,14 @@ from typing import Final
 from fusevm.host.fitness.facts import Facts
 from fusevm.host.fitness.finding import Finding, degraded, ok, unfit
 from fusevm.host.fitness.programs import NAMES
+from fusevm.host.fitness.rules import find_earlier
 from fusevm.host.net.tracking import connections_each, needed_entries
 from fusevm.host.vmm.firecracker.versions import judge_versions
 
 _INSTALL: Final = "fuse host install"
 _METADATA: Final = "169.254."
+#: Where packets of machines are stopped: with a wrong source, to others, to the host.
+_GUARDED: Final = ("prerouting", "forward", "input")
 
 
 def judge_paths(facts: Facts) -> Finding:
@@ -33,7 +36,7 @@ def judge_ids(facts: Facts) -> Finding:
 
 
 def judge_programs(facts: Facts) -> Finding:
-    """26. Is it the tested release, and one of the origin's builds?"""
+    """26. Is it the tested release, one of the origin's builds, and unchanged since it was installed?"""
     is_needed = facts.driver == "firecracker" or facts.architecture != "x86_64"
     found = [facts.programs[name] for name in NAMES if name in facts.programs]
     missing = [one.path for one in found if not one.is_there]
@@ -46,11 +49,18 @@ def judge_programs(facts: Facts) -> Finding:
     problem = judge_versions(firecracker.version, jailer.version)
     if problem:
         return unfit(problem, _INSTALL) if is_needed else degraded(problem, _INSTALL)
+    changed = [one.path for one in found if one.is_as_installed is False]
+    if changed:
+        text = f"{', '.join(changed)} has not the digest that was noted when it was installed"
+        return unfit(text, _INSTALL) if is_needed else degraded(text, _INSTALL)
     loose = [one.path for one in found if not one.is_static]
     if loose:
         return degraded(f"{', '.join(loose)} is no release build: it may lack its filters of system calls", _INSTALL)
     text = f"Firecracker and jailer {firecracker.version}"
-    return ok(text + (f", snapshot format {firecracker.snapshot_version}" if firecracker.snapshot_version else ""))
+    if firecracker.snapshot_version:
+        text += f", snapshot format {firecracker.snapshot_version}"
+    is_known = all(one.is_as_installed for one in found)
+    return ok(text + (", with the digests of their installation" if is_known else ", installed by others: no digests"))
 
 
 def judge_network(facts: Facts) -> Finding:
@@ -73,14 +83,24 @@ def judge_network(facts: Facts) -> Finding:
 
 
 def judge_isolation(facts: Facts) -> Finding:
-    """29. Are the rules between machines there?"""
+    """29. Are the rules between machines there, and before others?
+
+    They are asked for each machine's own address at its own device, so rp_filter, which asks the routes, adds nothing.
+    """
     table = own_table(facts)
     if not facts.is_root or not facts.is_serving:
         return ok("the host daemon makes them when it runs" if facts.is_root else "not needed without root")
-    chains = [hook for hook in ("forward", "input") if f"hook {hook}" in table]
-    if len(chains) < 2:
+    if not all(f"hook {hook}" in table for hook in _GUARDED):
         return degraded("rules of ours are missing, although the daemon runs", "systemctl restart fuse-host")
-    return ok(f"the table fuse_{facts.instance} guards {' and '.join(chains)}")
+    name = f"fuse_{facts.instance}"
+    earlier = find_earlier(facts.ruleset or "", name, _GUARDED)
+    if earlier is not None:
+        # It cannot allow what ours refuse: each chain at a hook is asked. It can drop, and change what ours will see.
+        text = f"the chain {earlier.name} sees packets at {earlier.hook} ({earlier.priority}) before the table {name}"
+        return degraded(
+            text, f"give it a higher priority, or see that it lets machines be: nft list chain {earlier.name}"
+        )
+    return ok(f"the table {name} comes first at forward, input and prerouting; its check of sources replaces rp_filter")
 
 
 def judge_metadata(facts: Facts) -> Finding:
@@ -96,7 +116,7 @@ def judge_metadata(facts: Facts) -> Finding:
 
 
 def own_table(facts: Facts) -> str:
-    """What `nft list ruleset` shows of the daemon's table; empty without one."""
+    """What `nft -y list ruleset` shows of the daemon's table; empty without one."""
     lines = (facts.ruleset or "").splitlines()
     starts = [index for index, line in enumerate(lines) if line.endswith(f" fuse_{facts.instance} {{")]
     if not starts:

@@ -9,6 +9,7 @@ import msgspec
 
 from fusevm.host.config import HostConfig
 from fusevm.host.vmm.firecracker.pins import release_folder
+from fusevm.host.vmm.firecracker.release import is_as_installed, read_release
 from fusevm.host.vmm.firecracker.versions import Version, parse_version
 
 NAMES: Final = ("firecracker", "jailer")
@@ -25,6 +26,8 @@ class ProgramFacts(msgspec.Struct, frozen=True, kw_only=True):
     version: Version | None = None
     #: Without a loader, as the origin's releases are: only those have their seccomp filters built in.
     is_static: bool = False
+    #: It has the digest that was noted when it was installed; None: somebody else has installed it.
+    is_as_installed: bool | None = None
     #: Format of the snapshots that it writes; empty: unknown.
     snapshot_version: str = ""
 
@@ -34,6 +37,19 @@ def find_programs(config: HostConfig) -> dict[str, Path]:
     folder = release_folder(config.artefacts)
     given = {"firecracker": config.firecracker_binary, "jailer": config.jailer_binary}
     return {name: given[name] or folder / name for name in NAMES}
+
+
+def observe_programs(config: HostConfig) -> dict[str, ProgramFacts]:
+    """Look at both. Blocking."""
+    folder = release_folder(config.artefacts)
+    record = read_release(folder)
+    facts = {name: observe_program(path) for name, path in find_programs(config).items()}
+    return {
+        name: msgspec.structs.replace(one, is_as_installed=is_as_installed(record, Path(one.path)))
+        if one.is_there and Path(one.path).parent == folder
+        else one
+        for name, one in facts.items()
+    }
 
 
 def observe_program(path: Path) -> ProgramFacts:
