@@ -100,12 +100,17 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        while not task.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # nobody waits for it any more
+        await outlast(task)
         raise
+
+
+async def outlast(work: asyncio.Future[Any]) -> None:
+    """Wait for the end of what cannot be cancelled, whatever it brings, and however often the caller is."""
+    while not work.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({work})
+    if not work.cancelled():
+        work.exception()  # nobody else may ask for it
 
 
 async def run_all(*work: Coroutine[Any, Any, Any]) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from fusevm.host.faults import Fault
+from fusevm.host.tasks import outlast
 
 T = TypeVar("T")
 
@@ -99,7 +100,7 @@ class Writer:
             return await asyncio.shield(job.done)
         except asyncio.CancelledError:
             if not job.claim.acquire(blocking=False):
-                await _outlast(job.done)
+                await outlast(job.done)  # milliseconds
             raise
 
     async def close(self) -> None:
@@ -185,14 +186,3 @@ def _translate(error: sqlite3.Error) -> Exception:
         full.__cause__ = error
         return full
     return error
-
-
-async def _outlast(done: asyncio.Future[Any]) -> None:
-    """Wait for a commit that is under way (milliseconds), whatever it brings, and however often we are cancelled."""
-    while not done.done():
-        try:
-            await asyncio.wait({done})
-        except asyncio.CancelledError:
-            continue
-    if not done.cancelled():
-        done.exception()

@@ -170,7 +170,8 @@ class MachineBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     started_at: str = ""
     published_ports: list[PublishedPortBody] = []
     #: Seconds since a client last sent something to one of its published ports. Only there if one has since its start
-    #: and the host keeps such times; 0 while it cannot read them. In the list and in answers to `GET`.
+    #: and the host keeps such times; 0 while it cannot read them. After a restart of the daemon it may be the time of
+    #: the machine that had its network slot before, which is longer than its own life. In the list and in `GET`.
     ports_used_s_ago: int | None = None
     #: Only there while something is wrong.
     quarantine: QuarantineBody | None = None

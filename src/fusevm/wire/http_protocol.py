@@ -1,5 +1,5 @@
-"""uvicorn's HTTP/1.1 protocol, with limits that it lacks: how long the head of a request may be, and may take, and how
-long what follows the last piece of a body (its trailers).
+"""uvicorn's HTTP/1.1 protocol, with limits that it lacks: bytes and seconds of a request's head, and bytes of what
+follows the last piece of a body (its trailers; they have no limit of time).
 
 Without them, a client that sends a byte now and then holds a connection for ever, and one header without an end fills
 the memory, all before anybody has looked at a token. Bodies have their limits by route.

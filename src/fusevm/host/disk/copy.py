@@ -25,6 +25,7 @@ from typing import Final, Literal, NamedTuple, ParamSpec, TypeVar
 import msgspec
 
 from fusevm.host.disk.qcow2 import CLUSTER, Piece, read_pieces
+from fusevm.host.tasks import outlast
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -95,13 +96,7 @@ async def run_in_thread(stop: Stop, call: Callable[P, T], *args: P.args, **kwarg
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         stop.ask()
-        while not work.done():
-            try:
-                await asyncio.wait({work})
-            except asyncio.CancelledError:
-                continue
-        if not work.cancelled():
-            work.exception()
+        await outlast(work)
         raise
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fusevm.host.run import run
+from fusevm.host.tasks import outlast
 from fusevm.model.errors import BadSetting, CommandFailed, NoSpace
 
 T = TypeVar("T")
@@ -81,9 +82,9 @@ async def _finished(make: Callable[[], T], undo: Callable[[T], None]) -> T:
     try:
         return await asyncio.shield(making)
     except asyncio.CancelledError:
-        made = (await asyncio.wait({making}))[0].pop()
-        if made.exception() is None:
-            undo(made.result())
+        await outlast(making)
+        if not making.cancelled() and making.exception() is None:
+            undo(making.result())
         raise
 
 

@@ -201,7 +201,8 @@ class Firewall:
     async def uses(self) -> dict[int, int]:
         """Read how many seconds ago clients last sent something to published ports, by slot, rounded up; who is not
         there had no client for days, or since somebody flushed the table. CommandFailed, OSError if nothing can be
-        read. Cheap, and waits for no change."""
+        read. Cheap, and waits for no change. Of a slot that an earlier daemon had filled, it may be the use of the
+        machine before."""
         found = parse_uses(self._plan, await list_set(self._plan.table, USED))
         now = asyncio.get_running_loop().time()
         # What is older was the use of another machine, which had the slot before.

@@ -31,6 +31,25 @@ async def test_the_folder_of_a_killed_build_stays_for_the_next_one_to_clear(tmp_
     assert not path.exists()
 
 
+async def test_what_is_made_for_one_who_has_gone_is_gone_too(tmp_path: Path):
+    """A thread that waits for a lock cannot be cancelled, and goes on when it has it."""
+
+    async def use() -> None:
+        async with workspace(tmp_path):
+            raise AssertionError("it was cancelled before")
+
+    with brief_lock(tmp_path):
+        user = asyncio.create_task(use())
+        for _ in range(3):
+            await asyncio.sleep(0)
+            user.cancel()
+        await asyncio.sleep(0)
+        assert not user.done()
+    with pytest.raises(asyncio.CancelledError):
+        await user
+    assert list(tmp_path.glob(".build-*")) == []
+
+
 async def test_what_another_process_uses_is_not_removed(tmp_path: Path):
     path = tmp_path / "shared"
     program = f"""
