@@ -470,6 +470,8 @@ def test_a_new_program_that_does_not_serve_is_taken_back(world: World, mirror: P
     script.write_text(
         script.read_text().replace("main()", "import sys\nsys.exit(9) if 'serve' in sys.argv else main()", 1)
     )
+    # Of an upgrade that never served, and whose program was removed by hand: it leads nowhere.
+    world.run("ln", "-s", "/opt/fuse/gone/bin/fuse", "/etc/fuse/previous")
     # Killed when the new program is linked already: the next run still knows which one served.
     assert killed(world, "upgrade", program="new", steps=2).returncode in (-9, 137)
     assert str(world.path("/usr/local/bin/fuse").readlink()) == "/opt/fuse/new/bin/fuse"

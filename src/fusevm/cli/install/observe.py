@@ -104,7 +104,8 @@ async def observe(wanted: Wanted, places: Places) -> Facts:
         has_downloads=is_there(places.downloads),
         littered=tuple(root for root in _stores(places) if find_abandoned(root)),
         link_target=_read_link(places.link),
-        previous=_read_link(places.previous),
+        # One whose program was removed by hand is nothing to go back to.
+        previous=_read_link(places.previous) if places.previous.exists() else None,
         host_env=_read(places.host_env),
         control_env=_read(places.control_env),
         packages=noted,
