@@ -45,5 +45,5 @@ def _firewall(instance: str) -> Iterator[str]:
         return
     tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, timeout=30, check=False).stdout
     for line in tables.splitlines():
-        if line.split()[-1:] == [f"fuse_{instance}"]:
+        if line.split()[-1:] in ([f"fuse_{instance}"], [f"fuse_{instance}_limits"]):
             yield line

@@ -5,7 +5,8 @@ and whenever the table is not as it was left (someone flushed the rule set, fire
 replaced in one transaction. Connections that a change no longer allows are cut by the rules at once, and leave the
 host's connection tracking table right after.
 
-Owns: the table `inet fuse_<prefix>`, the tagged rules in foreign chains. Must not: make links.
+Owns: the tables `inet fuse_<prefix>` and `inet fuse_<prefix>_limits`, the tagged rules in foreign chains. Must not:
+make links.
 """
 
 import asyncio
@@ -26,6 +27,7 @@ from fusevm.host.net.foreign import (
     render_passage,
     render_passage_removal,
 )
+from fusevm.host.net.limits import render_limits, render_limits_removal, render_new_limits
 from fusevm.host.net.listing import Counts, TableListing, parse_table, parse_uses
 from fusevm.host.net.nft import Json, Table
 from fusevm.host.net.pins import PinBatch, Pinboard
@@ -82,6 +84,8 @@ class Firewall:
         self._counted: dict[int, Counts] = {}
         #: The kernel's listing of our chains right after they were made.
         self._fingerprint = b""
+        #: The same of the table that limits connections.
+        self._limits_fingerprint = b""
         self._is_open = False
         #: A transaction was cut off (cancelled, failed): the kernel's table may differ from what is wanted.
         self._is_doubtful = False
@@ -107,7 +111,7 @@ class Firewall:
         async with self._lock:
             is_same = self._uplinks == tuple(uplinks) and not self._is_doubtful
             self._uplinks = tuple(uplinks)
-            if is_same and self._fingerprint == await self._read_fingerprint():
+            if is_same and await self._is_as_made():
                 rules = await self._observe()
                 wanted = {index: terms.is_plain for index, terms in self._machines.items()}
                 if (rules.machines, rules.forwards) == (wanted, self._forwards()):
@@ -180,7 +184,7 @@ class Firewall:
         async with self._lock:
             self._is_open = False
             self._machines = {}
-            await apply_transaction(render_host_table_removal(self._plan))
+            await apply_transaction(render_host_table_removal(self._plan) + render_limits_removal(self._plan))
             await apply_transaction(render_passage_removal(self._plan, parse_ruleset(await list_ruleset())))
 
     def terms(self, index: int) -> Terms | None:
@@ -293,6 +297,7 @@ class Firewall:
         pins = self._pins.remaining(asyncio.get_running_loop().time())
         table = render_host_table(self._plan, self._uplinks, machines, pins, listing.uses)
         try:
+            await self._make_limits()  # before the first machine gets out
             await apply_transaction(table)
         except (CommandFailed, OSError):
             self._counted = before  # that table is still there, and will be counted again
@@ -300,6 +305,14 @@ class Firewall:
         self._fingerprint = await self._read_fingerprint()
         self._is_doubtful = False
         await self._open_passage()
+
+    async def _make_limits(self) -> None:
+        """Make the rules that limit connections; what is counted stays, where the kernel has the table."""
+        try:
+            await apply_transaction(render_limits(self._plan))
+        except CommandFailed:
+            await apply_transaction(render_new_limits(self._plan))
+        self._limits_fingerprint = await list_rules(self._plan.limits_table)
 
     def _take_over(self, listing: TableListing) -> None:
         """Remember the pins of an earlier daemon, so that machines may go on using what was resolved for them."""
@@ -317,6 +330,10 @@ class Firewall:
         commands = render_passage(self._plan, parse_ruleset(await list_ruleset()))
         await apply_transaction(commands)
         return bool(commands)
+
+    async def _is_as_made(self) -> bool:
+        limits = await list_rules(self._plan.limits_table)
+        return (self._fingerprint, self._limits_fingerprint) == (await self._read_fingerprint(), limits)
 
     async def _read_fingerprint(self) -> bytes:
         return await list_rules(self._plan.table)

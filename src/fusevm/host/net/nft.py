@@ -142,6 +142,11 @@ def has_status(status: str) -> Json:
     return {"match": {"op": "in", "left": {"ct": {"key": "status"}}, "right": status}}
 
 
+def has_no_entry() -> Json:
+    """Selects packets whose connection is not in connection tracking's table yet: they put it there if they pass."""
+    return equals({"&": [{"ct": {"key": "status"}}, "confirmed"]}, 0)
+
+
 def is_tcp_or_udp() -> Json:
     return equals(meta("l4proto"), {"set": ["tcp", "udp"]})
 
@@ -159,6 +164,16 @@ def has_reset() -> Json:
 def remember(key: Json, set_name: str, timeout_s: int) -> Json:
     """Put a packet's key into a set with timeouts, where it stays for so long after the last such packet."""
     return {"set": {"op": "update", "elem": {"elem": {"val": key, "timeout": timeout_s}}, "set": f"@{set_name}"}}
+
+
+def are_above(count: int) -> Json:
+    """Counts the connections whose packets get here, in the table of this namespace; selects those above a number."""
+    return {"ct count": {"val": count, "inv": True}}
+
+
+def are_above_each(key: Json, set_name: str, count: int) -> Json:
+    """The same, by a packet's key, in the elements of a set."""
+    return {"set": {"op": "add", "elem": key, "set": f"@{set_name}", "stmt": [are_above(count)]}}
 
 
 def lasting(value: Json, timeout_s: int) -> Json:

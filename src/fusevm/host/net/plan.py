@@ -61,7 +61,7 @@ class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
     range: str = "10.210.0.0/16"
     #: Bytes; of taps, veths and guests. Part of a live snapshot.
     mtu: int = 1500
-    #: Connections that a machine may have open at once.
+    #: Connections that a machine may have open at once, its own and those of its published ports' clients.
     max_connections: int = MAX_CONNECTIONS
 
     def __post_init__(self) -> None:
@@ -86,6 +86,11 @@ class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
     def table(self) -> str:
         """Name of the instance's nftables table (family inet) in the host's namespace."""
         return f"fuse_{self.prefix}"
+
+    @property
+    def limits_table(self) -> str:
+        """Name of its other table there, which outlives the first one (`limits`)."""
+        return f"{self.table}_limits"
 
     @property
     def veth_pattern(self) -> str:

@@ -1,11 +1,12 @@
 """Our nftables rules, rendered by pure functions.
 
-On the host there is one table per daemon instance. A machine is one element of the set `sources` (veth . address), one
-in each set that counts, and only if its policy is not the default one of the verdict maps `outward` and `inward`, with
-chains of its own where it has rules (`verdicts`). A published port is an element of two maps and of `exposed`; the set
-`used` holds whose ports clients use, put there by their packets and gone some time after the last one. A veth that
-carries our prefix and is not in `sources` reaches nothing: half-made slots are closed. To add an element takes
-2 ms, to remove one waits for the kernel's RCU grace period (16 ms measured), so the common case needs neither.
+On the host there is one table per daemon instance, beside that of `limits`. A machine is one element of the set
+`sources` (veth . address), one in each set that counts, and only if its policy is not the default one of the verdict
+maps `outward` and `inward`, with chains of its own where it has rules (`verdicts`). A published port is an element of
+two maps and of `exposed`; the set `used` holds whose ports clients use, put there by their packets and gone some time
+after the last one. A veth that carries our prefix and is not in `sources` reaches nothing: half-made slots are closed.
+To add an element takes 2 ms, to remove one waits for the kernel's RCU grace period (16 ms measured), so the common case
+needs neither.
 
 In each namespace there are two small tables: who may speak on the tap (netdev), and source NAT with a firewall for
 the namespace itself (ip).
@@ -31,11 +32,13 @@ from fusevm.host.net.nft import (
     SRCNAT,
     Json,
     Table,
+    are_above,
     concat,
     differs,
     equals,
     goto,
     has_direction,
+    has_no_entry,
     has_reset,
     has_state,
     has_status,
@@ -407,7 +410,6 @@ def _nat_table(slot: Slot) -> list[Json]:
     table = Table("ip", INSIDE_TABLE)
     from_guest = equals(meta("iifname"), slot.tap)
     to_gateway = equals(payload("ip", "daddr"), slot.gateway)
-    too_many: Json = {"ct count": {"val": slot.max_connections, "inv": True}}
     out = [from_guest, equals(meta("oifname"), slot.peer)]
     back = [equals(meta("iifname"), slot.peer), equals(meta("oifname"), slot.tap)]
     return [
@@ -434,11 +436,12 @@ def _nat_table(slot: Slot) -> list[Json]:
         table.chain("forward", "forward", FILTER, policy="drop"),
         # What connection tracking cannot place would leave without translation.
         table.rule("forward", has_state("invalid"), DROP),
-        table.rule("forward", *out, has_state("new"), too_many, COUNT, DROP),
+        # For the sake of the namespace's own table, which is the host's memory; one rule, so that it is one count. What
+        # the machine may have in the host's is not told by this one (`limits`).
+        table.rule("forward", has_no_entry(), are_above(slot.max_connections), COUNT, DROP),
         table.rule("forward", *out, ACCEPT),
         table.rule("forward", *back, has_state("established", "related"), ACCEPT),
-        # Who may open a connection to the machine is decided on the host; here only that there are not too many.
-        table.rule("forward", *back, too_many, COUNT, DROP),
+        # Who may open a connection to the machine is decided on the host.
         table.rule("forward", *back, has_status("dnat"), ACCEPT),
         table.chain("arrive", "prerouting", DSTNAT, kind="nat"),
         table.rule(

@@ -1,7 +1,10 @@
 """Room in the kernel's connection tracking for every machine's connections and the host's own.
 
-A machine's connections are limited inside its namespace, and each takes an entry of the host's table, too. If that is
-full, the kernel drops every new connection of the host: so it must hold more than all machines together may open.
+A machine's connections, its own and those of its published ports' clients together, are limited by what is open in the
+host's table (`limits`). If that is full, the kernel drops every new connection of the host: so it must hold more than
+all machines together may have open. Not reckoned: a TCP connection that has ended keeps its entry for up to 2 minutes
+(TIME_WAIT; 10 s after a reset) and longer while somebody sends on it. Those the kernel removes with its next pass when
+the table is full (gc_worker of nf_conntrack_core.c), which it never does with an established one.
 
 Owns: `nf_conntrack_max`, which it only raises. Must not: touch entries (`conntrack`).
 """
@@ -17,7 +20,8 @@ from fusevm.host.net.conntrack import load
 
 log = structlog.get_logger()
 
-#: Connections that a machine may have open at once, where there is room. An entry takes some 320 bytes of the kernel's.
+#: Connections that a machine may have open at once, in and out together, where there is room. An entry takes some
+#: 320 bytes of the kernel's.
 MAX_CONNECTIONS: Final = 8192
 #: No machine has less memory (`machines`).
 _MIN_MEMORY_MIB: Final = 64

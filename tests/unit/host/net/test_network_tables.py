@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 
+from fusevm.host.net.limits import render_limits, render_limits_removal, render_new_limits
 from fusevm.host.net.links import Objects, render_creation, render_inside, render_removal
 from fusevm.host.net.nft import render_document
 from fusevm.host.net.plan import NetworkPlan, plan_slot
@@ -56,6 +57,16 @@ def test_uses_are_kept_by_another_table_where_there_are_ports():
 
 def test_the_tables_inside_a_namespace():
     check_golden("namespace_tables.jsonl", pretty(render_namespace_tables(plan_slot(PLAN, 1))))
+
+
+def test_the_table_that_limits_connections():
+    commands = render_new_limits(PLAN)
+    check_golden("limits_table.jsonl", pretty([*commands, *render_limits_removal(PLAN)]))
+    again = render_limits(PLAN)
+    assert [command for command in again if "add" in command] == [
+        command for command in commands if "rule" in command.get("add", {})
+    ]
+    assert not any("delete" in command or "set" in command.get("flush", {}) for command in again), "counts stay"
 
 
 def test_the_life_of_a_machine_is_elements_only():
