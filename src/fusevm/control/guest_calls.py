@@ -7,6 +7,7 @@ import msgspec
 from fusevm.control.host_api import GuestRequest, HostApi, Upstream
 from fusevm.model.errors import Internal, NotSupported, RouteNotFound
 from fusevm.model.machine import Fence
+from fusevm.wire.decode import UNREADABLE
 
 T = TypeVar("T")
 #: Seconds until an answer, unless a call says otherwise.
@@ -39,7 +40,7 @@ class GuestCalls:
             await upstream.close()
         try:
             return msgspec.json.decode(content or b"null", type=answer)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise Internal(problem=f"the guest agent's answer to {method} {target} is unreadable: {error}") from error
 
     async def open(self, method: str, target: str, body: Any = None, *, timeout_s: float = CALL_TIMEOUT_S) -> Upstream:

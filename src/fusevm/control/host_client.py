@@ -26,6 +26,7 @@ from fusevm.model.errors import (
 )
 from fusevm.model.machine import Fence
 from fusevm.model.network import Network
+from fusevm.wire.decode import UNREADABLE
 from fusevm.wire.errors import parse_error
 from fusevm.wire.host_api import (
     CLUSTER_HEADER,
@@ -221,7 +222,7 @@ class HttpHost:
     def _decode(self, content: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(content, type=kind)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise Internal(problem=f"host {self._endpoint.host_id} answered something unreadable: {error}") from error
 
     def _error(self, status: int, body: bytes) -> Error:

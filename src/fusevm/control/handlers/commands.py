@@ -18,6 +18,7 @@ from fusevm.control.resolve import usable_environment
 from fusevm.model.environment import Environment
 from fusevm.model.errors import BadField, Internal
 from fusevm.wire import rest
+from fusevm.wire.decode import UNREADABLE
 from fusevm.wire.guest import MAX_OUTPUT_BYTES, ExecRequest, ExecResult
 
 DEFAULT_TIMEOUT_MS, MAX_TIMEOUT_MS = 60_000, 600_000
@@ -65,7 +66,7 @@ async def _ask(plane: Plane, env: Environment, order: ExecRequest) -> ExecResult
         await upstream.close()
     try:
         return msgspec.json.decode(answer, type=ExecResult)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise Internal(problem=f"the host's answer to a command is unreadable: {error}") from error
 
 

@@ -17,6 +17,7 @@ from fusevm.control.race import first_of
 from fusevm.control.resolve import usable_environment
 from fusevm.control.standing import keep_checking
 from fusevm.model.errors import Error, Unauthorized
+from fusevm.wire.decode import UNREADABLE
 from fusevm.wire.errors import render_flat
 from fusevm.wire.frames import HEADER, BadFrame, Frame, FrameType, decode_message, encode_frame
 from fusevm.wire.guest import ExecRequest, Exit
@@ -100,7 +101,7 @@ class _Heard:
             case FrameType.STARTED:
                 self.is_started = True
             case FrameType.EXIT if message is not None:
-                with contextlib.suppress(msgspec.MsgspecError):
+                with contextlib.suppress(*UNREADABLE):
                     self.exit = msgspec.json.decode(message[HEADER.size :], type=Exit)
             case _:
                 pass
