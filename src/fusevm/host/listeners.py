@@ -85,24 +85,35 @@ def bind_tcp(listen: Listen) -> socket.socket:
 @contextmanager
 def lock_instance(instance: str) -> Iterator[None]:
     """Hold the instance's name for our user, whatever directories it was given. Raises PortInUse, BadSetting."""
-    directory = default_run_dir(instance)
+    path = find_instance_lock(instance)
     with contextlib.ExitStack() as stack:
-        try:
-            is_ours = stack.enter_context(name_lock(_lock_path(directory)))
-        except (FileNotFoundError, PermissionError) as e:
-            raise BadSetting(setting="instance", problem=f"{e.filename} cannot be made: {e.strerror}") from e
+        with _refusing():
+            is_ours = stack.enter_context(name_lock(path))
         if not is_ours:
             raise PortInUse(address=f"instance {instance!r}", setting="--instance")
         yield
 
 
-def _lock_path(directory: Path) -> Path:
-    """A file beside the directory; or in it, made and checked, where anybody may make a file beside it, as in /tmp."""
-    if not directory.parent.stat().st_mode & stat.S_IWOTH:
-        return directory.with_name(f"{directory.name}.lock")
-    with contextlib.suppress(FileExistsError):
-        directory.mkdir(mode=0o700)
-    found = directory.lstat()
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Where a file cannot be made, the name of the instance is the setting that decides."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError) as e:
+        raise BadSetting(setting="instance", problem=f"{e.filename} cannot be made: {e.strerror}") from e
+
+
+def find_instance_lock(instance: str) -> Path:
+    """The file that holds an instance's name: beside its runtime directory; or in it, made and checked, where anybody
+    may make a file beside it, as in /tmp. Raises BadSetting.
+    """
+    directory = default_run_dir(instance)
+    with _refusing():
+        if not directory.parent.stat().st_mode & stat.S_IWOTH:
+            return directory.with_name(f"{directory.name}.lock")
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        found = directory.lstat()
     is_private = stat.S_ISDIR(found.st_mode) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if not is_private or found.st_uid != os.geteuid():
         remedy = "remove it, or let XDG_RUNTIME_DIR name a folder in which only you can write"

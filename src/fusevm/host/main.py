@@ -49,7 +49,7 @@ from fusevm.host.images.artifact import make_policy
 from fusevm.host.images.store import ImageStore
 from fusevm.host.images.workspace import write_durably
 from fusevm.host.journal import Journal, lock_directory
-from fusevm.host.listeners import bind_tcp, bind_unix, lock_instance, remove_socket, serving
+from fusevm.host.listeners import bind_tcp, bind_unix, find_instance_lock, lock_instance, remove_socket, serving
 from fusevm.host.logs import configure_logging
 from fusevm.host.machines import Machines
 from fusevm.host.metrics import Metrics
@@ -122,8 +122,9 @@ async def _serve(config: HostConfig, engines: ChooseEngine, fault: Fault) -> Non
 
 async def _take_place(stack: AsyncExitStack, config: HostConfig, fault: Fault, clock: SystemClock) -> Place:
     """From here on nobody else works in these directories, under this name, or at these addresses."""
-    stack.enter_context(lock_instance(config.instance))  # first: it looks whose the runtime directory is
+    find_instance_lock(config.instance)  # first of all: it looks whose the runtime directory is
     stack.callback(os.close, await asyncio.to_thread(lock_directory, config.runtime_directory))
+    stack.enter_context(lock_instance(config.instance))
     journal = await Journal.open(config.data_root, fault, clock.now_ms)
     stack.push_async_callback(journal.close)
     listen = parse_listen(config.listen)

@@ -14,7 +14,7 @@ import pytest
 
 from fusevm.host.boundary import Boundary
 from fusevm.host.config import Listen
-from fusevm.host.listeners import bind_tcp, lock_instance, serving
+from fusevm.host.listeners import bind_tcp, find_instance_lock, lock_instance, serving
 from fusevm.host.metrics import Metrics
 from fusevm.host.name_lock import name_lock
 from fusevm.model.errors import BadSetting, PortInUse
@@ -149,6 +149,12 @@ def test_a_folder_that_others_have_made_there_is_not_used(shared: Path, make: Ca
     make(shared / "t-tmp")
     with pytest.raises(BadSetting, match="XDG_RUNTIME_DIR"), lock_instance("t-tmp"):
         pass
+
+
+def test_where_there_is_no_folder_at_all_the_setting_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fusevm.host.listeners.default_run_dir", lambda instance: tmp_path / "missing" / instance)
+    with pytest.raises(BadSetting, match="missing cannot be made"):
+        find_instance_lock("t-none")
 
 
 def test_the_file_of_a_lock_is_for_its_owner_and_goes_with_its_holder(tmp_path: Path):
