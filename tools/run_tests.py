@@ -1,4 +1,4 @@
-"""Run all tests, in two halves side by side: what boots machines and starts servers, and the rest.
+"""Run all tests, in two halves side by side that take about as long.
 
     python tools/run_tests.py [ARGUMENT OF PYTEST ...]
 
@@ -12,7 +12,7 @@ import threading
 from typing import IO
 
 #: They wait for machines and servers more than they compute.
-SYSTEM = ("tests/contract/drivers", "tests/e2e", "tests/real", "tests/system")
+SYSTEM = ("tests/real", "tests/system")
 
 
 def main() -> int:
