@@ -22,12 +22,16 @@ type Tree struct {
 	stale []string // groups of ended commands that still hold background work
 }
 
-// Open makes the folder; it fails where cgroup2 is not mounted above it.
+// Open makes the folder; it fails, and leaves none, where cgroup2 is not mounted above it.
 func Open(root string) (*Tree, error) {
-	if err := os.Mkdir(root, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
-		return nil, err
+	made := os.Mkdir(root, 0o755)
+	if made != nil && !errors.Is(made, os.ErrExist) {
+		return nil, made
 	}
 	if _, err := os.Stat(filepath.Join(root, "cgroup.kill")); err != nil {
+		if made == nil {
+			os.Remove(root)
+		}
 		return nil, fmt.Errorf("cgroup2 with cgroup.kill is needed: %w", err)
 	}
 	return &Tree{root: root}, nil

@@ -77,3 +77,13 @@ func TestWithoutATreeThereIsNoGroup(t *testing.T) {
 		t.Fatal("an ordinary folder is no cgroup")
 	}
 }
+
+func TestAFolderThatIsNoGroupIsNotLeft(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "none")
+	if tr, err := Open(path); err == nil || tr != nil {
+		t.Fatal(tr, err)
+	}
+	if _, err := os.Stat(path); !os.IsNotExist(err) {
+		t.Fatal("a folder is left", err)
+	}
+}
