@@ -1,7 +1,7 @@
 """What the host daemon costs: measured with VMMs that are small processes, or with real ones.
 
     sudo .venv/bin/python bench/host.py [--vmm agent qemu firecracker]
-                                        [--only phases stop parallel footprint bulk network]
+                                        [--only phases stop parallel footprint bulk]
                                         [--creates 20] [--parallel 1 2 4 8 16] [--machines 0 50 200] [--mib 64]
                                         [--artefacts DIR] [--json FILE]
 
@@ -14,7 +14,8 @@
 - bulk: a file up and down and the output of a command, through the daemon and straight to an agent on the same kind of
   channel; fresh pairs, in turns. Both ends are processes here, so this is what the daemon could pass on at most; what
   it costs of a real machine's channel (the budget) is measured by `fuse bench`.
-- network: a warm slot handed out and given back (`bench/network.py` has all of it).
+
+What a network slot costs is measured by `bench/network.py`.
 
 Everything happens in namespaces of its own and leaves nothing behind. DIR has a kernel and an image, as
 `fuse image build` and the tests make them (default: the tests' own). Needs root.
@@ -43,8 +44,6 @@ import uvloop
 
 from fusevm.host.channel import AgentClient, GuestChannel
 from fusevm.host.images.initramfs import agent_path
-from fusevm.host.net.network import HostNetwork
-from fusevm.host.net.plan import NetworkPlan
 from fusevm.wire.http1 import Connection
 from fusevm.wire.streams import open_unix
 
@@ -421,25 +420,6 @@ async def raw_agent() -> AsyncIterator[RawWay]:
         shutil.rmtree(folder)
 
 
-# -- network -----------------------------------------------------------------------------------------------------------
-
-
-async def bench_network(asked: argparse.Namespace, report: Report) -> None:
-    network = HostNetwork(NetworkPlan(prefix=INSTANCE, range="10.211.0.0/16"), warm=8)
-    await network.open({})
-    await network.settle()
-    acquired, released = [], []
-    for _ in range(asked.creates):
-        index = next(network.candidates())
-        acquired.append(await timed(lambda index=index: network.acquire(index)))
-        released.append(await timed(lambda index=index: network.release(index)))
-        await network.settle()
-    report.say("network", "acquire a warm slot", median_ms(acquired), acquired)
-    report.say("network", "release it", median_ms(released), released)
-    await network.close()
-    await network.sweep(())
-
-
 async def timed(work: Callable[[], Coroutine[Any, Any, object]]) -> float:
     """Seconds that it takes."""
     began = time.perf_counter()
@@ -462,14 +442,12 @@ async def measure(asked: argparse.Namespace, report: Report) -> None:
         await bench_footprint(asked, report)
     if "bulk" in asked.only:
         await bench_bulk(asked, report)
-    if "network" in asked.only:
-        await bench_network(asked, report)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vmm", nargs="+", default=["agent"], choices=sorted(VMMS))
-    parser.add_argument("--only", nargs="+", default=["phases", "stop", "parallel", "footprint", "bulk", "network"])
+    parser.add_argument("--only", nargs="+", default=["phases", "stop", "parallel", "footprint", "bulk"])
     parser.add_argument("--creates", type=int, default=20)
     parser.add_argument("--parallel", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--machines", type=int, nargs="+", default=[0, 50, 200])
